@@ -1,0 +1,100 @@
+"""The three products of a linear layer, y = x Wᵀ + b, and the one place where they are made.
+
+Every product of the project goes through here, so that another number format for frozen weights has one door to
+come in by. A weight's gradient is summed and returned in the compute dtype: rounding it to bf16 would lose the small
+updates an fp32 master is kept for.
+
+Shapes: ``x`` ``[T, in]``, ``weight`` ``[out, in]``, ``dy`` ``[T, out]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .reference import compute_dtype
+
+__all__ = ["linear", "linear_dbias", "linear_dw", "linear_dx", "trainable_linear"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x`` ``[T, in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]``, all of one dtype -> ``[T, out]``."""
+    return F.linear(x, weight, bias)
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the input: ``dy`` ``[T, out]``, ``weight`` ``[out, in]`` of one dtype -> ``[T, in]``."""
+    return dy @ weight
+
+
+def linear_dw(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient of the weight: ``dy`` ``[T, out]``, ``x`` ``[T, in]`` -> ``[out, in]`` in the compute dtype.
+
+    Args:
+        dy: gradient of the output.
+        x: the input of forward, in ``dy``'s dtype.
+        out: ``[out, in]`` in the compute dtype; the gradient is added to it and it is returned.
+    """
+    dtype = compute_dtype(dy.dtype)
+    if dy.is_cuda and dy.dtype != dtype:
+        # Tensor cores accumulate in fp32 anyway; this keeps cuBLAS from narrowing the result.
+        dweight = torch.mm(dy.t(), x, out_dtype=dtype)
+        return dweight if out is None else out.add_(dweight)
+    dy, x = dy.to(dtype), x.to(dtype)
+    # Not addmm_: PyTorch's FLOP counter has no formula for the method.
+    return torch.mm(dy.t(), x) if out is None else torch.addmm(out, dy.t(), x, out=out)
+
+
+def linear_dbias(dy: Tensor) -> Tensor:
+    """Gradient of the bias: ``dy`` ``[T, out]`` -> ``[out]`` in the compute dtype."""
+    return dy.sum(0, dtype=compute_dtype(dy.dtype))
+
+
+class _TrainableLinear(torch.autograd.Function):
+    """Keeps x only where the weight trains and the weight only where x needs a gradient.
+
+    Without a shadow the master itself is kept and narrowed again in backward: a kept narrow copy would cost memory
+    from forward to backward, in every layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shadow: Tensor | None) -> Tensor:
+        need_dx, need_dweight, *_ = ctx.needs_input_grad
+        source = weight if shadow is None else shadow
+        ctx.save_for_backward(x if need_dweight else None, source if need_dx else None)
+        ctx.weight_dtype = weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return linear(x, source.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, source = ctx.saved_tensors
+        need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
+        return (
+            linear_dx(dy, source.to(dy.dtype)) if need_dx else None,
+            linear_dw(dy, x).to(ctx.weight_dtype) if need_dweight else None,
+            linear_dbias(dy).to(ctx.bias_dtype) if need_dbias else None,
+            None,
+        )
+
+
+def trainable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, shadow: Tensor | None = None) -> Tensor:
+    """Differentiable linear layer whose weight may be wider than its input.
+
+    Args:
+        x: ``[T, in]``, the dtype the products are made in.
+        weight: ``[out, in]``, differentiable, possibly an fp32 master; its gradient comes back in its dtype without
+            having been rounded to ``x``'s. If frozen, ``x`` is not kept for it.
+        bias: ``[out]``, like ``weight``.
+        shadow: ``weight`` in ``x``'s dtype, not differentiable, used in its place for the products; by default
+            ``weight`` is narrowed in forward and again in backward.
+
+    Returns:
+        ``[T, out]`` in ``x``'s dtype.
+    """
+    return _TrainableLinear.apply(x, weight, bias, shadow)

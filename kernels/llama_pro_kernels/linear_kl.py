@@ -1,0 +1,36 @@
+"""How far a model's predictions have moved: the KL divergence between two hidden states under one output head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linear import linear
+from .linear_cross_entropy import rows_per_chunk
+from .reference import compute_dtype, kl_divergence
+
+__all__ = ["linear_kl"]
+
+
+@torch.no_grad()
+def linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, *, chunk_size: int | None = None) -> Tensor:
+    """KL(softmax(x_base Wᵀ) ‖ softmax(x_now Wᵀ)) of each token.
+
+    A meter and not a loss: forward only, no gradient flows through it.
+
+    Args:
+        x_base: ``[T, H]``, normed final hidden states of the base model.
+        x_now: ``[T, H]``, those of the model in training.
+        weight: ``[V, H]``, the shared head, in the states' dtype.
+        chunk_size: tokens whose logits exist at one time; by default :func:`rows_per_chunk`.
+
+    Returns:
+        ``[T]`` in the compute dtype, nats: exactly 0 where the two states are bit-equal, otherwise at least 0 up to
+        rounding, and NaN where a state is.
+    """
+    dtype = compute_dtype(x_base.dtype)
+    chunk_size = chunk_size or rows_per_chunk(len(weight), dtype)
+    divergence = torch.empty(len(x_base), dtype=dtype, device=x_base.device)
+    for out, base, now in zip(*(t.split(chunk_size) for t in (divergence, x_base, x_now)), strict=True):
+        out.copy_(kl_divergence(linear(base, weight).to(dtype), linear(now, weight).to(dtype)))
+    return divergence

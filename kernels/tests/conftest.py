@@ -1,0 +1,53 @@
+"""What the tests of the ops share: devices, the 2× rule, a look at what autograd keeps."""
+
+import contextlib
+
+import pytest
+import torch
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES, autouse=True)
+def device(request):
+    """Every test runs on every device of the machine, from the same seed."""
+    torch.manual_seed(0)
+    with torch.device(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def assert_twice_as_good():
+    """The rule for narrow dtypes: error at most 2× that of plain PyTorch in the same dtype, plus a small atol."""
+
+    def check(ours, plain, exact, atol=1e-5):
+        assert ours.dtype == plain.dtype
+        error = (ours.double() - exact.double()).abs().max()
+        allowed = 2 * (plain.double() - exact.double()).abs().max() + atol
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+    return check
+
+
+@pytest.fixture
+def kept():
+    """``with kept() as tensors``: what autograd operations save for backward."""
+
+    @contextlib.contextmanager
+    def watch():
+        tensors = []
+
+        def pack(tensor):
+            tensors.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield tensors
+
+    return watch
+
+
+@pytest.fixture
+def same_storage():
+    """Whether two tensors share memory."""
+    return lambda a, b: a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -1,0 +1,193 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from llama_pro_kernels import linear_cross_entropy, linear_cross_entropy_backward, linear_cross_entropy_forward
+from llama_pro_kernels.linear_cross_entropy import rows_per_chunk
+
+fp64 = torch.float64
+T, H, V = 11, 6, 17
+
+
+def problem(dtype=fp64, tokens=T, hidden=H, vocab=V):
+    x, weight = torch.randn(tokens, hidden).to(dtype), torch.randn(vocab, hidden).to(dtype)
+    labels = torch.randint(vocab, (tokens,))
+    labels[1::4] = -100
+    return x, weight, labels, torch.tensor(0.37)
+
+
+def naive(x, weight, labels, scale):
+    """The log-probability of each valid label, picked by hand."""
+    logp = torch.log_softmax(x @ weight.t(), -1)
+    valid = labels != -100
+    return -scale.double() * logp[valid, labels[valid]].sum()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, 11, 64])
+def test_loss_and_gradients_are_autograd_of_the_formula(chunk_size):
+    x, weight, labels, scale = problem()
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = naive(*leaves, labels, scale)
+    gradients = torch.autograd.grad(expected, leaves)
+    output = linear_cross_entropy_forward(
+        x, weight, labels, scale, need_dx=True, need_dweight=True, chunk_size=chunk_size
+    )
+    torch.testing.assert_close(output.loss, expected.detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close((output.dx, output.dweight), gradients, rtol=0, atol=1e-10)
+    assert output.token_losses is None
+    assert output.num_correct is None
+    dloss = torch.tensor(2.5)
+    dx, dweight = linear_cross_entropy_backward(dloss, output.dx, output.dweight)
+    torch.testing.assert_close((dx, dweight), tuple(2.5 * g for g in gradients), rtol=0, atol=1e-10)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(labels=st.lists(st.integers(-1, V - 1), min_size=1, max_size=20), chunk_size=st.integers(1, 24))
+def test_any_labels_and_any_chunks_agree_with_pytorch(labels, chunk_size):
+    labels = torch.tensor(labels)
+    x, weight = torch.randn(len(labels), H, dtype=fp64), torch.randn(V, H, dtype=fp64)
+    output = linear_cross_entropy_forward(
+        x,
+        weight,
+        labels,
+        torch.tensor(1.0),
+        need_dx=False,
+        need_dweight=False,
+        ignore_index=-1,
+        chunk_size=chunk_size,
+        per_token=True,
+    )
+    logits = x @ weight.t()
+    expected = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    torch.testing.assert_close(output.token_losses, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(output.loss, expected.sum(), rtol=0, atol=1e-10)
+    assert output.num_correct == (logits.argmax(-1) == labels).sum()
+    assert (output.token_losses[labels == -1] == 0).all()
+
+
+def test_gradcheck():
+    x, weight, labels, scale = problem(tokens=5, hidden=3, vocab=4)
+    x.requires_grad_()
+    weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, w: linear_cross_entropy(a, w, labels, scale, chunk_size=2), (x, weight))
+
+
+@pytest.mark.parametrize(("need_dx", "need_dweight", "products"), [(0, 0, 1), (1, 0, 2), (0, 1, 2), (1, 1, 3)])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_frozen_head_costs_two_products(need_dx, need_dweight, products, chunk_size):
+    x, weight, labels, scale = problem(torch.float32)
+    with FlopCounterMode(display=False) as flops:
+        output = linear_cross_entropy_forward(
+            x, weight, labels, scale, need_dx=bool(need_dx), need_dweight=bool(need_dweight), chunk_size=chunk_size
+        )
+    assert flops.get_total_flops() == products * 2 * T * H * V
+    assert (output.dx is not None, output.dweight is not None) == (need_dx, need_dweight)
+
+
+def test_autograd_op_keeps_dx_only_and_backward_makes_no_product(kept):
+    x, weight, labels, scale = problem(torch.float32)
+    x.requires_grad_()
+    with kept() as tensors:
+        loss = linear_cross_entropy(x, weight, labels, scale)
+    assert [t.shape for t in tensors] == [x.shape]
+    assert tensors[0] is not x
+    with FlopCounterMode(display=False) as flops:
+        loss.backward()
+    assert flops.get_total_flops() == 0
+
+
+def test_no_gradient_is_made_under_no_grad():
+    x, weight, labels, scale = problem(torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), labels, scale)
+    assert flops.get_total_flops() == 2 * T * H * V
+
+
+@pytest.mark.parametrize("with_shadow", [False, True])
+def test_master_gets_a_gradient_that_was_never_bf16(with_shadow):
+    x, weight, labels, scale = problem(torch.bfloat16)
+    master = (weight.float() + 1e-4).requires_grad_()
+    shadow = weight if with_shadow else None
+    linear_cross_entropy(x, master, labels, scale, shadow=shadow).backward()
+    narrow = weight if with_shadow else master.detach().bfloat16()
+    explicit = linear_cross_entropy_forward(x, narrow, labels, scale, need_dx=False, need_dweight=True)
+    assert explicit.dweight.dtype == torch.float32
+    assert torch.equal(master.grad, explicit.dweight)
+    assert not torch.equal(master.grad, master.grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("scale", [0.5, float("inf")])
+def test_without_a_valid_label_all_is_exactly_zero(scale):
+    x, weight, labels, _ = problem(torch.float32)
+    output = linear_cross_entropy_forward(
+        x,
+        weight,
+        torch.full_like(labels, -100),
+        torch.tensor(scale),
+        need_dx=True,
+        need_dweight=True,
+        per_token=True,
+    )
+    for tensor in output:
+        assert (tensor == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(bad):
+    x, weight, labels, scale = problem(torch.float32)
+    x[0, 0] = bad
+    output = linear_cross_entropy_forward(x, weight, labels, scale, need_dx=True, need_dweight=True)
+    assert output.loss.isnan()
+    assert output.dx.isnan().any(-1).tolist() == [True] + [False] * (T - 1)
+    assert output.dweight.isnan().all()
+
+
+def test_huge_logits_do_not_overflow():
+    x, weight, labels, scale = problem(torch.float32)
+    output = linear_cross_entropy_forward(1e4 * x, weight, labels, scale, need_dx=True, need_dweight=True)
+    expected = naive(1e4 * x.double(), weight.double(), labels, scale)
+    torch.testing.assert_close(output.loss.double(), expected, rtol=1e-5, atol=0)
+    assert output.dx.isfinite().all()
+
+
+def test_bf16_is_twice_as_good_as_plain_bf16(assert_twice_as_good):
+    x, weight, labels, scale = problem(torch.bfloat16, 64, 48, 300)
+
+    def plain(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight)]
+        loss = F.cross_entropy((leaves[0] @ leaves[1].t()).to(torch.promote_types(dtype, torch.float32)), labels)
+        loss = loss * (labels != -100).sum() * scale
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    output = linear_cross_entropy_forward(x, weight, labels, scale, need_dx=True, need_dweight=True, chunk_size=16)
+    exact, narrow = plain(fp64), plain(torch.bfloat16)
+    assert_twice_as_good(output.loss, narrow[0], exact[0])
+    assert_twice_as_good(output.dx, narrow[1], exact[1])
+    assert_twice_as_good(output.dweight.bfloat16(), narrow[2], exact[2])
+
+
+def test_strides_do_not_matter():
+    x, weight = torch.randn(H, T, dtype=fp64).t(), torch.randn(H, V, dtype=fp64).t()
+    labels = torch.randint(V, (T, 2))[:, 0]
+    scale = torch.tensor(1.0)
+    options = {"need_dx": True, "need_dweight": True, "chunk_size": 4}
+    got = linear_cross_entropy_forward(x, weight, labels, scale, **options)
+    expected = linear_cross_entropy_forward(x.contiguous(), weight.contiguous(), labels, scale, **options)
+    torch.testing.assert_close(got[:3], expected[:3], rtol=0, atol=1e-12)
+
+
+def test_a_scale_on_the_host_serves():
+    x, weight, labels, _ = problem(torch.float32)
+    options = {"need_dx": True, "need_dweight": False}
+    on_host = linear_cross_entropy_forward(x, weight, labels, torch.tensor(0.5, device="cpu"), **options)
+    assert torch.equal(on_host.loss, linear_cross_entropy_forward(x, weight, labels, torch.tensor(0.5), **options).loss)
+
+
+def test_chunk_rule_bounds_the_buffer_and_fills_a_gpu():
+    for vocab in (256, 32_000, 128_256, 151_936, 262_144):
+        rows = rows_per_chunk(vocab, torch.float32)
+        assert rows * vocab * 4 <= 2**28 < 2 * rows * vocab * 4
+        assert rows >= 256

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llama_pro_kernels import linear_kl
+
+fp64 = torch.float64
+T, H, V = 11, 6, 17
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, 11])
+def test_is_the_kl_divergence_of_the_two_predictions(chunk_size):
+    base, now, weight = torch.randn(T, H, dtype=fp64), torch.randn(T, H, dtype=fp64), torch.randn(V, H, dtype=fp64)
+    p, q = (F.softmax(x @ weight.t(), -1) for x in (base, now))
+    expected = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(linear_kl(base, now, weight, chunk_size=chunk_size), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_equal_states_have_exactly_no_divergence_and_different_ones_do(dtype):
+    base, weight = torch.randn(T, H).to(dtype), torch.randn(V, H).to(dtype)
+    now = base.clone()
+    now[::2] += 0.5
+    divergence = linear_kl(base, now, weight, chunk_size=4)
+    assert divergence.dtype == torch.float32
+    assert (divergence[1::2] == 0).all()
+    assert (divergence[::2] > 0).all()
+
+
+def test_is_not_negative_beyond_rounding():
+    base, weight = torch.randn(200, H), torch.randn(500, H)
+    assert (linear_kl(base, base + 1e-4 * torch.randn_like(base), weight) > -1e-5).all()
+
+
+def test_nan_shows_and_nothing_is_differentiable():
+    base, now, weight = torch.randn(T, H), torch.randn(T, H), torch.randn(V, H, requires_grad=True)
+    now[3, 2] = float("nan")
+    divergence = linear_kl(base, now.requires_grad_(), weight)
+    assert divergence.isnan().nonzero().tolist() == [[3]]
+    assert not divergence.requires_grad
+
+
+def test_strides_do_not_matter():
+    base, now, weight = (torch.randn(H, n, dtype=fp64).t() for n in (T, T, V))
+    expected = linear_kl(base.contiguous(), now.contiguous(), weight.contiguous())
+    torch.testing.assert_close(linear_kl(base, now, weight, chunk_size=4), expected, rtol=0, atol=1e-12)
