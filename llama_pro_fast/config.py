@@ -1,0 +1,180 @@
+"""Everything a recipe can say, as dataclasses: one field, one option of the command line, one key of the YAML file.
+
+A run's resolved configuration (every default filled in) is written to its folder and is what ``--resume`` reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model is trained."""
+
+    path: str | None = None
+    """Folder of a Hugging Face Llama checkpoint (config.json, safetensors, tokenizer), or a hub id."""
+
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` draws fresh weights for the architecture in config.json: training a base from scratch."""
+
+
+@dataclass(kw_only=True)
+class ExpandConfig:
+    """Where the new blocks go. Leave all empty for a model that is already expanded."""
+
+    groups: int | None = None
+    """N: cut the L blocks into N groups, balanced when N does not divide L; new blocks end each (paper 3.2)."""
+
+    copies: int = 1
+    """P: new blocks per group, copies of the group's last P blocks."""
+
+    after: list[int] | str | None = None
+    """Instead of `groups`: the base's block numbers (from 0) that are followed by new blocks, `3,7,11` or a list."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the recipe asks for an expansion."""
+        return self.groups is not None or self.after is not None
+
+
+@dataclass(kw_only=True)
+class Source:
+    """One place text comes from."""
+
+    path: str
+    """A .jsonl, .txt or .parquet file, a folder of them, or `stdlib:code` / `stdlib:prose`."""
+
+    weight: float | None = None
+    """How often this source's tokens count in an epoch. Default: 1 for `domain`; 0 for `general`, which is then only
+    measured. A general source with a weight is replayed in training."""
+
+    text: str = "text"
+    """The column that holds the text (jsonl, parquet)."""
+
+    name: str | None = None
+    """How reports call it; by default the file's name without ending."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The text."""
+
+    domain: str | list[Source] | None = None
+    """What to learn: a path, or a list of sources."""
+
+    general: str | list[Source] | None = None
+    """What not to forget: a path, or a list of sources. Without one the built-in prose (`stdlib:prose`) is measured."""
+
+    held_out: float = 0.02
+    """Share of the documents kept out of training for evaluation, chosen by a hash of the document."""
+
+    cache: str | None = None
+    """Where tokens are kept between runs; by default `llama-pro-fast` in the user's cache folder."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float | None = None
+    """Peak learning rate. There is no default: it depends on the base. The paper: 2e-4 for LLaMA-2-7B, 2e-5 for
+    Mistral-7B; modern bases want the lower end."""
+
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """`cosine` decays from the end of the warm-up; `wsd` (warmup-stable-decay) holds, then decays linearly."""
+
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; by default 6 % of the run (paper, table 8)."""
+
+    decay_steps: int | None = None
+    """`wsd` only: length of the final decay; by default 20 % of the run."""
+
+    min_lr_ratio: float = 0.0
+    """The last step's learning rate as a share of `lr`."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    clip: float = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The run itself."""
+
+    parameters: Literal["new_blocks", "all"] = "new_blocks"
+    """`new_blocks`: the blocks the checkpoint's manifest names, nothing else. `all`: every parameter."""
+
+    steps: int | None = None
+    """Optimizer steps. Give this or `tokens`; with neither the run is one epoch."""
+
+    tokens: float | None = None
+    """Length in tokens, rounded down to whole steps."""
+
+    seq_len: int | None = None
+    """Tokens per sequence; by default the model's positions, at most 4096."""
+
+    batch_size: int = 16
+    """Sequences per optimizer step."""
+
+    micro_batch_size: int = 1
+    """Sequences per forward and backward; divides `batch_size`."""
+
+    seed: int = 0
+    """Seeds the order of the data and random initial weights."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation: bfloat16 on a GPU, float32 on a CPU. Trained weights are always kept in float32."""
+
+    attention: str = "auto"
+    """Attention backend; `auto` takes the fastest the device has."""
+
+    deterministic: bool = False
+    """Bit-equal repeats on a GPU, at some cost in speed. A CPU repeats bit for bit anyway."""
+
+    threads: int | None = None
+    """CPU threads; by default what PyTorch chooses."""
+
+    log_every: int = 10
+    """Steps between two lines of log."""
+
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the last step is always one."""
+
+    keep_checkpoints: int = 2
+    """How many checkpoints stay on disk."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Measuring, on held-out text."""
+
+    every: int = 500
+    """Steps between two evaluations; there is always one before the first step and one after the last."""
+
+    tokens: int = 65_536
+    """At most this many held-out tokens per source."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A run of `llama-pro-fast train`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    expand: ExpandConfig = field(default_factory=ExpandConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    output: str | None = None
+    """The run's folder."""

@@ -1,0 +1,69 @@
+"""What a run says on the terminal: a box before the first step, one aligned line per logged step, a card at the end."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from rich.box import ROUNDED
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=False)
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    console.print(text, markup=False, overflow="ignore", crop=False, no_wrap=True)
+
+
+def box(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """A titled box of ``name  value`` rows."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(Panel(table, title=title, title_align="left", box=ROUNDED, expand=False))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table whose columns after the first are figures."""
+    grid = Table(box=ROUNDED, expand=False)
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)
+
+
+def block_strip(num_layers: int, trained: Iterable[int]) -> str:
+    """``oooXoooX``: X trains, o is frozen."""
+    trained = set(trained)
+    return "".join("X" if index in trained else "o" for index in range(num_layers))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def amount(number: float) -> str:
+    """``8.36 B``, ``1.62 M``, ``512``."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
