@@ -1,0 +1,117 @@
+"""Write a run's model as an ordinary Hugging Face checkpoint: ``python -m llama_pro_fast.export runs/NAME [OUT]``.
+
+Works on any run that has a complete checkpoint, finished or not. Tensors that did not train are copied byte for byte
+from the folder the run trains; trained ones are narrowed once to the dtype they have there. Nothing is held but one
+tensor at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed import checkpoint as dcp
+
+from llama_pro_fast.checkpoint import complete_checkpoints, load, read_info
+from llama_pro_fast.cli import ArgumentParser, run_entry_point
+from llama_pro_fast.console import say
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.model import EMBEDDING, HEAD, hf_tensors
+from llama_pro_fast.pretrained import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    TORCH_DTYPES,
+    PretrainedFolder,
+    new_folder,
+    write_header,
+)
+
+
+def export_run(run: Path, out: Path | None = None) -> Path:
+    """Export the run's last complete checkpoint.
+
+    Args:
+        run: the run's folder.
+        out: where to; by default ``run/export``, which an earlier export of the same run may occupy.
+
+    Returns:
+        The export's folder.
+
+    Raises:
+        UserError: no run, no complete checkpoint, its base is gone, or ``out`` is taken, full or not writable.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: no run there (no config.yaml); give the folder of a run")
+    checkpoints = complete_checkpoints(run)
+    if not checkpoints:
+        raise UserError(f"{run}: has no complete checkpoint yet; resume it with --output {run} --resume")
+    info = read_info(checkpoints[-1])
+    base = PretrainedFolder(Path(info.model))
+    if out is None:
+        out = run / "export"
+        shutil.rmtree(out, ignore_errors=True)
+    trained = _TrainedTensors(checkpoints[-1], base)
+    with new_folder(out) as partial:
+        for file in base.files:
+            entries = [entry for entry in base.entries.values() if entry.file == file]
+            with open(partial / file, "wb") as target:
+                write_header(target, [(e.name, e.dtype, e.shape, e.num_bytes) for e in entries])
+                for entry in entries:
+                    if entry.name in trained.names:
+                        tensor = trained.tensor(entry.name).to(TORCH_DTYPES[entry.dtype]).contiguous()
+                        target.write(tensor.view(torch.uint8).numpy().data)
+                    else:
+                        for piece in base.read_bytes(entry.name):
+                            target.write(piece)
+                target.flush()
+                os.fsync(target.fileno())
+        for path in [base.path / CONFIG_FILE, base.path / INDEX_FILE, *base.companions()]:
+            if path.exists():
+                shutil.copyfile(path, partial / path.name)
+    return out
+
+
+class _TrainedTensors:
+    """A checkpoint's trained parameters under Hugging Face names, one of ours in memory at a time."""
+
+    def __init__(self, checkpoint: Path, base: PretrainedFolder) -> None:
+        self.checkpoint = checkpoint
+        self.config = base.config
+        metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        self.ours: dict[str, torch.Tensor] = {
+            key.removeprefix("model."): torch.empty(row.size, dtype=row.properties.dtype, device="meta")
+            for key, row in metadata.items()
+            if key.startswith("model.")
+        }
+        self.names = {hf: name for name, empty in self.ours.items() for hf, _ in hf_tensors(self.config, name, empty)}
+        if self.config.tie_word_embeddings and EMBEDDING in self.names and HEAD in base.entries:
+            self.names[HEAD] = self.names[EMBEDDING]
+        self.held: tuple[str, torch.Tensor] | None = None
+
+    def tensor(self, hf_name: str) -> torch.Tensor:
+        ours = self.names[hf_name]
+        if self.held is None or self.held[0] != ours:
+            tensor = torch.empty_like(self.ours[ours], device="cpu")
+            load(self.checkpoint, {"model": {ours: tensor}})
+            self.held = ours, tensor
+        parts = dict(hf_tensors(self.config, ours, self.held[1]))
+        return parts[EMBEDDING if hf_name == HEAD and hf_name not in parts else hf_name]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="llama-pro-fast export", description="Write a run's model as a Hugging Face folder.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("out", type=Path, nargs="?", help="folder of the export (default: RUN/export)")
+    arguments = parser.parse_args(argv)
+    out = export_run(arguments.run, arguments.out)
+    step = read_info(complete_checkpoints(arguments.run)[-1]).progress.step
+    say(f"exported step {step} of {arguments.run} to {out}; load it with")
+    say(f"AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry_point(main))

@@ -1,0 +1,264 @@
+"""Everything a run settles before its first step: bad values refused, defaults filled in, the model's folder made.
+
+What costs nothing comes first, so that a mistake is told before an hour of work, and what is written last is what makes
+a folder a run (``config.yaml``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+
+from llama_pro_fast.config import OptimConfig, RunConfig
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.expansion import ExpansionPlan, Manifest
+from llama_pro_fast.identity import expand_and_prove
+from llama_pro_fast.pretrained import PretrainedFolder, new_folder, resolve, writing_to
+from llama_pro_kernels import select_attention_backend
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse what is wrong whatever the model and the data are.
+
+    Raises:
+        UserError: naming the key and the remedy.
+    """
+    train, optim = config.train, config.optim
+    if config.output is None:
+        raise UserError("--output: say where the run goes, for example --output runs/mine")
+    if config.model.path is None:
+        raise UserError("--model.path: say which model, a folder in the Hugging Face layout or a hub id")
+    if config.data.domain is None:
+        raise UserError("--data.domain: say what to learn: a .jsonl, .txt or .parquet file or folder, or stdlib:code")
+    if optim.lr is None:
+        raise UserError(
+            "--optim.lr: there is no default, it depends on the base; the paper took 2e-4 for LLaMA-2-7B and 2e-5 for "
+            "Mistral-7B, 5e-5 is a careful start for other bases, 1e-3 for a small model from scratch"
+        )
+    if train.steps is not None and train.tokens is not None:
+        raise UserError("--train.steps and --train.tokens both set the length; give one of them")
+    if config.expand.wanted and config.model.init == "random":
+        raise UserError("--expand.*: a random model has nothing to keep; train a base first (train.parameters all)")
+    positive = {
+        "optim.lr": optim.lr,
+        "optim.clip": optim.clip,
+        "train.steps": train.steps,
+        "train.tokens": train.tokens,
+        "train.seq_len": train.seq_len,
+        "train.batch_size": train.batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.threads": train.threads,
+        "train.log_every": train.log_every,
+        "train.checkpoint_every": train.checkpoint_every,
+        "train.keep_checkpoints": train.keep_checkpoints,
+        "eval.every": config.eval.every,
+        "eval.tokens": config.eval.tokens,
+    }
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise UserError(f"--{key}: {value} is not above 0")
+    for key, value in {"optim.warmup_steps": optim.warmup_steps, "optim.weight_decay": optim.weight_decay}.items():
+        if value is not None and value < 0:
+            raise UserError(f"--{key}: {value} is below 0")
+    for key, value in {
+        "optim.min_lr_ratio": optim.min_lr_ratio,
+        "optim.beta1": optim.beta1,
+        "optim.beta2": optim.beta2,
+    }.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"--{key}: {value} is not between 0 and 1")
+    if not 0 < config.data.held_out < 1:
+        raise UserError(
+            f"--data.held_out: {config.data.held_out} is not between 0 and 1; 0.02 keeps every 50th document"
+        )
+    if train.batch_size % train.micro_batch_size:
+        raise UserError(
+            f"--train.micro_batch_size: {train.micro_batch_size} does not divide --train.batch_size {train.batch_size}"
+        )
+
+
+def claim_output(output: Path, *, overwrite: bool) -> None:
+    """Make sure that the run's folder is ours to write: new, empty, or a run the user wants gone.
+
+    Raises:
+        UserError: it holds another run or other files, or cannot be written.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; give a folder")
+    holds_run = (output / "config.yaml").exists()
+    if output.is_dir() and any(output.iterdir()):
+        if not holds_run:
+            raise UserError(f"--output {output}: holds other files; give an empty or a new folder")
+        if not overwrite:
+            raise UserError(
+                f"--output {output}: holds a run; add --resume to go on with it or --overwrite to delete it"
+            )
+        shutil.rmtree(output)
+    with writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.touch()
+        probe.unlink()
+
+
+def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None]:
+    """The model the recipe names, and how it will be expanded.
+
+    Raises:
+        UserError: model and recipe do not fit each other.
+    """
+    base = PretrainedFolder(resolve(config.model.path))
+    expanded = Manifest.from_config(base.raw_config) is not None
+    if config.model.init == "random":
+        if config.train.parameters != "all":
+            raise UserError("--model.init random: every weight is new, so say --train.parameters all")
+        return base, None
+    base.entries  # noqa: B018 - reads the headers: a missing or damaged shard is told here
+    if config.expand.wanted:
+        if expanded:
+            raise UserError(
+                f"--expand.*: {base.path} is expanded already; leave the option out to train its new blocks, or add a "
+                "generation with `llama-pro-fast expand` first"
+            )
+        return base, ExpansionPlan.from_config(base.config.num_hidden_layers, config.expand)
+    if config.train.parameters == "new_blocks" and not expanded:
+        raise UserError(
+            f"{base.path}: has no new blocks to train; say where they go, for example --expand.groups "
+            f"{max(1, base.config.num_hidden_layers // 4)} (or train everything with --train.parameters all)"
+        )
+    return base, None
+
+
+def resolve_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """Fill in device, dtype, attention backend and threads; switch on what `deterministic` needs.
+
+    Raises:
+        UserError: a device or backend asked for is not there.
+    """
+    train = config.train
+    if train.device == "auto":
+        train.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--train.device cuda: PyTorch sees no GPU here; install its CUDA build or use --train.device cpu"
+        )
+    device = torch.device(train.device)
+    if train.dtype == "auto":
+        train.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = DTYPES[train.dtype]
+    torch.use_deterministic_algorithms(train.deterministic and device.type == "cuda")
+    try:
+        train.attention = select_attention_backend(
+            device, dtype, requested=train.attention, deterministic=train.deterministic
+        )
+    except ValueError as error:
+        raise UserError(f"--train.attention {train.attention}: {error}") from error
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    train.threads = torch.get_num_threads()
+    return device, dtype
+
+
+def resolve_seq_len(config: RunConfig, base: PretrainedFolder) -> int:
+    """Fill in the sequence length.
+
+    Raises:
+        UserError: longer than the model's positions, or angles that depend on the batch.
+    """
+    positions = base.config.max_position_embeddings
+    if base.config.rope_parameters["rope_type"] == "dynamic":
+        raise UserError(
+            f"{base.path}: rope_type dynamic cannot be trained: its angles depend on the longest text of a batch, so a "
+            "document's loss would depend on its neighbours; set rope_type to linear, yarn or llama3 in config.json"
+        )
+    seq_len = config.train.seq_len or min(positions, 4096)
+    if seq_len > positions:
+        raise UserError(f"--train.seq_len {seq_len}: the model has {positions} positions; give at most that many")
+    if seq_len < 2:
+        raise UserError("--train.seq_len 1: a token predicts the next one; give at least 2")
+    config.train.seq_len = seq_len
+    return seq_len
+
+
+def resolve_length(config: RunConfig, sequences_in_epoch: int) -> int:
+    """Fill in steps, warm-up and decay, and return the steps.
+
+    Raises:
+        UserError: the run is shorter than one step, or than its warm-up.
+    """
+    train, optim = config.train, config.optim
+    per_step = train.batch_size * train.seq_len
+    if train.steps is None and train.tokens is not None:
+        train.steps = int(train.tokens // per_step)
+        if train.steps < 1:
+            raise UserError(
+                f"--train.tokens {train.tokens:g}: one step takes {per_step:,} tokens; give at least that many"
+            )
+    if train.steps is None:
+        train.steps = sequences_in_epoch // train.batch_size
+        if train.steps < 1:
+            raise UserError(
+                f"one epoch has {sequences_in_epoch} sequences, fewer than --train.batch_size {train.batch_size}; "
+                "give --train.steps, a smaller batch or more text"
+            )
+    _resolve_schedule(optim, train.steps)
+    return train.steps
+
+
+def _resolve_schedule(optim: OptimConfig, steps: int) -> None:
+    if optim.warmup_steps is None:
+        optim.warmup_steps = round(0.06 * steps)
+    if optim.warmup_steps > steps:
+        raise UserError(f"--optim.warmup_steps {optim.warmup_steps}: longer than the run of {steps} steps; shorten it")
+    if optim.decay_steps is None:
+        optim.decay_steps = min(round(0.2 * steps), steps - optim.warmup_steps)
+    if optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:
+        raise UserError(
+            f"--optim.decay_steps {optim.decay_steps}: with {optim.warmup_steps} of warm-up longer than the run of "
+            f"{steps} steps; shorten it"
+        )
+
+
+def make_model_folder(config: RunConfig, base: PretrainedFolder, plan: ExpansionPlan | None, output: Path):
+    """The folder this run trains, made where it is not there yet: ``base`` itself, its expansion or a fresh model.
+
+    Returns:
+        The folder, and what the expansion proved (None where there was none now).
+    """
+    if config.model.init == "random":
+        folder = output / "initial"
+        if not folder.exists():
+            write_random_model(base, folder, seed=config.train.seed)
+        return PretrainedFolder(folder), None
+    if plan is None:
+        return base, None
+    folder = output / "expanded"
+    proof = None if folder.exists() else expand_and_prove(base, folder, plan)
+    return PretrainedFolder(folder), proof
+
+
+def write_random_model(base: PretrainedFolder, folder: Path, *, seed: int) -> None:
+    """Fresh weights for ``base``'s architecture as transformers draws them, in float32, with its tokenizer."""
+    import transformers
+
+    # A generator of its own would be ignored: transformers draws from the global one.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(base.config, dtype=torch.float32)
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        for path in base.companions():
+            shutil.copyfile(path, partial / path.name)
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The configuration with local paths made absolute, so that a run can be resumed from anywhere."""
+    config = dataclasses.replace(config, output=str(Path(config.output).absolute()))
+    if Path(config.model.path).is_dir():
+        config.model = dataclasses.replace(config.model, path=str(Path(config.model.path).absolute()))
+    return config

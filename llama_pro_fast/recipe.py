@@ -1,0 +1,194 @@
+"""From a command line and YAML files to a checked :class:`RunConfig`, and back to the ``config.yaml`` of a run.
+
+jsonargparse does the parsing; its messages, which span many lines, become one here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llama_pro_fast.config import RunConfig, Source
+from llama_pro_fast.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _parser():
+    # Imported here: benches build a RunConfig in Python and run where jsonargparse is not installed.
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="llama-pro-fast train",
+        description="Train the new blocks of an expanded model (or expand a base first), evaluate, export, report.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="A YAML recipe with the same keys; later options win.")
+    parser.add_argument(
+        "--resume", action="store_true", help="Go on with the run in `output`, from its last checkpoint."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Delete what is in `output` first.")
+    parser.add_class_arguments(RunConfig, nested_key=None)
+    return parser
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for: a configuration, and what to do about a folder that holds a run already."""
+
+    config: RunConfig
+    resume: bool
+    overwrite: bool
+
+
+def parse(argv: list[str]) -> Request:
+    """Read a command line of ``train``.
+
+    With ``--resume`` the configuration is the stored one; what the command line says besides must agree with it.
+
+    Raises:
+        UserError: unknown key, wrong type, unreadable recipe.
+    """
+    for option, following in zip(argv, [*argv[1:], ""], strict=True):
+        if option == "--config" or option.startswith("--config="):
+            _check_recipe(Path(option.partition("=")[2] or following))
+    parser = _parser()
+    try:
+        if "--resume" in argv:
+            given = parser.parse_args(argv, defaults=False)
+            if given.get("overwrite"):
+                raise UserError("--resume and --overwrite contradict each other; give one of them")
+            return Request(_stored(given), resume=True, overwrite=False)
+        values = parser.instantiate(parser.parse_args(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(_one_line(str(error))) from error
+    config = RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)})
+    return Request(config, resume=False, overwrite=values.overwrite)
+
+
+def _check_recipe(path: Path) -> None:
+    """A recipe's keys, before the parser sees them: here the file's name and the nearest right key are at hand."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"--config: there is no file {path}; give a YAML recipe") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error}); give a YAML recipe") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML: {_one_line(str(error))}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path}: not a recipe (keys and values); see the README for one")
+    known = _keys()
+    for key, value in _flatten(recipe):
+        if key not in known:
+            raise UserError(f"--config {path}: {_unknown(key)}")
+        rows = value if key in ("data.domain", "data.general") and isinstance(value, list) else []
+        fields = [f.name for f in dataclasses.fields(Source)]
+        for row in rows:
+            for name in row if isinstance(row, dict) else [str(row)]:
+                if name not in fields or not isinstance(row, dict) or "path" not in row:
+                    raise UserError(
+                        f"--config {path}: {key}: a source has {', '.join(fields)} (path at least), got {row}"
+                    )
+
+
+def _stored(given) -> RunConfig:
+    if given.get("output") is None:
+        raise UserError("--resume: say which run, --output runs/NAME")
+    run = Path(given.output)
+    config = load_config(run)
+    asked = {
+        key: value
+        for key, value in _flatten(given.as_dict())
+        if key.split(".")[0] not in ("config", "resume", "overwrite")
+    }
+    stored = dict(_flatten(to_dict(config)))
+    for key, value in asked.items():
+        if key not in ("output", "model.path") and value != stored.get(key):
+            raise UserError(
+                f"--resume: {key} is {value} here and {stored.get(key)} in {run / 'config.yaml'}; a resumed run keeps "
+                f"its settings, leave {key} out (or start a new run in another folder)"
+            )
+    return config
+
+
+def load_config(run: Path) -> RunConfig:
+    """The resolved configuration of a run's folder.
+
+    Raises:
+        UserError: there is no run, or its config.yaml is damaged.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: no run there (no config.yaml); start one without --resume")
+    try:
+        return from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not readable as the configuration of a run ({str(error).splitlines()[0]})") from error
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """The dataclass from plain values; nested dataclasses are told by their defaults, sources by their key."""
+    built = {}
+    for f in dataclasses.fields(cls):
+        value = values[f.name]
+        if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(f.default_factory):
+            value = from_dict(f.default_factory, value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            value = [Source(**row) for row in value]
+        built[f.name] = value
+    return cls(**built)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _keys() -> list[str]:
+    return ["config", "resume", "overwrite", *(key for key, _ in _flatten(to_dict(RunConfig())))]
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message as one line naming the key, what was given and what is expected."""
+    if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        return _unknown(f"{unknown[1]}.{unknown[2]}")
+    if unknown := re.search(r"(?:unrecognized arguments|Unrecognized arguments): (\S+)", message):
+        return _unknown(unknown[1].lstrip("-").split("=")[0])
+    if unknown := re.search(r"[Kk]ey [\"']([\w.]+)[\"'] is not expected|No action for key \"([\w.]+)\"", message):
+        return _unknown(unknown[1] or unknown[2])
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    given = re.search(r"Given value: (.*)|[Gg]ot value: (.*)|File does not exist: (.*)", message)
+    if key and given:
+        value = next(group for group in given.groups() if group is not None)
+        if given[3] is not None:
+            return f"--{key[1]}: there is no file {value}; give a YAML recipe"
+        kinds = re.findall(r"Expected a <class '(\w+)'>|Expected a[n]? (typing\.Literal\[.*?\])", message)
+        names = [a or b.removeprefix("typing.Literal").strip("[]") for a, b in kinds if a != "NoneType"]
+        return f"--{key[1]}: {value!r} is not {' or '.join(dict.fromkeys(names)) or 'of the expected type'}"
+    return re.sub(r"\s+", " ", message).strip()
+
+
+def _unknown(key: str) -> str:
+    close = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "see `llama-pro-fast train --help`"
+    return f"there is no option or recipe key {key}; {hint}"

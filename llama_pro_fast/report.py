@@ -1,0 +1,143 @@
+"""What a run leaves to read: metrics.jsonl and TensorBoard while it goes, loss.png and a summary at its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends rows to ``metrics.jsonl`` (one JSON object a line, ``kind`` is ``train`` or ``eval``) and TensorBoard.
+
+    Args:
+        run: the run's folder.
+        resumed_at: the step a resumed run starts from; what a crashed run wrote beyond it is dropped.
+    """
+
+    def __init__(self, run: Path, *, resumed_at: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run / METRICS_FILE
+        kept = [row for row in read_metrics(run) if resumed_at is not None and row["step"] <= resumed_at]
+        replacement = self.path.with_suffix(".new")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        replacement.replace(self.path)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self.board = SummaryWriter(run / "tensorboard", purge_step=None if resumed_at is None else resumed_at + 1)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.file.flush()
+        prefix = "/".join([kind, *([values["source"]] if "source" in values else [])])
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run; a last line that a crash cut short is left out."""
+    path = run / METRICS_FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_report(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write ``report/`` from the run's metrics.
+
+    Args:
+        facts: what the trainer knows of the run and the metrics do not say (model, sizes, folders, speed).
+
+    Returns:
+        The content of ``summary.json``: the facts, and for each source its first and last evaluation.
+    """
+    rows = read_metrics(run)
+    folder = run / "report"
+    folder.mkdir(exist_ok=True)
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    results = []
+    for source, mine in _by_source(evaluations).items():
+        keep = ("step", "loss", "bits_per_byte", "base_loss", "kl")
+        before, after = ({key: row.get(key) for key in keep} for row in (mine[0], mine[-1]))
+        results.append({"source": source[1], "role": source[0], "before": before, "after": after})
+    summary = {**facts, "results": results}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
+    draw_loss(rows, folder / "loss.png", title=str(facts.get("title", run.name)))
+    return summary
+
+
+def _by_source(evaluations: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(role, source) -> its rows in order; one text may be both what is learned and what is not to be forgotten."""
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in evaluations:
+        grouped.setdefault((row["role"], row["source"]), []).append(row)
+    return grouped
+
+
+def _markdown(summary: dict[str, Any]) -> str:
+    lines = [f"# {summary.get('title', 'run')}", "", "| | |", "|---|---|"]
+    lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in summary.items() if name != "results"]
+    lines += [
+        "",
+        "Held-out text, nats per token (lower is better); base: the same model with its new blocks skipped.",
+        "",
+        "| source | role | loss before | loss after | change | base now | KL(base‖now) | bits per byte after |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def figure(value: float | None) -> str:
+        return "–" if value is None else f"{value:.4f}"
+
+    for row in summary["results"]:
+        before, after = row["before"], row["after"]
+        lines.append(
+            f"| {row['source']} | {row['role']} | {figure(before['loss'])} | {figure(after['loss'])} "
+            f"| {after['loss'] - before['loss']:+.4f} | {figure(after['base_loss'])} | {figure(after['kl'])} "
+            f"| {figure(after['bits_per_byte'])} |"
+        )
+    return "\n".join([*lines, "", "![loss](loss.png)", ""])
+
+
+def draw_loss(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Training loss, held-out loss of every source, and the base's on the general ones."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    train = [row for row in rows if row["kind"] == "train"]
+    if train:
+        axes.plot(
+            [row["step"] for row in train],
+            [row["loss"] for row in train],
+            color="0.75",
+            linewidth=1,
+            label="training batches",
+        )
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    for index, ((role, source), mine) in enumerate(_by_source(evaluations).items()):
+        steps, color = [row["step"] for row in mine], f"C{index}"
+        label = f"{source} ({role}, held out)"
+        axes.plot(steps, [row["loss"] for row in mine], "o-", color=color, markersize=3, label=label)
+        if mine[0].get("base_loss") is not None:
+            base = [row["base_loss"] for row in mine]
+            axes.plot(steps, base, "--", color=color, linewidth=1, label=f"{source}: base")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llama_pro_fast.cli import run_entry_point
+from llama_pro_fast.config import (
+    DataConfig,
+    EvalConfig,
+    ExpandConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+TEXT = "the block copies its input until training moves it away from that and only new blocks learn, others stay"
+WORDS = TEXT.replace(",", "").split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """A CPU run repeats bit for bit at the same thread count; tiny products gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """A folder with domain.jsonl and general.txt files of pseudo text."""
+    folder = tmp_path_factory.mktemp("texts")
+    generator = torch.Generator().manual_seed(0)
+
+    def sentence(length: int) -> str:
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator))
+
+    with open(folder / "domain.jsonl", "w") as file:
+        for n in range(120):
+            file.write(json.dumps({"text": f"{n}: {sentence(5 + n % 40)}."}) + "\n")
+    (folder / "general").mkdir()
+    for n in range(60):
+        (folder / "general" / f"{n}.txt").write_text(f"Letter {n}. {sentence(30)}!")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(WORDS * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer) -> Path:
+    """A tiny base with a tokenizer, stored in bf16 like most."""
+    return write_base(tmp_path_factory.mktemp("base") / "tiny", tokenizer, torch.bfloat16)
+
+
+def write_base(folder: Path, tokenizer, dtype: torch.dtype, **config) -> Path:
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.normal_(std=0.1).add_(1.0 if "norm" in name else 0.0)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_config(base, texts, tmp_path, tmp_path_factory) -> Callable[..., RunConfig]:
+    """A run of 6 steps in a second or two; ``section={"key": value}`` changes it."""
+
+    def make(**changes) -> RunConfig:
+        sections = {
+            "model": {"path": str(base)},
+            "expand": {"groups": 2},
+            "data": {
+                "domain": str(texts / "domain.jsonl"),
+                "general": str(texts / "general"),
+                "held_out": 0.1,
+                "cache": str(tmp_path_factory.getbasetemp() / "token-cache"),
+            },
+            "optim": {"lr": 1e-2, "warmup_steps": 1},
+            "train": {"steps": 6, "seq_len": 32, "batch_size": 4, "micro_batch_size": 2, "log_every": 1, "threads": 1},
+            "eval": {"every": 3, "tokens": 256},
+        }
+        output = changes.pop("output", str(tmp_path / "run"))
+        for name, values in changes.items():
+            sections[name] = sections[name] | values
+        sections["train"].setdefault("checkpoint_every", 2)
+        return RunConfig(
+            model=ModelConfig(**sections["model"]),
+            expand=ExpandConfig(**sections["expand"]),
+            data=DataConfig(**sections["data"]),
+            optim=OptimConfig(**sections["optim"]),
+            train=TrainConfig(**sections["train"]),
+            eval=EvalConfig(**sections["eval"]),
+            output=output,
+        )
+
+    return make
+
+
+@pytest.fixture
+def cli(capfd):
+    """Call a verb as its entry point does: (exit code, stdout, stderr)."""
+
+    def call(main, *argv) -> tuple[int, str, str]:
+        code = run_entry_point(main, [str(a) for a in argv])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A copy of a folder that a test may damage."""
+
+    def copy(folder: Path, name: str = "copy") -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    return copy

@@ -1,0 +1,217 @@
+"""Whole runs on a tiny base: what is written, what an export is, and that a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llama_pro_fast import export, train
+from llama_pro_fast.batch import PackedBatch
+from llama_pro_fast.checkpoint import complete_checkpoints
+from llama_pro_fast.expansion import Manifest
+from llama_pro_fast.model import load_model
+from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
+from llama_pro_fast.recipe import parse, to_dict
+from llama_pro_fast.report import read_metrics
+
+
+def losses(run: Path) -> list[tuple]:
+    """Everything a run measured that is not a clock."""
+    keep = ("kind", "step", "source", "loss", "base_loss", "kl", "grad_norm", "lr")
+    return [tuple(row.get(key) for key in keep) for row in read_metrics(run)]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    opened = PretrainedFolder(folder)
+    return {name: opened.digest(name) for name in opened.entries}
+
+
+def start(config, folder: Path) -> subprocess.Popen:
+    """The same run as a process of its own, as a user starts it."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({k: v for k, v in to_dict(config).items() if v is not None}))
+    command = [sys.executable, "-m", "llama_pro_fast.train", "--config", str(recipe)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run that several tests look at; made by the first."""
+    made: dict[str, Path] = {}
+
+    def get(make_config) -> Path:
+        if "run" not in made:
+            made["run"] = tmp_path_factory.mktemp("finished") / "run"
+            train.run(make_config(output=str(made["run"])))
+        return made["run"]
+
+    return get
+
+
+def test_a_run_writes_what_the_design_names(finished, make_config):
+    run = finished(make_config)
+    assert [f.name for f in complete_checkpoints(run)] == ["step-000004", "step-000006"]
+    for name in ("config.yaml", "metrics.jsonl", "export/config.json", "expanded/config.json", "report/summary.md"):
+        assert (run / name).is_file(), name
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["tokens"] == 6 * 4 * 32
+    assert {(row["role"], row["source"]) for row in summary["results"]} == {
+        ("domain", "domain"),
+        ("general", "general"),
+    }
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if row["kind"] == "eval" and row["role"] == "domain"] == [0, 3, 6]
+
+
+def test_the_domain_is_learned_and_only_new_blocks_change(finished, make_config, base):
+    run = finished(make_config)
+    domain = [row["loss"] for row in read_metrics(run) if row["kind"] == "eval" and row["role"] == "domain"]
+    assert domain[-1] < domain[0] - 0.1
+    before, after = digests(run / "expanded"), digests(run / "export")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    new = Manifest.from_config(PretrainedFolder(run / "export").raw_config).trained_blocks
+    assert new == (2, 5)
+    assert changed == {name for name in before if name.startswith(("model.layers.2.", "model.layers.5."))}
+
+
+def test_the_meter_is_exactly_zero_before_the_first_step_and_then_measures(finished, make_config):
+    general = [row for row in read_metrics(finished(make_config)) if row["kind"] == "eval" and row["role"] == "general"]
+    assert general[0]["loss"] == general[0]["base_loss"]
+    assert general[0]["kl"] == 0.0
+    assert general[-1]["kl"] > 0
+    assert general[-1]["loss"] != general[-1]["base_loss"]
+    assert len({row["base_loss"] for row in general}) == 1, "the base's loss moved"
+
+
+def test_the_export_is_an_ordinary_checkpoint_with_our_models_greedy_tokens(finished, make_config):
+    run = finished(make_config)
+    model, info = AutoModelForCausalLM.from_pretrained(run / "export", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+    ours = load_model(PretrainedFolder(run / "export"), dtype=torch.float32, attention="cpu_flash")
+    prompt = AutoTokenizer.from_pretrained(run / "export")("the block copies")["input_ids"]
+    theirs = model.float().generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    ids = list(prompt)
+    for _ in range(20):
+        ids.append(int(ours.logits(PackedBatch.from_documents([ids]))[-1].argmax()))
+    assert theirs[0].tolist() == ids
+
+
+def test_trained_tensors_are_narrowed_once(finished, make_config):
+    run = finished(make_config)
+    exported = PretrainedFolder(run / "export")
+    state = {"model": {"blocks.2.o_proj.weight": torch.empty(32, 32)}}
+    from llama_pro_fast.checkpoint import load
+
+    load(complete_checkpoints(run)[-1], state)
+    master = state["model"]["blocks.2.o_proj.weight"]
+    assert not torch.equal(master, master.bfloat16().float()), "the master is no wider than the export"
+    assert torch.equal(exported.tensor("model.layers.2.self_attn.o_proj.weight"), master.bfloat16())
+
+
+def test_export_by_hand_of_a_crashed_run(make_config, tmp_path, cli):
+    process = start(make_config(train={"steps": 5000}), tmp_path)
+    wait_for(lambda: len(complete_checkpoints(tmp_path / "run")) > 0, process)
+    process.kill()
+    process.wait()
+    code, out, err = cli(export.main, tmp_path / "run", tmp_path / "by-hand")
+    assert code == 0, err
+    assert "by-hand" in out
+    AutoModelForCausalLM.from_pretrained(tmp_path / "by-hand")
+    before, after = digests(tmp_path / "run" / "expanded"), digests(tmp_path / "by-hand")
+    assert {name.split(".")[2] for name in before if before[name] != after[name]} == {"2", "5"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, make_config, tmp_path, base):
+    """SIGINT saves at the end of the step; after SIGKILL the last complete checkpoint counts."""
+    length = {"steps": 60, "checkpoint_every": 7}
+    train.run(make_config(train=length, eval={"every": 10}, output=str(tmp_path / "whole")))
+
+    process = start(make_config(train=length, eval={"every": 10}), tmp_path)
+    run = tmp_path / "run"
+    wait_for(lambda: len(complete_checkpoints(run)) > 0, process)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == (130 if number == signal.SIGINT else -9), output
+    assert not (run / "export").exists()
+    if number == signal.SIGINT:
+        assert f"python -m llama_pro_fast.train --output {run} --resume" in output
+    request = parse(["--output", str(run), "--resume"])
+    train.run(request.config, resume=request.resume)
+    assert losses(run) == losses(tmp_path / "whole")
+    assert digests(run / "export") == digests(tmp_path / "whole" / "export")
+
+
+def test_remains_of_a_save_that_died_are_not_read(make_config, tmp_path):
+    config = make_config(train={"steps": 4, "checkpoint_every": 2})
+    train.run(config)
+    run = tmp_path / "run"
+    expected = digests(run / "export")
+    last = complete_checkpoints(run)[-1]
+    (last / "COMPLETE").unlink()
+    (last / ".metadata").write_bytes(b"half")
+    request = parse(["--output", str(run), "--resume"])
+    train.run(request.config, resume=True)
+    assert digests(run / "export") == expected
+
+
+def test_training_from_scratch_and_on_trained_everything(make_config, base, tmp_path, capsys):
+    """`all` mode: random weights for the architecture, every tensor trains, the meter is off and says why."""
+    config = make_config(
+        model={"init": "random"}, expand={"groups": None}, train={"parameters": "all", "dtype": "bfloat16"}
+    )
+    summary = train.run(config)
+    assert "off: all parameters train" in capsys.readouterr().out
+    assert summary["trained_parameters"] == summary["parameters"]
+    before, after = digests(tmp_path / "run" / "initial"), digests(tmp_path / "run" / "export")
+    assert all(before[name] != after[name] for name in before)
+    assert all(row.get("kl") is None for row in read_metrics(tmp_path / "run"))
+
+
+def test_an_expanded_model_trains_without_another_expansion(make_config, finished, tmp_path):
+    """The second stage of training starts from an export; its manifest still says which blocks train."""
+    first = finished(make_config)
+    train.run(make_config(model={"path": str(first / "export")}, expand={"groups": None}))
+    before, after = digests(first / "export"), digests(tmp_path / "run" / "export")
+    assert {name.split(".")[2] for name in before if before[name] != after[name]} == {"2", "5"}
+    assert folder_digest(PretrainedFolder(first / "export")) != folder_digest(PretrainedFolder(tmp_path / "run/export"))
+
+
+def test_general_text_with_a_weight_is_replayed(make_config, texts, tmp_path, capsys):
+    from llama_pro_fast.config import Source
+
+    config = make_config(data={"general": [Source(path=str(texts / "general"), weight=0.5)]}, train={"steps": 2})
+    train.run(config)
+    assert "general" in next(line for line in capsys.readouterr().out.splitlines() if "text  " in line)
+
+
+def test_without_general_text_the_built_in_prose_is_measured_and_named(make_config, tmp_path, capsys):
+    train.run(make_config(data={"general": None}, train={"steps": 1}))
+    assert "stdlib:prose (built in, no --data.general given)" in capsys.readouterr().out
+    assert {row["source"] for row in read_metrics(tmp_path / "run") if row["kind"] == "eval"} == {
+        "domain",
+        "stdlib:prose",
+    }
