@@ -147,8 +147,8 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two lines of log."""
 
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; the last step is always one."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints; by default a tenth of the run, at most 500. The last step is always one."""
 
     keep_checkpoints: int = 2
     """How many checkpoints stay on disk."""
@@ -158,8 +158,9 @@ class TrainConfig:
 class EvalConfig:
     """Measuring, on held-out text."""
 
-    every: int = 500
-    """Steps between two evaluations; there is always one before the first step and one after the last."""
+    every: int | None = None
+    """Steps between two evaluations; by default a tenth of the run, at most 500. There is always one before the first
+    step and one after the last."""
 
     tokens: int = 65_536
     """At most this many held-out tokens per source."""

@@ -186,7 +186,7 @@ def resolve_seq_len(config: RunConfig, base: PretrainedFolder) -> int:
 
 
 def resolve_length(config: RunConfig, sequences_in_epoch: int) -> int:
-    """Fill in steps, warm-up and decay, and return the steps.
+    """Fill in steps, warm-up, decay and the intervals of evaluation and checkpoints, and return the steps.
 
     Raises:
         UserError: the run is shorter than one step, or than its warm-up.
@@ -207,6 +207,9 @@ def resolve_length(config: RunConfig, sequences_in_epoch: int) -> int:
                 "give --train.steps, a smaller batch or more text"
             )
     _resolve_schedule(optim, train.steps)
+    interval = max(1, min(500, train.steps // 10))
+    train.checkpoint_every = train.checkpoint_every or interval
+    config.eval.every = config.eval.every or interval
     return train.steps
 
 

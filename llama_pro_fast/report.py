@@ -76,7 +76,7 @@ def write_report(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
     summary = {**facts, "results": results}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
-    draw_loss(rows, folder / "loss.png", title=str(facts.get("title", run.name)))
+    draw_loss(rows, folder / "loss.png", title=facts["title"])
     return summary
 
 
@@ -89,8 +89,11 @@ def _by_source(evaluations: list[dict[str, Any]]) -> dict[tuple[str, str], list[
 
 
 def _markdown(summary: dict[str, Any]) -> str:
-    lines = [f"# {summary.get('title', 'run')}", "", "| | |", "|---|---|"]
-    lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in summary.items() if name != "results"]
+    lines = [f"# {summary['title']}", "", "| | |", "|---|---|"]
+    for name, value in summary.items():
+        if name not in ("title", "results"):
+            text = f"{value:,}" if isinstance(value, int) else str(value)
+            lines.append(f"| {name.replace('_', ' ')} | {text} |")
     lines += [
         "",
         "Held-out text, nats per token (lower is better); base: the same model with its new blocks skipped.",

@@ -78,7 +78,9 @@ def test_model_folder_without_config(refused, tmp_path):
 
 
 def test_another_architecture(refused, tmp_path):
-    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+    ).save_pretrained(tmp_path / "gpt2")
     refused("GPT2LMHeadModel", "supported: LlamaForCausalLM", model__path=tmp_path / "gpt2")
 
 
