@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_pro_fast.pretrained import PretrainedFolder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_progress_bars() -> None:
+    """Tests read what our own code writes to stderr."""
+    transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture

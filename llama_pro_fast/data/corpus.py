@@ -1,0 +1,91 @@
+"""All the text of a run: what it trains on, packed and in order, and what it is measured on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from llama_pro_fast.batch import PackedBatch
+from llama_pro_fast.config import DataConfig
+from llama_pro_fast.data.packing import PackedDataset, held_out_batches
+from llama_pro_fast.data.sources import ResolvedSource, resolve_sources
+from llama_pro_fast.data.tokens import TokenStore, tokenize_source
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out documents of one source."""
+
+    source: ResolvedSource
+    store: TokenStore
+    seq_len: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token."""
+        return self.store.held_out.bytes_per_token
+
+    def batches(self, micro_batch: int, max_tokens: int) -> Iterator[PackedBatch]:
+        """The first ``max_tokens`` tokens, ``micro_batch`` sequences at a time."""
+        return held_out_batches(self.store, seq_len=self.seq_len, micro_batch=micro_batch, max_tokens=max_tokens)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A run's text.
+
+    Attributes:
+        train: every source that has a weight, packed.
+        held_out: every source's held-out side.
+        fingerprint: changes when the order or the content of the training text does.
+    """
+
+    train: PackedDataset
+    held_out: list[HeldOut]
+    fingerprint: str
+
+    @classmethod
+    def prepare(
+        cls,
+        config: DataConfig,
+        tokenizer,
+        *,
+        seq_len: int,
+        seed: int,
+        default_general: bool,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Corpus:
+        """Find the sources, tokenise what the cache does not hold, and set up the order.
+
+        Args:
+            default_general: measure the built-in prose where the recipe names no general text.
+            progress: called with a source's name, documents and tokens written so far.
+
+        Raises:
+            UserError: a source is missing, unreadable, empty or too small.
+        """
+        held_out = []
+        for source in resolve_sources(config, default_general=default_general):
+
+            def report(documents: int, tokens: int, name: str = source.name) -> None:
+                if progress is not None:
+                    progress(name, documents, tokens)
+
+            store = tokenize_source(
+                source, tokenizer, held_out=config.held_out, cache_dir=config.cache, progress=report
+            )
+            held_out.append(HeldOut(source, store, seq_len))
+        train = PackedDataset([(text.store, text.source.weight) for text in held_out], seq_len=seq_len, seed=seed)
+        trained = [(text.store.key, text.source.weight) for text in held_out if text.source.weight > 0]
+        fingerprint = hashlib.sha256(repr((trained, seq_len, seed)).encode()).hexdigest()
+        return cls(train, held_out, fingerprint)
+
+    def description(self) -> str:
+        """Sources with their training tokens and weights, for a person."""
+        parts = []
+        for text in self.held_out:
+            if text.source.weight > 0:
+                times = "" if text.source.weight == 1 else f" x {text.source.weight:g}"
+                parts.append(f"{text.source.name} {text.store.train.num_tokens:,} tokens{times}")
+        return "; ".join(parts)
