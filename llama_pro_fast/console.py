@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from rich.box import ROUNDED
 from rich.console import Console
 from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=False)
@@ -18,6 +20,13 @@ console = Console(highlight=False, soft_wrap=False)
 def say(text: str) -> None:
     """A line of progress."""
     console.print(text, markup=False, overflow="ignore", crop=False, no_wrap=True)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[Callable[[str], None]]:
+    """A line that is gone when the wait is over, and a function that changes it; nothing where nobody would see it."""
+    with console.status(text) as status:
+        yield status.update
 
 
 def box(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -67,3 +76,21 @@ def amount(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A function ``(what, done, total)`` that draws a bar for each ``what`` on stderr; None if that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description:16}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, object] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield progress

@@ -7,7 +7,6 @@ tensor at a time.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from llama_pro_fast.model import EMBEDDING, HEAD, hf_tensors
 from llama_pro_fast.pretrained import (
     CONFIG_FILE,
     INDEX_FILE,
+    SINGLE_FILE,
     TORCH_DTYPES,
     PretrainedFolder,
     new_folder,
@@ -66,11 +66,9 @@ def export_run(run: Path, out: Path | None = None) -> Path:
                     else:
                         for piece in base.read_bytes(entry.name):
                             target.write(piece)
-                target.flush()
-                os.fsync(target.fileno())
-        for path in [base.path / CONFIG_FILE, base.path / INDEX_FILE, *base.companions()]:
-            if path.exists():
-                shutil.copyfile(path, partial / path.name)
+        index = [] if base.files == [SINGLE_FILE] else [base.path / INDEX_FILE]
+        for path in [base.path / CONFIG_FILE, *index, *base.companions()]:
+            shutil.copyfile(path, partial / path.name)
     return out
 
 

@@ -162,8 +162,8 @@ def check_tensors(folder: PretrainedFolder) -> None:
     for name, entry in folder.entries.items():
         if name not in expected and name not in known_extra and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
-                f"{folder.path / entry.file}: holds {name}, unknown to the config ({folder.config.num_hidden_layers} layers); "
-                " config.json and weights are of different models"
+                f"{folder.path / entry.file}: holds {name}, which a model of {folder.config.num_hidden_layers} layers "
+                "by the config has not; config.json and weights are of different models"
             )
         if name in expected and entry.shape != expected[name]:
             raise UserError(
@@ -244,7 +244,6 @@ def load_model(
     ]
     norm = RMSNorm(folder.tensor(FINAL_NORM).to(device), config.rms_norm_eps, trained=train_all, compute_dtype=dtype)
     lm_head = None if config.tie_word_embeddings else load_embedding(folder, name=HEAD, **how)
-    folder.close()
     cos, sin = rotary_tables(config, max_length or config.max_position_embeddings)
     return Decoder(
         embed_tokens=embed_tokens,

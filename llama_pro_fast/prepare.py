@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 from llama_pro_fast.config import OptimConfig, RunConfig
+from llama_pro_fast.console import progress_bars
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan, Manifest
 from llama_pro_fast.identity import expand_and_prove
-from llama_pro_fast.pretrained import PretrainedFolder, new_folder, resolve, writing_to
+from llama_pro_fast.pretrained import PretrainedFolder, new_folder, no_progress_bars, resolve, writing_to
+from llama_pro_fast.recipe import save_config
 from llama_pro_kernels import select_attention_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -83,7 +85,7 @@ def check_config(config: RunConfig) -> None:
 
 
 def claim_output(output: Path, *, overwrite: bool) -> None:
-    """Make sure that the run's folder is ours to write: new, empty, or a run the user wants gone.
+    """Make sure that the run's folder is ours to write: new, empty, or a run the user wants gone (still there after).
 
     Raises:
         UserError: it holds another run or other files, or cannot be written.
@@ -98,12 +100,19 @@ def claim_output(output: Path, *, overwrite: bool) -> None:
             raise UserError(
                 f"--output {output}: holds a run; add --resume to go on with it or --overwrite to delete it"
             )
-        shutil.rmtree(output)
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".writable"
         probe.touch()
         probe.unlink()
+
+
+def begin_run(config: RunConfig, output: Path) -> None:
+    """Delete what the user wants gone, and write ``config.yaml``, which makes the folder a run."""
+    with writing_to(output):
+        shutil.rmtree(output)
+        output.mkdir()
+        save_config(config, output / "config.yaml")
 
 
 def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None]:
@@ -241,7 +250,10 @@ def make_model_folder(config: RunConfig, base: PretrainedFolder, plan: Expansion
     if plan is None:
         return base, None
     folder = output / "expanded"
-    proof = None if folder.exists() else expand_and_prove(base, folder, plan)
+    if folder.exists():
+        return PretrainedFolder(folder), None
+    with progress_bars() as progress:
+        proof = expand_and_prove(base, folder, plan, progress=progress)
     return PretrainedFolder(folder), proof
 
 
@@ -254,7 +266,8 @@ def write_random_model(base: PretrainedFolder, folder: Path, *, seed: int) -> No
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(base.config, dtype=torch.float32)
     with new_folder(folder) as partial:
-        model.save_pretrained(partial)
+        with no_progress_bars():
+            model.save_pretrained(partial)
         for path in base.companions():
             shutil.copyfile(path, partial / path.name)
 

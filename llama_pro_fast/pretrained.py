@@ -8,6 +8,7 @@ file, and a tensor becomes a `torch.Tensor` only where it is computed with.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -105,15 +106,10 @@ class PretrainedFolder:
             return repository.removeprefix("models--").replace("--", "/")
         return name
 
-    def has_weights(self) -> bool:
-        return (self.path / SINGLE_FILE).exists() or (self.path / INDEX_FILE).exists()
-
-    @property
+    @functools.cached_property
     def entries(self) -> dict[str, TensorEntry]:
         """Every tensor by name, in file order; headers are read on first use."""
-        if not hasattr(self, "_entries"):
-            self._entries = self._read_headers()
-        return self._entries
+        return self._read_headers()
 
     @property
     def files(self) -> list[str]:
@@ -195,9 +191,6 @@ class PretrainedFolder:
             into[position : position + len(piece)] = piece
             position += len(piece)
         return content.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         """The folder's tokenizer.
@@ -387,3 +380,16 @@ def _read_json(path: Path, why: str) -> dict[str, Any]:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers draws bars of its own when it reads and writes weights; here they would cut through our lines."""
+    logging = transformers.utils.logging
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()

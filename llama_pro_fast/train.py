@@ -15,7 +15,7 @@ import torch
 from llama_pro_fast import checkpoint, prepare
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import amount, block_strip, box, peak_memory_gib, say, table
+from llama_pro_fast.console import amount, block_strip, box, peak_memory_gib, say, table, waiting
 from llama_pro_fast.cost import num_parameters, step_cost
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.evaluate import Meter
@@ -25,7 +25,7 @@ from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.optimizer import Optimizer
 from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
 from llama_pro_fast.progress import Clock, Log, StopSignal, resume_command
-from llama_pro_fast.recipe import parse, save_config
+from llama_pro_fast.recipe import parse
 from llama_pro_fast.report import MetricsWriter, write_report
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
@@ -55,20 +55,27 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         prepare.claim_output(output, overwrite=overwrite)
 
     # Text to tokens, once; then the length of the run is known.
-    say("tokenising (kept for the next run) ...")
-    train_all = config.train.parameters == "all"
-    corpus = Corpus.prepare(
-        config.data, tokenizer, seq_len=seq_len, seed=config.train.seed, default_general=not train_all
-    )
+    with waiting("reading text ...") as update:
+        corpus = Corpus.prepare(
+            config.data,
+            tokenizer,
+            seq_len=seq_len,
+            seed=config.train.seed,
+            default_general=config.train.parameters == "new_blocks",
+            progress=lambda name, documents, tokens: update(
+                f"tokenising {name}: {documents:,} documents, {amount(tokens)} tokens"
+            ),
+        )
     steps = prepare.resolve_length(config, corpus.train.sequences_in_epoch(0))
     if not resume:
-        save_config(config, output / "config.yaml")
+        prepare.begin_run(config, output)
 
     # The model's folder: from here on only its manifest says which blocks train.
     folder, proof = prepare.make_model_folder(config, base, plan, output)
     if proof is not None:
         say(f"expanded: {plan.strip}; identity proved: {proof.summary()}")
     manifest = Manifest.from_config(folder.raw_config)
+    train_all = config.train.parameters == "all"
     new_blocks = () if train_all else manifest.trained_blocks
     base_digest = folder_digest(folder)
     model = load_model(

@@ -314,7 +314,15 @@ def test_output_holds_another_run(cli, make_config, tmp_path, base, texts):
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
 
 
-def test_overwrite_deletes_runs_only(cli, make_config, tmp_path, base, texts, monkeypatch):
+def test_overwrite_deletes_nothing_when_the_new_run_is_refused(cli, make_config, tmp_path, base):
+    train.run(make_config(train={"steps": 1}))
+    argv = ["--model.path", base, "--data.domain", tmp_path / "none.jsonl", "--optim.lr", "0.1", "--expand.groups", "2"]
+    code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
+    assert_refused(code, err, "none.jsonl")
+    assert (tmp_path / "run" / "export" / "config.json").exists()
+
+
+def test_overwrite_starts_anew(make_config, tmp_path):
     train.run(make_config(train={"steps": 1}))
     (tmp_path / "run" / "metrics.jsonl").write_text("old")
     train.run(make_config(train={"steps": 1}), overwrite=True)

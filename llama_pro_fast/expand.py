@@ -1,0 +1,85 @@
+"""`llama-pro-fast expand BASE OUT --groups 8`: insert identity copies of blocks, and prove that nothing changed.
+
+    the base's headers -> plan -> rewrite, byte by byte, into OUT.partial -> proof on OUT.partial -> rename to OUT
+
+OUT comes into being only after the proof: a crash, a full disk or a proof that fails leave no OUT.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+
+import torch
+
+from llama_pro_fast.cli import PROGRAM, ArgumentParser, run_entry_point
+from llama_pro_fast.config import ExpandConfig
+from llama_pro_fast.console import amount, box, duration, peak_memory_gib, progress_bars, say
+from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.identity import IdentityProof, expand_and_prove
+from llama_pro_fast.pretrained import PretrainedFolder, resolve
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The verb `expand`."""
+    options = _parser().parse_args(argv)
+    start = time.monotonic()
+    base = PretrainedFolder(resolve(options.base))
+    config = ExpandConfig(groups=options.groups, after=options.after, copies=options.copies)
+    plan = ExpansionPlan.from_config(base.config.num_hidden_layers, config)
+    with progress_bars() as progress:
+        proof = expand_and_prove(base, options.out, plan, progress=progress)
+    _report(base, PretrainedFolder(options.out), plan, proof)
+    say(f"took {duration(time.monotonic() - start)}, peak memory {peak_memory_gib(torch.device('cpu')):.2f} GiB")
+    say(f"written to {options.out}; next:")
+    say(f"{PROGRAM} train --model.path {options.out} --data.domain FILE --optim.lr 2e-4 --output runs/NAME")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"{PROGRAM} expand",
+        description="Insert identity copies of decoder blocks into a Llama checkpoint (LLaMA Pro, arXiv 2401.02415).",
+    )
+    parser.add_argument("base", metavar="BASE", help="folder of a Hugging Face Llama checkpoint, or a hub id")
+    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--groups", type=int, metavar="N", help="cut the blocks into N groups, new blocks after each")
+    where.add_argument("--after", metavar="K,K,...", help="instead: the blocks (from 0) that new ones follow")
+    parser.add_argument("--copies", type=int, default=1, metavar="P", help="new blocks in each place (default: 1)")
+    return parser
+
+
+def _report(base: PretrainedFolder, expanded: PretrainedFolder, plan: ExpansionPlan, proof: IdentityProof) -> None:
+    before, after = _num_parameters(base), _num_parameters(expanded)
+    new, dtype = after - before, str(proof.dtype).removeprefix("torch.")
+    rows = [
+        ("blocks", f"{plan.num_old} -> {plan.num_layers}"),
+        ("", f"{plan.strip}  (o old, X new)"),
+        (
+            "parameters",
+            f"{amount(before)} -> {amount(after)}, of which the new blocks hold {amount(new)} ({new / after:.1%})",
+        ),
+        (
+            "proof",
+            f"{proof.old_tensors} tensors of the base byte-identical, {proof.copied_tensors} copied, "
+            f"{proof.zeroed_tensors} zero",
+        ),
+        ("", f"{proof.new_blocks} new blocks give back their input bit for bit ({dtype}, {proof.tokens} tokens)"),
+    ]
+    if proof.random_ids:
+        rows.append(("", f"the tokens are random: {proof.random_ids}"))
+    if proof.logits_skipped:
+        rows.append(("", f"so the logits are equal; not computed whole ({proof.logits_skipped})"))
+    else:
+        rows.append(("", f"max |Δlogit| = {proof.max_logit_difference} (stock transformers, {dtype})"))
+    box(f"expanded {base.name}", rows)
+
+
+def _num_parameters(folder: PretrainedFolder) -> int:
+    return sum(math.prod(e.shape) for e in folder.entries.values() if not e.name.endswith("rotary_emb.inv_freq"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry_point(main))

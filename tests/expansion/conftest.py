@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.identity import expand_and_prove
+from llama_pro_fast.pretrained import PretrainedFolder
+
+MakeBase = Callable[..., PretrainedFolder]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models of a few kilobytes: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_base(tmp_path: Path) -> MakeBase:
+    """A tiny Llama checkpoint on disk. Every weight, norm and bias is random: transformers starts biases at zero and
+    norms at one, and a test on those could pass by luck."""
+
+    def make(*, dtype=torch.float32, shard_size="1GB", name="base", extra_config=None, **config) -> PretrainedFolder:
+        settings = {
+            "vocab_size": 80,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+        }
+        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+        generator = torch.Generator().manual_seed(len(list(model.parameters())))
+        for parameter in model.parameters():
+            with torch.no_grad():
+                parameter.normal_(std=0.3, generator=generator)
+        folder = tmp_path / name
+        model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+        if extra_config:
+            edit_config(folder, **extra_config)
+        return PretrainedFolder(folder)
+
+    return make
+
+
+@pytest.fixture
+def expand(tmp_path: Path) -> Callable[..., PretrainedFolder]:
+    """Expand and prove; groups 2 unless said otherwise."""
+
+    def run(base: PretrainedFolder, plan: ExpansionPlan | None = None, name: str = "expanded") -> PretrainedFolder:
+        plan = plan or ExpansionPlan.from_groups(base.config.num_hidden_layers, 2)
+        expand_and_prove(base, tmp_path / name, plan)
+        return PretrainedFolder(tmp_path / name)
+
+    return run
+
+
+@pytest.fixture
+def small_disk(monkeypatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def tensor_bytes(folder: PretrainedFolder, name: str) -> bytes:
+    return b"".join(bytes(piece) for piece in folder.read_bytes(name))
+
+
+def overwrite(folder: PretrainedFolder, name: str, content: bytes) -> None:
+    """Put other bytes at the start of a tensor, on disk."""
+    entry = folder.entries[name]
+    with open(folder.path / entry.file, "r+b") as file:
+        file.seek(entry.offset)
+        file.write(content[: entry.num_bytes])
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes that fits a vocabulary of 300."""
+    vocabulary = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def left_behind(folder: Path) -> Iterator[str]:
+    """What lies beside the base after an expansion that failed."""
+    return (path.name for path in folder.iterdir() if path.name != "base")
