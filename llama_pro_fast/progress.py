@@ -63,7 +63,7 @@ class Log:
     def step(self, step: int, loss: torch.Tensor, norm: torch.Tensor, optimizer: Optimizer) -> None:
         self.losses.append(loss)
         self.norm = norm
-        if step == self.first or step % self.config.train.log_every == 0:
+        if step == 1 or step % self.config.train.log_every == 0:
             self.flush(step, optimizer)
 
     def flush(self, step: int, optimizer: Optimizer) -> None:
@@ -77,7 +77,7 @@ class Log:
         *losses, norm, skipped = torch.stack([*self.losses, self.norm, optimizer.skipped]).tolist()
         seconds = self.clock.lap()
         count = step - self.logged
-        if step > self.first:
+        if self.logged >= self.first:  # the first step compiles, allocates, fills caches
             self.timed_steps += count
             self.timed_seconds += seconds
         self.losses, self.logged = [], step
