@@ -7,6 +7,7 @@ a folder a run (``config.yaml``).
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -160,7 +161,10 @@ def resolve_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     if train.dtype == "auto":
         train.dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[train.dtype]
-    torch.use_deterministic_algorithms(train.deterministic and device.type == "cuda")
+    if train.deterministic and device.type == "cuda":
+        # cuBLAS reads this when it is first used; a workspace of its own per stream is what makes it repeat.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     try:
         train.attention = select_attention_backend(
             device, dtype, requested=train.attention, deterministic=train.deterministic

@@ -1,0 +1,115 @@
+"""What every bench here shares: where a figure comes from (device, versions, commit, command), its table, its JSON.
+
+A result nobody can trace is worth nothing, so each row of a result file names all of it. Nothing here needs more than
+PyTorch, and nothing talks to the network. ``python bench/common.py`` prints the provenance of this checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def commit() -> str:
+    """The commit measured, ``-dirty`` when files outside the results differ from it.
+
+    A copy of the checkout without git says it in the variable COMMIT, else it is unknown.
+    """
+    try:
+        head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+        # Without optional locks: a bench must not disturb somebody who is at work in the checkout.
+        status = ("--no-optional-locks", "status", "--porcelain", "--", ".", ":(exclude)bench/results")
+        return head + ("-dirty" if _output("git", "-C", str(ROOT), *status) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")
+
+
+def versions() -> dict[str, str | None]:
+    """Of what decides speed and rounding; None for what is not there."""
+    import torch
+
+    try:
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = None
+    return {
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "driver": driver,
+    }
+
+
+def command() -> str:
+    """The command line to repeat this, free of the machine's paths."""
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    return shlex.join(["python", name, *sys.argv[1:]])
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """``NVIDIA H200``, or ``cpu, <its model>``."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {cpu_name()}"
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's name; all CPUs are one."""
+    return "cpu" if device.startswith("cpu") else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def write_json(path: Path, rows: Any) -> None:
+    """Replace ``path`` whole, so that a killed bench leaves its last complete state."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".new")
+    partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned plain text that survives any terminal and log; the first column is a name, the others are figures."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    lines = [columns, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def _output(*arguments: str) -> str:
+    return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    import torch
+
+    where = device_name("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps({"device": where, "commit": commit(), "versions": versions()}))

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# One part of what a machine with a GPU should run when there is one: bench/suite.sh tests|train|throughput
+#
+#   tests        the tests of the kernels, natively: pytest kernels
+#   train        train, kill, resume, compare bit for bit
+#   throughput   ours against Hugging Face; on a GPU the sizes 1b and 7b, else tiny
+#
+# Each part ends within 470 s, needs no network, no installation and no git (say COMMIT=... where there is none), and
+# leaves a few small files in OUT (by default bench/results). PYTHON names the interpreter.
+set -euo pipefail
+
+part=${1:-}
+case $part in
+    tests | train | throughput) ;;
+    *)
+        echo "usage: bench/suite.sh tests|train|throughput" >&2
+        exit 2
+        ;;
+esac
+
+# Once more under a limit, so that the limit is for the whole part and what it started ends with it.
+if [[ -z ${SUITE_LIMITED:-} ]]; then
+    SUITE_LIMITED=1 exec timeout --kill-after=5 470 bash "$0" "$part"
+fi
+
+# OUT is the caller's path, so before the change of folder.
+OUT=$(realpath -m "${OUT:-$(dirname "$0")/results}")
+cd "$(dirname "$0")/.."
+mkdir -p "$OUT"
+python=${PYTHON:-python3}
+export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+cuda=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
+
+case $part in
+    tests)
+        {
+            "$python" bench/common.py
+            "$python" -m pytest kernels -q -p no:cacheprovider --durations=5
+        } 2>&1 | tee "$OUT/tests-kernels.txt"
+        ;;
+    train)
+        "$python" bench/train_resume.py --out "$OUT/train-resume.json"
+        ;;
+    throughput)
+        if [[ $cuda == 1 ]]; then sizes="1b 7b"; else sizes=tiny; fi
+        for size in $sizes; do
+            "$python" bench/throughput.py --size "$size" --out "$OUT/throughput-$size.json"
+        done
+        ;;
+esac
