@@ -3,13 +3,12 @@
     runs/NAME/checkpoints/step-000123/   PyTorch distributed checkpoint (DCP), and COMPLETE, written last
 
 The frozen base is not copied: `COMPLETE` names it by path and digest. A folder without `COMPLETE` is the remains of a
-crash and is never read; a step's folder is never written into a second time.
+crash: never read, never written into, and swept away before the next save.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.pretrained import PretrainedFolder, writing_to
+from llama_pro_fast.files import first_line, sync, writing_to
 
 COMPLETE = "COMPLETE"
 
@@ -53,15 +52,17 @@ class CheckpointInfo:
 
     Attributes:
         progress: how far the run was.
-        model: path of the model folder the run trains.
+        model: path of the model folder the run trains, relative to the run where it lies in it (a run can be moved).
         model_digest: combined digest of that folder's tensors.
         data: fingerprint of the tokenised text and its order.
+        unlogged: losses of the last steps that no row of the metrics holds yet.
     """
 
     progress: Progress
     model: str
     model_digest: str
     data: str
+    unlogged: list[float]
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -95,21 +96,22 @@ def save(run: Path, state: dict[str, Any], info: CheckpointInfo, *, keep: int) -
     """
     folder = folder_of(run, info.progress.step)
     with writing_to(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
+        for remains in (run / "checkpoints").glob("step-*"):
+            if not (remains / COMPLETE).exists():
+                shutil.rmtree(remains)
         folder.mkdir(parents=True)
         with _single_process():
             dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
-        # The marker comes after everything it vouches for is on disk.
+        # The marker comes after everything it vouches for is on disk, and the old ones go after it is.
         marker = folder / (COMPLETE + ".new")
-        with open(marker, "w") as file:
-            json.dump(asdict(info), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        marker.write_text(json.dumps(asdict(info), indent=1))
+        sync(marker)
         marker.rename(folder / COMPLETE)
-    for old in complete_checkpoints(run)[:-keep]:
-        (old / COMPLETE).unlink()
-        shutil.rmtree(old)
+        sync(folder)
+        sync(folder.parent)
+        for old in complete_checkpoints(run)[:-keep]:
+            (old / COMPLETE).unlink()
+            shutil.rmtree(old)
     return folder
 
 
@@ -123,13 +125,12 @@ def load(folder: Path, state: dict[str, Any]) -> None:
         with _single_process():
             dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     except Exception as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder}: cannot be read ({text}); delete this folder to use the checkpoint before"
+            f"{folder}: cannot be read ({first_line(error)}); if damaged, delete this folder to use the one before"
         ) from error
 
 
-def restore(folder: Path, state: dict[str, Any], *, model: PretrainedFolder, model_digest: str, data: str) -> Progress:
+def restore(folder: Path, state: dict[str, Any], *, model_digest: str, data: str) -> CheckpointInfo:
     """Read a checkpoint of this very run into ``state`` in place, random state included.
 
     Raises:
@@ -138,8 +139,8 @@ def restore(folder: Path, state: dict[str, Any], *, model: PretrainedFolder, mod
     info = read_info(folder)
     if info.model_digest != model_digest:
         raise UserError(
-            f"{model.path}: not the weights this run was started on (digest {model_digest}, checkpoint {folder} says "
-            f"{info.model_digest}); put them back"
+            f"{folder}: was made on other weights (of {info.model}, digest {info.model_digest}) than are there now "
+            f"({model_digest}); put them back"
         )
     if info.data != data:
         raise UserError(
@@ -147,22 +148,18 @@ def restore(folder: Path, state: dict[str, Any], *, model: PretrainedFolder, mod
             "the text back, or start a new run"
         )
     load(folder, state)
-    set_random_state(state["random"])
-    return info.progress
+    torch.set_rng_state(state["random"]["cpu"])
+    if "cuda" in state["random"]:
+        torch.cuda.set_rng_state(state["random"]["cuda"])
+    return info
 
 
-def random_state() -> dict[str, torch.Tensor]:
-    """The states of PyTorch's generators, as tensors."""
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the generators a run on ``device`` draws from."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
-
-
-def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class OptimConfig:
     """`wsd` only: length of the final decay; by default 20 % of the run."""
 
     min_lr_ratio: float = 0.0
-    """The last step's learning rate as a share of `lr`."""
+    """What the learning rate decays towards, as a share of `lr`."""
 
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms, biases and embeddings have none."""

@@ -6,6 +6,7 @@ the base's loss, the loss now, and KL(base ‖ now) per token; before the first 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 
@@ -15,6 +16,7 @@ from llama_pro_fast.batch import IGNORE_INDEX, PackedBatch
 from llama_pro_fast.config import RunConfig
 from llama_pro_fast.console import say
 from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.errors import UserError
 from llama_pro_fast.model import Decoder
 from llama_pro_fast.report import MetricsWriter
 
@@ -28,7 +30,8 @@ class Evaluation:
         tokens: how many tokens were predicted.
         base_loss: the same with the new blocks skipped; None where the base was not measured.
         kl: KL(base ‖ now), nats per token; None likewise.
-        bits_per_byte: loss as bits per UTF-8 byte of the text; None where the bytes are not known.
+        bits_per_byte: all nats as bits, over the UTF-8 bytes that the predicted tokens spell; comparable between
+            tokenizers. None where there are no such bytes, or they are not known.
     """
 
     loss: float
@@ -44,13 +47,13 @@ def evaluate(
     batches: Iterable[PackedBatch],
     *,
     skip_for_base: Collection[int] = (),
-    bytes_per_token: float | None = None,
+    num_bytes: int | None = None,
 ) -> Evaluation:
     """Measure ``model`` on ``batches``.
 
     Args:
         skip_for_base: the new blocks; given, the base is measured too.
-        bytes_per_token: of the text, to report bits per byte.
+        num_bytes: UTF-8 bytes that the valid tokens of all batches spell, to report bits per byte.
 
     Returns:
         Sums are taken in float64, so the order of magnitude of a long text costs no digits.
@@ -69,13 +72,14 @@ def evaluate(
             valid = batch.labels != IGNORE_INDEX
             # `where`, not a product: a NaN outside the valid tokens must not leak in, one inside must show.
             sums[2] += torch.where(valid, model.token_kl(base, now).double(), 0.0).sum()
-    loss, base_loss, kl = (sums / max(1, tokens)).tolist()
+    assert tokens, "nothing to predict"
+    loss, base_loss, kl = (sums / tokens).tolist()
     return Evaluation(
         loss=loss,
         tokens=tokens,
         base_loss=base_loss if skip_for_base else None,
         kl=kl if skip_for_base else None,
-        bits_per_byte=None if bytes_per_token is None else loss / 0.6931471805599453 / bytes_per_token,
+        bits_per_byte=loss * tokens / math.log(2) / num_bytes if num_bytes else None,
     )
 
 
@@ -89,22 +93,35 @@ class Meter:
         self.new_blocks = new_blocks
 
     def measure(self, step: int) -> None:
-        """Evaluate, say it and store it."""
+        """Evaluate, say it and store it.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
         for text in self.corpus.held_out:
             source = text.source
             metered = source.role == "general" and len(self.new_blocks) > 0
+            sample = text.sample(self.config.eval.tokens)
             result = evaluate(
                 self.model,
-                text.batches(self.config.train.micro_batch_size, self.config.eval.tokens),
+                sample.batches(self.config.train.micro_batch_size),
                 skip_for_base=self.new_blocks if metered else (),
-                bytes_per_token=text.bytes_per_token,
+                num_bytes=sample.num_bytes,
             )
+            figures = [result.loss, *(value for value in (result.base_loss, result.kl) if value is not None)]
+            if not all(map(math.isfinite, figures)):
+                raise UserError(
+                    f"step {step}: the loss on {source.name} is not finite ({_described(result)}); nothing was "
+                    "saved since the last checkpoint. Lower --optim.lr and start again, or resume from that checkpoint"
+                )
             self.metrics.write("eval", step, source=source.name, role=source.role, **asdict(result))
             say(f"  eval {step:>7}  {source.role:<7} {source.name:<20} {_described(result)}")
 
 
 def _described(result: Evaluation) -> str:
-    text = f"loss {result.loss:.4f}  {result.bits_per_byte:.4f} bits/byte"
+    text = f"loss {result.loss:.4f}"
+    if result.bits_per_byte is not None:
+        text += f"  {result.bits_per_byte:.4f} bits/byte"
     if result.base_loss is None:
         return text
     return f"{text}  base {result.base_loss:.4f}  now-base {result.loss - result.base_loss:+.4f}  KL {result.kl:.5f}"

@@ -8,6 +8,7 @@ OUT comes into being only after the proof: a crash, a full disk or a proof that 
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 
@@ -33,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     _report(base, PretrainedFolder(options.out), plan, proof)
     say(f"took {duration(time.monotonic() - start)}, peak memory {peak_memory_gib(torch.device('cpu')):.2f} GiB")
     say(f"written to {options.out}; next:")
-    say(f"{PROGRAM} train --model.path {options.out} --data.domain FILE --optim.lr 2e-4 --output runs/NAME")
+    say(
+        f"{PROGRAM} train --model.path {shlex.quote(options.out)} --data.domain FILE --optim.lr RATE --output runs/NAME"
+    )
     return 0
 
 

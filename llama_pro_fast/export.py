@@ -7,6 +7,7 @@ tensor at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from llama_pro_fast.checkpoint import complete_checkpoints, load, read_info
 from llama_pro_fast.cli import ArgumentParser, run_entry_point
 from llama_pro_fast.console import say
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.expansion import write_json
+from llama_pro_fast.files import first_line, new_folder
+from llama_pro_fast.manifest import MANIFEST_KEY, Manifest
 from llama_pro_fast.model import EMBEDDING, HEAD, hf_tensors
 from llama_pro_fast.pretrained import (
     CONFIG_FILE,
@@ -25,9 +29,10 @@ from llama_pro_fast.pretrained import (
     SINGLE_FILE,
     TORCH_DTYPES,
     PretrainedFolder,
-    new_folder,
+    TensorEntry,
     write_header,
 )
+from llama_pro_fast.recipe import load_config
 
 
 def export_run(run: Path, out: Path | None = None) -> Path:
@@ -43,33 +48,32 @@ def export_run(run: Path, out: Path | None = None) -> Path:
     Raises:
         UserError: no run, no complete checkpoint, its base is gone, or ``out`` is taken, full or not writable.
     """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: no run there (no config.yaml); give the folder of a run")
+    config = load_config(run)
     checkpoints = complete_checkpoints(run)
     if not checkpoints:
         raise UserError(f"{run}: has no complete checkpoint yet; resume it with --output {run} --resume")
-    info = read_info(checkpoints[-1])
-    base = PretrainedFolder(Path(info.model))
-    if out is None:
-        out = run / "export"
-        shutil.rmtree(out, ignore_errors=True)
+    base = PretrainedFolder(run / read_info(checkpoints[-1]).model)
     trained = _TrainedTensors(checkpoints[-1], base)
-    with new_folder(out) as partial:
+    with new_folder(out or run / "export", replace=out is None) as partial:
         for file in base.files:
             entries = [entry for entry in base.entries.values() if entry.file == file]
             with open(partial / file, "wb") as target:
                 write_header(target, [(e.name, e.dtype, e.shape, e.num_bytes) for e in entries])
                 for entry in entries:
                     if entry.name in trained.names:
-                        tensor = trained.tensor(entry.name).to(TORCH_DTYPES[entry.dtype]).contiguous()
-                        target.write(tensor.view(torch.uint8).numpy().data)
+                        target.write(trained.narrowed(entry).view(torch.uint8).numpy().data)
                     else:
                         for piece in base.read_bytes(entry.name):
                             target.write(piece)
         index = [] if base.files == [SINGLE_FILE] else [base.path / INDEX_FILE]
-        for path in [base.path / CONFIG_FILE, *index, *base.companions()]:
+        for path in [*index, *base.companions()]:
             shutil.copyfile(path, partial / path.name)
-    return out
+        raw_config = dict(base.raw_config)
+        manifest = Manifest.from_config(raw_config)
+        if manifest is not None and config.train.parameters == "all":
+            raw_config[MANIFEST_KEY] = dataclasses.replace(manifest, base_intact=False).to_config()
+        write_json(partial / CONFIG_FILE, raw_config)
+    return out or run / "export"
 
 
 class _TrainedTensors:
@@ -78,7 +82,12 @@ class _TrainedTensors:
     def __init__(self, checkpoint: Path, base: PretrainedFolder) -> None:
         self.checkpoint = checkpoint
         self.config = base.config
-        metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        try:
+            metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        except Exception as error:
+            raise UserError(
+                f"{checkpoint}: cannot be read ({first_line(error)}); delete it to use the one before"
+            ) from error
         self.ours: dict[str, torch.Tensor] = {
             key.removeprefix("model."): torch.empty(row.size, dtype=row.properties.dtype, device="meta")
             for key, row in metadata.items()
@@ -89,7 +98,21 @@ class _TrainedTensors:
             self.names[HEAD] = self.names[EMBEDDING]
         self.held: tuple[str, torch.Tensor] | None = None
 
-    def tensor(self, hf_name: str) -> torch.Tensor:
+    def narrowed(self, entry: TensorEntry) -> torch.Tensor:
+        """A trained tensor in the dtype the base stores it in.
+
+        Raises:
+            UserError: it holds a number that is not finite.
+        """
+        tensor = self._tensor(entry.name).to(TORCH_DTYPES[entry.dtype]).contiguous()
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{self.checkpoint}: {entry.name} is not finite in {entry.dtype}; delete this folder to use the "
+                "checkpoint before, and lower --optim.lr"
+            )
+        return tensor
+
+    def _tensor(self, hf_name: str) -> torch.Tensor:
         ours = self.names[hf_name]
         if self.held is None or self.held[0] != ours:
             tensor = torch.empty_like(self.ours[ours], device="cpu")

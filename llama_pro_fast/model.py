@@ -172,6 +172,13 @@ def check_tensors(folder: PretrainedFolder) -> None:
             )
         if name in expected and entry.dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(f"{folder.path / entry.file}: {name} is {entry.dtype}; give bf16, fp16 or fp32 weights")
+    if folder.config.tie_word_embeddings and HEAD in folder.entries and EMBEDDING in folder.entries:
+        same = folder.entries[HEAD].shape == folder.entries[EMBEDDING].shape
+        if not same or folder.digest(HEAD) != folder.digest(EMBEDDING):
+            raise UserError(
+                f"{folder.path}: config.json ties the head to the embeddings and {HEAD} holds other weights; set "
+                "tie_word_embeddings to false there, or delete the tensor"
+            )
     for name in expected:
         if name not in folder.entries:
             raise UserError(

@@ -14,6 +14,7 @@ from torch import nn
 
 from llama_pro_fast.block import refresh_shadows
 from llama_pro_fast.config import OptimConfig
+from llama_pro_fast.errors import UserError
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -91,6 +92,20 @@ class Optimizer:
         refresh_shadows(self.model)
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def check_finite(self) -> None:
+        """To be called before the weights are saved; waits for the device.
+
+        Raises:
+            UserError: a weight is not a finite number.
+        """
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.parameters.values()])
+        if not finite.all():
+            name = next(name for name, fine in zip(self.parameters, finite.tolist(), strict=True) if not fine)
+            raise UserError(
+                f"weight {name} is no longer finite, and nothing was saved; lower --optim.lr ({self.config.lr}) and "
+                "start again, or resume from the last checkpoint"
+            )
 
     def restored(self) -> None:
         """To be called when the parameters were read from a checkpoint: the shadows follow."""

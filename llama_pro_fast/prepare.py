@@ -1,25 +1,23 @@
-"""Everything a run settles before its first step: bad values refused, defaults filled in, the model's folder made.
-
-What costs nothing comes first, so that a mistake is told before an hour of work, and what is written last is what makes
-a folder a run (``config.yaml``).
-"""
+"""Everything a run settles before its first step: bad values refused, defaults filled in, the model's folder made."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import os
 import shutil
 from pathlib import Path
 
 import torch
 
+from llama_pro_fast import run_folder
 from llama_pro_fast.config import OptimConfig, RunConfig
 from llama_pro_fast.console import progress_bars
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion import ExpansionPlan, Manifest
-from llama_pro_fast.identity import expand_and_prove
-from llama_pro_fast.pretrained import PretrainedFolder, new_folder, no_progress_bars, resolve, writing_to
-from llama_pro_fast.recipe import save_config
+from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.files import new_folder
+from llama_pro_fast.identity import IdentityProof, expand_and_prove
+from llama_pro_fast.manifest import Manifest
+from llama_pro_fast.pretrained import PretrainedFolder, no_progress_bars, resolve
 from llama_pro_kernels import select_attention_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,11 +43,14 @@ def check_config(config: RunConfig) -> None:
         )
     if train.steps is not None and train.tokens is not None:
         raise UserError("--train.steps and --train.tokens both set the length; give one of them")
+    if config.expand.copies != 1 and not config.expand.wanted:
+        raise UserError("--expand.copies: says how many, not where; give --expand.groups or --expand.after too")
     if config.expand.wanted and config.model.init == "random":
         raise UserError("--expand.*: a random model has nothing to keep; train a base first (train.parameters all)")
     positive = {
         "optim.lr": optim.lr,
         "optim.clip": optim.clip,
+        "optim.eps": optim.eps,
         "train.steps": train.steps,
         "train.tokens": train.tokens,
         "train.seq_len": train.seq_len,
@@ -63,18 +64,22 @@ def check_config(config: RunConfig) -> None:
         "eval.tokens": config.eval.tokens,
     }
     for key, value in positive.items():
-        if value is not None and not value > 0:
-            raise UserError(f"--{key}: {value} is not above 0")
-    for key, value in {"optim.warmup_steps": optim.warmup_steps, "optim.weight_decay": optim.weight_decay}.items():
-        if value is not None and value < 0:
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{key}: {value} is not a number above 0")
+    not_negative = {
+        "optim.warmup_steps": optim.warmup_steps,
+        "optim.decay_steps": optim.decay_steps,
+        "optim.weight_decay": optim.weight_decay,
+        "train.seed": train.seed,
+    }
+    for key, value in not_negative.items():
+        if value is not None and not value >= 0:
             raise UserError(f"--{key}: {value} is below 0")
-    for key, value in {
-        "optim.min_lr_ratio": optim.min_lr_ratio,
-        "optim.beta1": optim.beta1,
-        "optim.beta2": optim.beta2,
-    }.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"--{key}: {value} is not between 0 and 1")
+    for key, value in {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2}.items():
+        if not 0 <= value < 1:
+            raise UserError(f"--{key}: {value} is not between 0 and 1 (1 excluded)")
+    if not 0 <= optim.min_lr_ratio <= 1:
+        raise UserError(f"--optim.min_lr_ratio: {optim.min_lr_ratio} is not between 0 and 1")
     if not 0 < config.data.held_out < 1:
         raise UserError(
             f"--data.held_out: {config.data.held_out} is not between 0 and 1; 0.02 keeps every 50th document"
@@ -85,37 +90,6 @@ def check_config(config: RunConfig) -> None:
         )
 
 
-def claim_output(output: Path, *, overwrite: bool) -> None:
-    """Make sure that the run's folder is ours to write: new, empty, or a run the user wants gone (still there after).
-
-    Raises:
-        UserError: it holds another run or other files, or cannot be written.
-    """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; give a folder")
-    holds_run = (output / "config.yaml").exists()
-    if output.is_dir() and any(output.iterdir()):
-        if not holds_run:
-            raise UserError(f"--output {output}: holds other files; give an empty or a new folder")
-        if not overwrite:
-            raise UserError(
-                f"--output {output}: holds a run; add --resume to go on with it or --overwrite to delete it"
-            )
-    with writing_to(output):
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.touch()
-        probe.unlink()
-
-
-def begin_run(config: RunConfig, output: Path) -> None:
-    """Delete what the user wants gone, and write ``config.yaml``, which makes the folder a run."""
-    with writing_to(output):
-        shutil.rmtree(output)
-        output.mkdir()
-        save_config(config, output / "config.yaml")
-
-
 def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None]:
     """The model the recipe names, and how it will be expanded.
 
@@ -123,6 +97,7 @@ def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None
         UserError: model and recipe do not fit each other.
     """
     base = PretrainedFolder(resolve(config.model.path))
+    run_folder.check_inputs_outside(Path(config.output), [("model.path", base.path)])
     expanded = Manifest.from_config(base.raw_config) is not None
     if config.model.init == "random":
         if config.train.parameters != "all":
@@ -240,25 +215,24 @@ def _resolve_schedule(optim: OptimConfig, steps: int) -> None:
         )
 
 
-def make_model_folder(config: RunConfig, base: PretrainedFolder, plan: ExpansionPlan | None, output: Path):
-    """The folder this run trains, made where it is not there yet: ``base`` itself, its expansion or a fresh model.
+def existing_model(output: Path) -> PretrainedFolder | None:
+    """The model folder a run has made for itself, if it has."""
+    made = [output / name for name in ("expanded", "initial") if (output / name).is_dir()]
+    return PretrainedFolder(made[0]) if made else None
 
-    Returns:
-        The folder, and what the expansion proved (None where there was none now).
-    """
+
+def make_model(
+    config: RunConfig, base: PretrainedFolder, plan: ExpansionPlan | None, output: Path
+) -> tuple[PretrainedFolder, IdentityProof | None]:
+    """The folder this run trains: ``base`` itself, a fresh model, or ``base`` expanded, with what that proved."""
     if config.model.init == "random":
-        folder = output / "initial"
-        if not folder.exists():
-            write_random_model(base, folder, seed=config.train.seed)
-        return PretrainedFolder(folder), None
+        write_random_model(base, output / "initial", seed=config.train.seed)
+        return PretrainedFolder(output / "initial"), None
     if plan is None:
         return base, None
-    folder = output / "expanded"
-    if folder.exists():
-        return PretrainedFolder(folder), None
     with progress_bars() as progress:
-        proof = expand_and_prove(base, folder, plan, progress=progress)
-    return PretrainedFolder(folder), proof
+        proof = expand_and_prove(base, output / "expanded", plan, progress=progress)
+    return PretrainedFolder(output / "expanded"), proof
 
 
 def write_random_model(base: PretrainedFolder, folder: Path, *, seed: int) -> None:
@@ -274,11 +248,3 @@ def write_random_model(base: PretrainedFolder, folder: Path, *, seed: int) -> No
             model.save_pretrained(partial)
         for path in base.companions():
             shutil.copyfile(path, partial / path.name)
-
-
-def absolute(config: RunConfig) -> RunConfig:
-    """The configuration with local paths made absolute, so that a run can be resumed from anywhere."""
-    config = dataclasses.replace(config, output=str(Path(config.output).absolute()))
-    if Path(config.model.path).is_dir():
-        config.model = dataclasses.replace(config.model, path=str(Path(config.model.path).absolute()))
-    return config

@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import first_line
 
 CHUNK_BYTES = 8 << 20
 ALIGNMENT = 64
@@ -204,9 +205,11 @@ class PretrainedFolder:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.path)
         except Exception as error:
             raise UserError(f"{self.path}: its tokenizer does not load: {first_line(error)}") from error
-        if len(tokenizer) > self.config.vocab_size:
+        # A vocabulary may have holes: what counts is the largest id.
+        size = max(tokenizer.get_vocab().values(), default=0) + 1
+        if size > self.config.vocab_size:
             raise UserError(
-                f"{self.path}: the tokenizer has {len(tokenizer)} tokens, the model {self.config.vocab_size} "
+                f"{self.path}: the tokenizer has {size} tokens, the model {self.config.vocab_size} "
                 "embeddings; use the tokenizer the model was trained with, or resize the model's embeddings first"
             )
         return tokenizer
@@ -316,56 +319,6 @@ def folder_digest(folder: PretrainedFolder) -> str:
     return combined_digest(digests)
 
 
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a folder under a temporary name; it gets its own only when the body has succeeded.
-
-    Raises:
-        UserError: there is something at ``path`` already, or the place cannot be written or is full.
-    """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: there is something there already; give another folder or delete it")
-    partial = path.with_name(path.name + ".partial")
-    with writing_to(path):
-        _remove(partial)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            # A rename may reach the disk before the files' bytes do, and a power cut would then leave empty shards.
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    descriptor = os.open(file, os.O_RDONLY)
-                    os.fsync(descriptor)
-                    os.close(descriptor)
-            if path.exists():
-                path.rmdir()
-            partial.rename(path)
-        except BaseException:
-            _remove(partial)
-            raise
-
-
-@contextlib.contextmanager
-def writing_to(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a file system refuses (rights, space) into one line naming the folder."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise UserError(
-            f"{path}: cannot be written: {os.strerror(error.errno)}; free space or give another place"
-        ) from error
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
 def _read_json(path: Path, why: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -376,10 +329,6 @@ def _read_json(path: Path, why: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; download it again")
     return content
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

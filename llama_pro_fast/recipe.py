@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ import yaml
 from llama_pro_fast.config import RunConfig, Source
 from llama_pro_fast.errors import UserError
 
-RECIPES = Path(__file__).parent / "recipes"
+CONFIG_NAME = "config.yaml"
+FLAGS = ("config", "resume", "overwrite")  # of the command line only
 
 
 def _parser():
@@ -63,15 +65,10 @@ def parse(argv: list[str]) -> Request:
     parser = _parser()
     try:
         if "--resume" in argv:
-            given = parser.parse_args(argv, defaults=False)
-            if given.get("overwrite"):
-                raise UserError("--resume and --overwrite contradict each other; give one of them")
-            return Request(_stored(given), resume=True, overwrite=False)
-        values = parser.instantiate(parser.parse_args(argv))
+            return Request(_stored(parser, argv), resume=True, overwrite=False)
+        return Request(_full(parser, argv), resume=False, overwrite="--overwrite" in argv)
     except argparse.ArgumentError as error:
         raise UserError(_one_line(str(error))) from error
-    config = RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)})
-    return Request(config, resume=False, overwrite=values.overwrite)
 
 
 def _check_recipe(path: Path) -> None:
@@ -86,7 +83,7 @@ def _check_recipe(path: Path) -> None:
         raise UserError(f"--config {path}: not YAML: {_one_line(str(error))}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path}: not a recipe (keys and values); see the README for one")
-    known = _keys()
+    known = set(_keys()) - set(FLAGS)
     for key, value in _flatten(recipe):
         if key not in known:
             raise UserError(f"--config {path}: {_unknown(key)}")
@@ -100,24 +97,57 @@ def _check_recipe(path: Path) -> None:
                     )
 
 
-def _stored(given) -> RunConfig:
+def _stored(parser, argv: list[str]) -> RunConfig:
+    """The stored configuration of the run to resume, with ``output`` as given (the run may have been moved)."""
+    given = parser.parse_args(argv, defaults=False)
+    if given.get("overwrite"):
+        raise UserError("--resume and --overwrite contradict each other; give one of them")
     if given.get("output") is None:
         raise UserError("--resume: say which run, --output runs/NAME")
     run = Path(given.output)
-    config = load_config(run)
-    asked = {
-        key: value
-        for key, value in _flatten(given.as_dict())
-        if key.split(".")[0] not in ("config", "resume", "overwrite")
-    }
-    stored = dict(_flatten(to_dict(config)))
-    for key, value in asked.items():
-        if key not in ("output", "model.path") and value != stored.get(key):
+    stored = load_config(run)
+    asked, kept = dict(_flatten(to_dict(_full(parser, argv)))), dict(_flatten(to_dict(stored)))
+    for key, _ in _flatten(given.as_dict()):
+        # `auto` and an empty value leave the choice to the run, which has made it.
+        if key in kept and key != "output" and asked[key] not in ("auto", None) and asked[key] != kept[key]:
             raise UserError(
-                f"--resume: {key} is {value} here and {stored.get(key)} in {run / 'config.yaml'}; a resumed run keeps "
+                f"--resume: {key} is {asked[key]} here and {kept[key]} in {run / CONFIG_NAME}; a resumed run keeps "
                 f"its settings, leave {key} out (or start a new run in another folder)"
             )
-    return config
+    return dataclasses.replace(stored, output=str(run.absolute()))
+
+
+def _full(parser, argv: list[str]) -> RunConfig:
+    values = parser.instantiate(parser.parse_args(argv))
+    return absolute(RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)}))
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The configuration with the paths that exist here made absolute, so that a run can be resumed from anywhere."""
+
+    def local(path: str | None) -> str | None:
+        if path is None:
+            return None
+        expanded = Path(path).expanduser()
+        return os.path.abspath(expanded) if expanded.exists() else path
+
+    def sources(value: str | list[Source] | None) -> str | list[Source] | None:
+        if isinstance(value, list):
+            return [dataclasses.replace(source, path=local(source.path)) for source in value]
+        return local(value)
+
+    cache = config.data.cache
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=local(config.model.path)),
+        data=dataclasses.replace(
+            config.data,
+            domain=sources(config.data.domain),
+            general=sources(config.data.general),
+            cache=None if cache is None else str(Path(cache).expanduser().absolute()),
+        ),
+        output=None if config.output is None else str(Path(config.output).expanduser().absolute()),
+    )
 
 
 def load_config(run: Path) -> RunConfig:
@@ -126,9 +156,9 @@ def load_config(run: Path) -> RunConfig:
     Raises:
         UserError: there is no run, or its config.yaml is damaged.
     """
-    path = run / "config.yaml"
+    path = run / CONFIG_NAME
     if not path.is_file():
-        raise UserError(f"{run}: no run there (no config.yaml); start one without --resume")
+        raise UserError(f"{run}: no run there (no {CONFIG_NAME}); start one without --resume")
     try:
         return from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
@@ -136,7 +166,10 @@ def load_config(run: Path) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    """Write the configuration; ``path`` holds all of it or does not exist."""
+    replacement = path.with_suffix(".new")
+    replacement.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    replacement.replace(path)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -165,7 +198,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _keys() -> list[str]:
-    return ["config", "resume", "overwrite", *(key for key, _ in _flatten(to_dict(RunConfig())))]
+    return [*FLAGS, *(key for key, _ in _flatten(to_dict(RunConfig())))]
 
 
 def _one_line(message: str) -> str:

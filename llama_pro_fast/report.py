@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,11 @@ def write_report(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write ``report/`` from the run's metrics.
 
     Args:
-        facts: what the trainer knows of the run and the metrics do not say (model, sizes, folders, speed).
+        facts: what the trainer knows of the run and the metrics do not say (model, sizes, folders).
 
     Returns:
-        The content of ``summary.json``: the facts, and for each source its first and last evaluation.
+        The content of ``summary.json``: the facts, time and speed and memory, and for each source its first and last
+        evaluation.
     """
     rows = read_metrics(run)
     folder = run / "report"
@@ -73,7 +75,14 @@ def write_report(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
         keep = ("step", "loss", "bits_per_byte", "base_loss", "kl")
         before, after = ({key: row.get(key) for key in keep} for row in (mine[0], mine[-1]))
         results.append({"source": source[1], "role": source[0], "before": before, "after": after})
-    summary = {**facts, "results": results}
+    train = [row for row in rows if row["kind"] == "train"]
+    speeds = [row["tokens_per_second"] for row in train if row["tokens_per_second"] is not None]
+    measured = {
+        "seconds_of_steps": round(sum(row["seconds"] for row in train), 1),
+        "median_tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
+        "peak_memory_gib": round(max(row["peak_memory_gib"] for row in train), 3),
+    }
+    summary = {**facts, **measured, "results": results}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
     draw_loss(rows, folder / "loss.png", title=facts["title"])
@@ -92,7 +101,7 @@ def _markdown(summary: dict[str, Any]) -> str:
     lines = [f"# {summary['title']}", "", "| | |", "|---|---|"]
     for name, value in summary.items():
         if name not in ("title", "results"):
-            text = f"{value:,}" if isinstance(value, int) else str(value)
+            text = f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)
             lines.append(f"| {name.replace('_', ' ')} | {text} |")
     lines += [
         "",

@@ -6,26 +6,30 @@ save, export, report. Each line that is more than a step of the story lives in a
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llama_pro_fast import checkpoint, prepare
+from llama_pro_fast import checkpoint, prepare, run_folder
+from llama_pro_fast.block import BlockSpec
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import amount, block_strip, box, peak_memory_gib, say, table, waiting
+from llama_pro_fast.console import amount, block_strip, box, say, table, waiting
 from llama_pro_fast.cost import num_parameters, step_cost
+from llama_pro_fast.data import default_cache
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.evaluate import Meter
-from llama_pro_fast.expansion import Manifest
 from llama_pro_fast.export import export_run
+from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.optimizer import Optimizer
 from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
-from llama_pro_fast.progress import Clock, Log, StopSignal, resume_command
-from llama_pro_fast.recipe import parse
+from llama_pro_fast.progress import Log, StopSignal, resume_command
+from llama_pro_fast.recipe import absolute, parse
 from llama_pro_fast.report import MetricsWriter, write_report
 
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
@@ -44,43 +48,65 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         UserError: bad input, a full disk, or gradients that are not finite.
     """
     # Settle the recipe: what can be refused is refused before any work.
-    prepare.check_config(config)
-    config = prepare.absolute(config)
+    if not resume:
+        prepare.check_config(config)
+    config = absolute(config)
     output = Path(config.output)
-    base, plan = prepare.open_base(config)
-    device, dtype = prepare.resolve_device(config)
-    seq_len = prepare.resolve_seq_len(config, base)
-    tokenizer = base.tokenizer()
-    if not resume:
-        prepare.claim_output(output, overwrite=overwrite)
+    with run_folder.claimed(output, resume=resume, overwrite=overwrite):
+        # A resumed run that made its model's folder needs no base any more.
+        folder, plan = prepare.existing_model(output) if resume else None, None
+        base = folder
+        if base is None:
+            base, plan = prepare.open_base(config)
+        device, dtype = prepare.resolve_device(config)
+        seq_len = prepare.resolve_seq_len(config, base)
+        tokenizer = base.tokenizer()
 
-    # Text to tokens, once; then the length of the run is known.
-    with waiting("reading text ...") as update:
-        corpus = Corpus.prepare(
-            config.data,
-            tokenizer,
-            seq_len=seq_len,
-            seed=config.train.seed,
-            default_general=config.train.parameters == "new_blocks",
-            progress=lambda name, documents, tokens: update(
-                f"tokenising {name}: {documents:,} documents, {amount(tokens)} tokens"
-            ),
-        )
-    steps = prepare.resolve_length(config, corpus.train.sequences_in_epoch(0))
-    if not resume:
-        prepare.begin_run(config, output)
+        # Text to tokens, once; then the length of the run is known.
+        with waiting("reading text ...") as update:
+            corpus = Corpus.prepare(
+                config.data,
+                tokenizer,
+                seq_len=seq_len,
+                seed=config.train.seed,
+                default_general=config.train.parameters == "new_blocks",
+                progress=lambda name, documents, tokens: update(
+                    f"tokenising {name}: {documents:,} documents, {amount(tokens)} tokens"
+                ),
+            )
+        prepare.resolve_length(config, corpus.train.sequences_in_epoch(0))
+        if not resume:
+            sources = [("data", text.source.path) for text in corpus.held_out if text.source.kind == "files"]
+            run_folder.check_inputs_outside(output, [*sources, ("data.cache", config.data.cache or default_cache())])
+            run_folder.begin(config, output, overwrite=overwrite)
 
-    # The model's folder: from here on only its manifest says which blocks train.
-    folder, proof = prepare.make_model_folder(config, base, plan, output)
-    if proof is not None:
-        say(f"expanded: {plan.strip}; identity proved: {proof.summary()}")
+        # The model's folder: from here on only its manifest says which blocks train.
+        if folder is None:
+            folder, proof = prepare.make_model(config, base, plan, output)
+            if proof is not None:
+                say(f"expanded: {plan.strip}; identity proved: {proof.summary()}")
+        if not train(config, output, folder, corpus, device, dtype, resume=resume):
+            return None
+        return finish(config, output, folder)
+
+
+def train(
+    config: RunConfig,
+    output: Path,
+    folder: PretrainedFolder,
+    corpus: Corpus,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    resume: bool,
+) -> bool:
+    """From the first step, or the last complete checkpoint, to the last step; False when asked to stop before."""
     manifest = Manifest.from_config(folder.raw_config)
     train_all = config.train.parameters == "all"
-    new_blocks = () if train_all else manifest.trained_blocks
-    base_digest = folder_digest(folder)
+    steps, seq_len = config.train.steps, config.train.seq_len
     model = load_model(
         folder,
-        trained_blocks=new_blocks,
+        trained_blocks=() if train_all else manifest.trained_blocks,
         train_all=train_all,
         dtype=dtype,
         device=device,
@@ -93,70 +119,73 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
     state = {
         "model": {name: parameter.detach() for name, parameter in model.trained_parameters().items()},
         "optimizer": optimizer.state(),
-        "random": checkpoint.random_state(),
+        "random": checkpoint.random_state(device),
     }
-    done = checkpoint.Progress()
+    inside = folder.path.is_relative_to(output)
+    info = checkpoint.CheckpointInfo(
+        progress=checkpoint.Progress(),
+        model=str(folder.path.relative_to(output) if inside else folder.path),
+        model_digest=folder_digest(folder),
+        data=corpus.fingerprint,
+        unlogged=[],
+    )
     complete = checkpoint.complete_checkpoints(output)
-    if resume and complete:
-        done = checkpoint.restore(complete[-1], state, model=folder, model_digest=base_digest, data=corpus.fingerprint)
+    if complete:
+        info = checkpoint.restore(complete[-1], state, model_digest=info.model_digest, data=info.data)
         optimizer.restored()
-        say(f"resumed at step {done.step} of {steps} from {complete[-1]}")
+        say(f"resumed at step {info.progress.step} of {steps} from {complete[-1]}")
     elif resume:
         say("no complete checkpoint yet: starting from the first step")
+    done = info.progress
     metrics = MetricsWriter(output, resumed_at=done.step if complete else None)
-    show_start(config, folder, model, corpus, train_all=train_all, trained=model.trained_blocks)
+    show_start(config, folder, model, corpus, manifest=manifest)
 
-    meter = Meter(model, corpus, config, metrics, new_blocks)
-    clock = Clock()
-    log = Log(config, metrics, clock, device, start=done.step)
-
+    # Without its new blocks the model is its base only as long as nothing else has trained.
+    metered = () if train_all or not manifest.base_intact else manifest.trained_blocks
+    meter = Meter(model, corpus, config, metrics, metered)
+    log = Log(config, metrics, device, done=done.step, unlogged=info.unlogged)
     if done.step == 0:
         meter.measure(0)
-    with StopSignal() as stop:
+    with StopSignal() as signals:
         while done.step < steps:
-            clock.start()
+            log.start()
             loss, norm = train_step(model, optimizer, corpus, config, done)
             done = done.advanced(sequences=config.train.batch_size, tokens=config.train.batch_size * seq_len)
-            last = done.step == steps
-            log.step(done.step, loss, norm, optimizer)
+            log.step(done.step, loss, norm, optimizer.skipped)
 
-            if (
-                last
-                or stop.requested
-                or done.step % config.eval.every == 0
-                or done.step % config.train.checkpoint_every == 0
-            ):
-                log.flush(done.step, optimizer)
-                clock.pause()
-            if last or done.step % config.eval.every == 0:
+            last, stop = done.step == steps, signals.stop_requested
+            evaluating = last or done.step % config.eval.every == 0
+            saving = last or stop or done.step % config.train.checkpoint_every == 0
+            if evaluating or saving:
+                log.pause(done.step)
+            if evaluating:
                 meter.measure(done.step)
-            if last or stop.requested or done.step % config.train.checkpoint_every == 0:
-                state["random"] = checkpoint.random_state()
-                saved = checkpoint.save(
-                    output,
-                    state,
-                    checkpoint.CheckpointInfo(done, str(folder.path), base_digest, corpus.fingerprint),
-                    keep=config.train.keep_checkpoints,
-                )
-            if stop.requested and not last:
-                metrics.close()
+            if saving:
+                optimizer.check_finite()
+                state["random"] = checkpoint.random_state(device)
+                info = dataclasses.replace(info, progress=done, unlogged=log.unlogged)
+                saved = checkpoint.save(output, state, info, keep=config.train.keep_checkpoints)
+            if stop and not last:
                 say(f"stopped at step {done.step} of {steps}, saved {saved}; go on with\n  {resume_command(output)}")
-                return None
+                break
     metrics.close()
+    return done.step == steps
 
-    # The model as an ordinary checkpoint, and what there is to say about it.
+
+def finish(config: RunConfig, output: Path, folder: PretrainedFolder) -> dict[str, Any]:
+    """The trained model as an ordinary checkpoint, and what there is to say about the run."""
     exported = export_run(output)
+    depth = folder.config.num_hidden_layers
+    manifest = Manifest.from_config(folder.raw_config)
+    trained = range(depth) if config.train.parameters == "all" else manifest.trained_blocks
     facts = {
-        "title": f"{Path(config.model.path).name}: {block_strip(len(model.blocks), model.trained_blocks)}",
+        "title": f"{Path(config.model.path).name}: {block_strip(depth, trained)}",
         "model": config.model.path,
         "parameters": num_parameters(folder.config),
-        "trained_parameters": sum(p.numel() for p in model.trained_parameters().values()),
-        "steps": steps,
-        "tokens": done.tokens,
-        "seconds_of_training": round(clock.seconds, 1),
-        "tokens_per_second": None if log.speed is None else round(log.speed, 1),
-        "peak_memory_gib": round(peak_memory_gib(device), 3),
-        "device": str(device),
+        "trained_parameters": num_trained_parameters(folder.config, config, trained),
+        "steps": config.train.steps,
+        "tokens": config.train.steps * config.train.batch_size * config.train.seq_len,
+        "device": config.train.device,
         "dtype": config.train.dtype,
         "attention": config.train.attention,
         "learning_rate": config.optim.lr,
@@ -165,6 +194,12 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
     summary = write_report(output, facts)
     show_end(summary, output, exported)
     return summary
+
+
+def num_trained_parameters(model_config: Any, config: RunConfig, trained: Collection[int]) -> int:
+    if config.train.parameters == "all":
+        return num_parameters(model_config)
+    return len(trained) * BlockSpec.from_config(model_config).num_parameters()
 
 
 def train_step(
@@ -183,7 +218,8 @@ def train_step(
     starts = range(done.sequences, done.sequences + config.train.batch_size, micro)
     batches = [corpus.train.batch(start, micro) for start in starts]
     valid = sum(batch.num_valid for batch in batches)
-    scale = torch.tensor(1.0 / max(1, valid), device=device)
+    # Filled on the device: a copy from the host would make it wait.
+    scale = torch.full((), 1.0 / max(1, valid), device=device)
     loss = torch.zeros((), device=device)
     for batch in batches:
         part = model.loss(batch.to(device), scale)
@@ -193,22 +229,25 @@ def train_step(
 
 
 def show_start(
-    config: RunConfig, folder: PretrainedFolder, model: Decoder, corpus: Corpus, *, train_all: bool, trained: list[int]
+    config: RunConfig, folder: PretrainedFolder, model: Decoder, corpus: Corpus, *, manifest: Manifest | None
 ) -> None:
     """The box before the first step."""
     train = config.train
+    train_all = train.parameters == "all"
+    trained = model.trained_blocks
     parameters = num_parameters(folder.config)
-    count = sum(p.numel() for p in model.trained_parameters().values())
+    count = num_trained_parameters(folder.config, config, trained)
     cost = step_cost(folder.config, trained, seq_len=train.seq_len, train_all=train_all)
-    meter = (
-        "off: all parameters train, the base is not kept"
-        if train_all
-        else ", ".join(
+    if train_all:
+        meter = "off: all parameters train, the base is not kept"
+    elif not manifest.base_intact:
+        meter = "off: all parameters were trained since the expansion, the base is no longer in the model"
+    else:
+        meter = ", ".join(
             f"{text.source.name}{' (built in, no --data.general given)' if config.data.general is None else ''}"
             for text in corpus.held_out
             if text.source.role == "general"
         )
-    )
     device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads"
     box(
         f"llama-pro-fast · {Path(config.output).name}",

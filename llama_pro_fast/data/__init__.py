@@ -3,22 +3,22 @@
     resolve_sources(config.data)        which files, with which weight
     tokenize_source(source, tokenizer)  their tokens in the cache, split into training and held-out: a TokenStore
     PackedDataset(stores and weights)   batch(start, count) for training, a pure function of (seed, start, count)
-    held_out_batches(store)             what is measured
+    HeldOutSample(store)                what is measured
 
 Reading and tokenising import pyarrow and transformers when they need them; packing needs only NumPy and PyTorch.
 """
 
-from llama_pro_fast.data.packing import PackedDataset, held_out_batches
+from llama_pro_fast.data.packing import HeldOutSample, PackedDataset
 from llama_pro_fast.data.sources import ResolvedSource, resolve_sources
 from llama_pro_fast.data.tokens import TokenSplit, TokenStore, default_cache, tokenize_source
 
 __all__ = [
+    "HeldOutSample",
     "PackedDataset",
     "ResolvedSource",
     "TokenSplit",
     "TokenStore",
     "default_cache",
-    "held_out_batches",
     "resolve_sources",
     "tokenize_source",
 ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.config import DataConfig
-from llama_pro_fast.data.packing import PackedDataset, held_out_batches
+from llama_pro_fast.data.packing import HeldOutSample, PackedDataset
 from llama_pro_fast.data.sources import ResolvedSource, resolve_sources
 from llama_pro_fast.data.tokens import TokenStore, tokenize_source
+from llama_pro_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,19 @@ class HeldOut:
     store: TokenStore
     seq_len: int
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token."""
-        return self.store.held_out.bytes_per_token
+    def sample(self, max_tokens: int) -> HeldOutSample:
+        """At most ``max_tokens`` tokens of them.
 
-    def batches(self, micro_batch: int, max_tokens: int) -> Iterator[PackedBatch]:
-        """The first ``max_tokens`` tokens, ``micro_batch`` sequences at a time."""
-        return held_out_batches(self.store, seq_len=self.seq_len, micro_batch=micro_batch, max_tokens=max_tokens)
+        Raises:
+            UserError: there is nothing to predict: every document is a single token.
+        """
+        sample = HeldOutSample(self.store, seq_len=self.seq_len, max_tokens=max_tokens)
+        if not sample.num_predicted:
+            raise UserError(
+                f"{self.source.path}: held-out documents of a single token each, which leave nothing to predict: "
+                "give longer documents or raise --data.held_out"
+            )
+        return sample
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,6 @@ class PackedDataset:
             )
         self._sure_sequences = int((self._copies * self._lengths).sum()) // seq_len  # in every epoch, whatever is drawn
         self._first_sequence = [0]  # of epochs 0, 1, …, as far as they have been asked for
-        self._cu_seqlens_lengths: dict[int, int] = {}
         self._cached: tuple[int, _Stream] | None = None
 
     def sequences_in_epoch(self, epoch: int) -> int:
@@ -89,7 +88,7 @@ class PackedDataset:
         """Sequences ``start`` to ``start + count``, counted from the start of the run, laid flat.
 
         A sequence's end is a document's end for attention and positions. ``T = count · seq_len``, ``max_seqlen`` is
-        ``seq_len``, and ``cu_seqlens`` has :meth:`cu_seqlens_length` entries whatever ``start``.
+        ``seq_len``, and ``cu_seqlens`` is padded to a power of two (see :func:`_padded`).
         """
         assert count >= 1, f"count is {count}"
         parts, end = [], start + count
@@ -99,31 +98,7 @@ class PackedDataset:
             taken = min(end - start, stream.num_tokens // self.seq_len - position)
             parts.append((stream, position * self.seq_len, (position + taken) * self.seq_len))
             start += taken
-        return _pack(self._tokens, parts, self.seq_len, self.cu_seqlens_length(count))
-
-    def cu_seqlens_length(self, count: int) -> int:
-        """Entries of ``cu_seqlens`` in a batch of ``count`` sequences: enough for every batch of every epoch.
-
-        A sequence begins and ends with at most one cut piece each; all other pieces are whole documents. So
-        ``count · S`` tokens have at most ``2 · count`` cut pieces, and beside them no more whole documents than the
-        shortest ones, each as often as the epochs in reach of one batch can hold it, that fit the remaining
-        tokens. (A cut piece takes at least one token, which holds at most one whole document: to assume all
-        ``2 · count`` is the worst case.)
-        """
-        if count in self._cu_seqlens_lengths:
-            return self._cu_seqlens_lengths[count]
-        tokens, cut = count * self.seq_len, 2 * count
-        copies = self._copies + (self._chance > 0)
-        epochs = 1 if count == 1 else 2 + (count - 2) // max(1, self._sure_sequences)
-        order = np.argsort(self._lengths)
-        room = np.cumsum((self._lengths * copies)[order]) * epochs
-        budget = max(0, tokens - cut)
-        full = int(np.searchsorted(room, budget, side="right"))  # documents of which every copy fits
-        whole = int(copies[order[:full]].sum()) * epochs
-        if full < len(order):
-            whole += (budget - (int(room[full - 1]) if full else 0)) // int(self._lengths[order[full]])
-        self._cu_seqlens_lengths[count] = 1 + min(tokens, whole + cut)
-        return self._cu_seqlens_lengths[count]
+        return _pack(self._tokens, parts, self.seq_len)
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.random.PCG64]:
         """How often each document stands in an epoch, ``[documents]`` int64, and the generator for its order."""
@@ -138,25 +113,50 @@ class PackedDataset:
             self._cached = None  # so that two epochs are never in memory
             copies, generator = self._draw(epoch)
             documents = np.repeat(np.arange(len(copies)), copies)
-            documents = documents[np.argsort(generator.random_raw(len(documents)), kind="stable")]
-            self._cached = epoch, self._tokens.stream(documents)
+            self._cached = epoch, self._tokens.stream(_shuffled(documents, generator))
         return self._cached[1]
 
 
-def held_out_batches(store: TokenStore, *, seq_len: int, micro_batch: int, max_tokens: int) -> Iterator[PackedBatch]:
-    """The held-out documents in stored order, packed as in training, ``micro_batch`` sequences at a time.
+class HeldOutSample:
+    """The held-out documents of a store that are measured, packed as in training.
 
-    Only the first ``max_tokens`` tokens are taken. The last batch may be shorter, and so may its last sequence; every
-    batch has ``cu_seqlens`` of one length. Bits per byte take ``store.held_out.bytes_per_token``.
+    They are taken in an order that is mixed (the first ones stored are one file's) but always the same, whatever the
+    run's seed, so that runs are measured on the same text. At ``max_tokens`` the last document is cut.
+
+    Args:
+        seq_len: S, tokens per sequence.
+        max_tokens: how many are measured at most.
+
+    Attributes:
+        num_predicted: valid tokens in all batches together: of every document all but the first.
+        num_bytes: UTF-8 bytes of the text that these tokens spell, so that ``nats / log(2) / num_bytes`` is bits per
+            byte. The first token of a document, which nothing predicts, has neither nats nor bytes here (see
+            :class:`TokenSplit`); the EOS has nats and no bytes. Of the one document that is cut, the bytes are taken
+            in proportion to its tokens; of all others they are counted.
     """
-    assert min(seq_len, micro_batch, max_tokens) >= 1
-    tokens = _Tokens([store.held_out])
-    stream = tokens.stream(np.arange(store.held_out.num_documents))
-    end, step = min(stream.num_tokens, max_tokens), seq_len * micro_batch
-    ranges = [(begin, min(begin + step, end)) for begin in range(0, end, step)]
-    length = 1 + max(len(stream.cut(begin, stop, seq_len)) for begin, stop in ranges)
-    for begin, stop in ranges:
-        yield _pack(tokens, [(stream, begin, stop)], seq_len, length)
+
+    def __init__(self, store: TokenStore, *, seq_len: int, max_tokens: int):
+        assert min(seq_len, max_tokens) >= 1
+        split = store.held_out
+        documents = _shuffled(np.arange(split.num_documents), np.random.PCG64(np.random.SeedSequence(0)))
+        self.seq_len = seq_len
+        self._tokens = _Tokens([split])
+        self._stream = self._tokens.stream(documents)
+        self._end = min(self._stream.num_tokens, max_tokens)
+        most = np.diff(self._stream.begins) - 1
+        predicted = np.minimum(most, (self._end - self._stream.begins[:-1]).clip(0))
+        self.num_predicted = int(predicted.sum())
+        self.num_bytes = round(float((split.num_bytes[documents] * (predicted / most.clip(1))).sum()))
+
+    def batches(self, micro_batch: int) -> Iterator[PackedBatch]:
+        """``micro_batch`` sequences at a time; the last batch may be shorter, and so may its last sequence."""
+        step = self.seq_len * micro_batch
+        for begin in range(0, self._end, step):
+            yield _pack(self._tokens, [(self._stream, begin, min(begin + step, self._end))], self.seq_len)
+
+
+def _shuffled(documents: np.ndarray, generator: np.random.PCG64) -> np.ndarray:
+    return documents[np.argsort(generator.random_raw(len(documents)), kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,7 @@ class _Tokens:
         return found
 
 
-def _pack(
-    tokens: _Tokens, parts: Sequence[tuple[_Stream, int, int]], seq_len: int, cu_seqlens_length: int
-) -> PackedBatch:
+def _pack(tokens: _Tokens, parts: Sequence[tuple[_Stream, int, int]], seq_len: int) -> PackedBatch:
     """The batch of the token ranges ``parts``, each (stream, begin, end) with ``begin`` at the start of a sequence."""
     total = sum(end - begin for _, begin, end in parts)
     input_ids = np.empty(total, np.int64)
@@ -231,14 +229,26 @@ def _pack(
         pieces.append(stream.cut(begin, end, seq_len) - begin + at)
         at += end - begin
     bounds = np.concatenate([*pieces, [total]])
-    cu_seqlens = np.full(cu_seqlens_length, total, np.int32)
-    cu_seqlens[: len(bounds)] = bounds
     position_ids = np.arange(total) - np.repeat(bounds[:-1], np.diff(bounds))
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
-        cu_seqlens=torch.from_numpy(cu_seqlens),
+        cu_seqlens=torch.from_numpy(_padded(bounds)),
         max_seqlen=seq_len,
         num_valid=int(np.count_nonzero(labels != IGNORE_INDEX)),
     )
+
+
+def _padded(bounds: np.ndarray) -> np.ndarray:
+    """``cu_seqlens`` ``[C]`` int32: the boundaries and empty documents, C the next power of two, at least 16.
+
+    C is fixed within a bucket of batches and not for the run. Shapes should recur, so that the allocator's blocks and
+    any compiled code do, but every empty document costs: PyTorch's flash-attention 2 gives each document 128 more rows
+    of fp32 dq in backward, and every kernel a tile of its grid. A C that is enough for any batch of a corpus with a few
+    tiny documents is a hundred times what most need (2.7 GiB of such rows at 7B width); the next power of two is at
+    most twice, and takes few values. A CUDA graph, which needs one C, has to choose it for itself.
+    """
+    cu_seqlens = np.full(max(16, 1 << (len(bounds) - 1).bit_length()), bounds[-1], np.int32)
+    cu_seqlens[: len(bounds)] = bounds
+    return cu_seqlens

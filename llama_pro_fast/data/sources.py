@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llama_pro_fast.config import DataConfig, Source
 from llama_pro_fast.data import stdlib
@@ -24,6 +24,11 @@ from llama_pro_fast.errors import UserError
 
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
 STDLIB = ("stdlib:code", "stdlib:prose")
+TXT_DOCUMENT = 2**16
+"""Characters from which on a .txt file is cut at the next paragraph. A file of books or of a whole corpus is then many
+documents, which can be split into training and held-out text, each still longer than most sequences."""
+TXT_LONGEST = 2**20
+"""Characters after which one is cut at a line's end where there is no paragraph's, and longest stretch of a line."""
 ROWS_TO_FIND_COLUMN = 100
 """Writers leave out empty fields, so a row without the text column is an empty document; a file whose first rows all
 lack it has another column for its text."""
@@ -147,12 +152,37 @@ def _endings() -> str:
 
 def _read_txt(path: Path, column: str) -> Iterator[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}: convert the file to UTF-8") from error
+        with open(path, encoding="utf-8-sig") as file:
+            try:
+                yield from _paragraphs(file)
+            except UnicodeDecodeError as error:
+                # What failed to decode is the last that was read: what was left of the bytes before, and a chunk.
+                byte = file.buffer.tell() - len(error.object) + error.start
+                raise UserError(f"{path}: not UTF-8 at byte {byte}: convert the file to UTF-8") from error
     except OSError as error:
         raise UserError(_cannot_read(path, error)) from error
-    yield text
+
+
+def _paragraphs(file: TextIO) -> Iterator[str]:
+    """The text in order and whole, in documents of whole paragraphs with at least ``TXT_DOCUMENT`` characters each.
+
+    A paragraph ends with blank lines. Where none come before ``TXT_LONGEST`` characters a line's end will do, and a
+    line longer than that is cut anywhere. What is left at the end and too short belongs to the document before it.
+    """
+    before, lines, length, was_blank = "", [], 0, False
+    while line := file.readline(TXT_LONGEST):
+        is_blank = line.isspace()
+        if length >= TXT_DOCUMENT and ((was_blank and not is_blank) or length + len(line) > TXT_LONGEST):
+            if before:
+                yield before
+            before, lines, length = "".join(lines), [], 0
+        lines.append(line)
+        length += len(line)
+        was_blank = is_blank
+    if before and length >= TXT_DOCUMENT:
+        yield before
+        before = ""
+    yield before + "".join(lines)
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """Tokens on disk: a source is tokenised once, and from then on is two memory-mapped rows of numbers.
 
-    CACHE/<key>/train.bin  train.offsets.npy  held_out.bin  held_out.offsets.npy  meta.json
+    CACHE/<key>/meta.json  train.bin  train.offsets.npy  train.bytes.npy  and the same three of held_out
 
 `*.bin` holds the documents of one side of the split end to end, in the source's order; `*.offsets.npy` where each
-begins, and the end of the last. The key is a hash of everything the tokens depend on (the files' contents, the
-tokenizer, the settings), so a store is never out of date: a change makes another one.
+begins, and the end of the last; `*.bytes.npy` how many bytes of text in each there are to predict. The key is a hash
+of everything the tokens depend on (the files' contents, the tokenizer, the settings), so a store is never out of date:
+a change makes another one.
 
 A folder named by a key is complete by construction: tokens are written to `<key>.partial`, flushed to the disk, and
 the folder is renamed last. A lock on `<key>.lock`, which the kernel releases however a process ends, lets a second
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llama_pro_fast.data.digests import file_digests
 from llama_pro_fast.data.documents import Document, is_held_out
 from llama_pro_fast.data.sources import ResolvedSource, iterate_documents
 from llama_pro_fast.errors import UserError
@@ -35,7 +37,7 @@ from llama_pro_fast.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the same text would give other tokens or other files."""
 
 BATCH_CHARACTERS = 2**21
@@ -49,12 +51,14 @@ class TokenSplit:
     Attributes:
         tokens: ``[tokens]`` uint16 or uint32, the documents end to end, each with its EOS.
         offsets: ``[documents + 1]`` int64, from 0 to ``len(tokens)``; no document is empty.
-        num_bytes: length of the text in UTF-8 bytes (without the EOS).
+        num_bytes: ``[documents]`` int64, UTF-8 bytes of each document's text after its first token, which nothing
+            predicts: where the tokenizer adds a BOS, of the whole text. A first token that ends inside a character
+            (byte-level tokenizers split rare ones) is taken to end with it, so up to 3 bytes are missing there.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
-    num_bytes: int
+    num_bytes: np.ndarray
 
     @property
     def num_documents(self) -> int:
@@ -63,11 +67,6 @@ class TokenSplit:
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Turns nats per token into bits per byte: ``loss / log(2) / bytes_per_token``."""
-        return self.num_bytes / self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def tokenize_source(
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer: the model's folder needs a tokenizer.json")
     cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
-    fingerprint = _fingerprint(source, tokenizer, held_out)
+    fingerprint = _fingerprint(source, tokenizer, held_out, cache)
     key = _digest(json.dumps(fingerprint, sort_keys=True).encode())
     try:
         store = TokenStore.open(cache / key) or _build(source, tokenizer, held_out, cache, key, fingerprint, progress)
@@ -139,12 +138,26 @@ def tokenize_source(
             f"{cache}: the cache of tokens cannot be used ({error.strerror or error}): make room or give another "
             "folder with --data.cache"
         ) from error
-    counts = f"{source.path}: {store.train.num_documents + store.held_out.num_documents} documents"
-    if not store.held_out.num_documents:
-        raise UserError(f"{counts}, none of them held out at {held_out}: raise --data.held_out or add documents")
-    if source.weight > 0 and not store.train.num_documents:
-        raise UserError(f"{counts}, all of them held out at {held_out}: lower --data.held_out or add documents")
+    _check_sides(source, store, held_out)
     return store
+
+
+def _check_sides(source: ResolvedSource, store: TokenStore, held_out: float) -> None:
+    """Stop where a side that is needed is empty."""
+    none_held_out = not store.held_out.num_documents
+    if not none_held_out and (store.train.num_documents or source.weight == 0):
+        return
+    number = store.train.num_documents + store.held_out.num_documents
+    if number == 1:
+        raise UserError(
+            f"{source.path}: one document, which cannot be split into training and held-out text: "
+            "give more text or more files"
+        )
+    which, change = ("none", "raise") if none_held_out else ("all", "lower")
+    raise UserError(
+        f"{source.path}: {number} documents, {which} of them held out at {held_out}: {change} --data.held_out or "
+        "add documents"
+    )
 
 
 def _build(
@@ -192,9 +205,9 @@ def _write(
         for documents in _batches(iterate_documents(source)):
             with_text = [document for document in documents if document.text.strip()]
             skipped += len(documents) - len(with_text)
-            for document, ids in zip(with_text, _tokenize(with_text, tokenizer), strict=True):
+            for document, (ids, num_bytes) in zip(with_text, _tokenize(with_text, tokenizer), strict=True):
                 if ids:
-                    (kept_out if is_held_out(document.split_key, held_out) else train).append(document, ids)
+                    (kept_out if is_held_out(document.split_key, held_out) else train).append(ids, num_bytes)
                 else:
                     skipped += 1
             if progress is not None:
@@ -217,18 +230,18 @@ def _write(
 
 
 class _SplitWriter:
-    """Appends documents to `<split>.bin`; only the offsets, 8 bytes a document, stay in memory until the end."""
+    """Appends documents to `<split>.bin`; of each only two numbers stay in memory until the end."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype):
         self._folder, self._split, self._dtype = folder, split, dtype
         self._file = open(folder / f"{split}.bin", "wb")  # noqa: SIM115
         self._offsets = array("q", [0])
-        self._num_bytes = 0
+        self._num_bytes = array("q")
 
-    def append(self, document: Document, ids: list[int]) -> None:
+    def append(self, ids: list[int], num_bytes: int) -> None:
         self._file.write(np.array(ids, self._dtype).tobytes())
         self._offsets.append(self._offsets[-1] + len(ids))
-        self._num_bytes += len(document.text.encode())
+        self._num_bytes.append(num_bytes)
 
     @property
     def num_documents(self) -> int:
@@ -239,7 +252,7 @@ class _SplitWriter:
         return self._offsets[-1]
 
     def counts(self) -> dict[str, int]:
-        return {"documents": self.num_documents, "tokens": self.num_tokens, "bytes": self._num_bytes}
+        return {"documents": self.num_documents, "tokens": self.num_tokens}
 
     def __enter__(self) -> _SplitWriter:
         return self
@@ -249,9 +262,10 @@ class _SplitWriter:
             if kind is None:
                 _to_disk(self._file)
         if kind is None:
-            with open(self._folder / f"{self._split}.offsets.npy", "wb") as file:
-                np.save(file, np.frombuffer(self._offsets, np.int64))
-                _to_disk(file)
+            for name, values in (("offsets", self._offsets), ("bytes", self._num_bytes)):
+                with open(self._folder / f"{self._split}.{name}.npy", "wb") as file:
+                    np.save(file, np.array(values, np.int64))
+                    _to_disk(file)
 
 
 def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> TokenSplit:
@@ -260,10 +274,10 @@ def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> TokenSplit:
         raise ValueError(f"{path} is cut short")
     # An empty file cannot be mapped.
     tokens = np.memmap(path, dtype, mode="r") if counts["tokens"] else np.empty(0, dtype)
-    offsets = np.load(folder / f"{split}.offsets.npy")
-    if len(offsets) != counts["documents"] + 1:
-        raise ValueError(f"{path}: offsets are cut short")
-    return TokenSplit(tokens, offsets, counts["bytes"])
+    offsets, num_bytes = (np.load(folder / f"{split}.{name}.npy") for name in ("offsets", "bytes"))
+    if (len(offsets), len(num_bytes)) != (counts["documents"] + 1, counts["documents"]):
+        raise ValueError(f"{path}: offsets or bytes are cut short")
+    return TokenSplit(tokens, offsets, num_bytes)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -278,8 +292,11 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
-    """Token ids of each document, the EOS last; an empty list where the tokenizer makes nothing of the text."""
+def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], int]]:
+    """Of each document its token ids, the EOS last, and the UTF-8 bytes of its text after the first token.
+
+    There are no ids where the tokenizer makes nothing of the text.
+    """
     if not documents:
         return
     encoded = tokenizer(
@@ -288,38 +305,37 @@ def _tokenize(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> 
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # it would warn of documents longer than the model's positions: packing cuts them
-    )["input_ids"]
+    )
     eos = tokenizer.eos_token_id
-    for ids in encoded:
-        if ids and eos is not None and ids[-1] != eos:
+    for document, ids, encoding in zip(documents, encoded["input_ids"], encoded.encodings, strict=True):
+        if not ids:
+            yield ids, 0
+            continue
+        _, end = encoding.token_to_chars(0) or (0, 0)  # None for an added BOS
+        if eos is not None and ids[-1] != eos:
             ids.append(eos)
-        yield ids
+        yield ids, len(document.text[end:].encode())
 
 
-def _fingerprint(source: ResolvedSource, tokenizer: PreTrainedTokenizerFast, held_out: float) -> dict[str, Any]:
+def _fingerprint(
+    source: ResolvedSource, tokenizer: PreTrainedTokenizerFast, held_out: float, cache: Path
+) -> dict[str, Any]:
     """Everything the tokens depend on. Weights, names and the place of the files are not part of it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # Leftovers of the last call, and no part of ours.
     state.pop("truncation", None)
     state.pop("padding", None)
     tokenizer_parts = [type(tokenizer).__name__, state, tokenizer.eos_token_id, tokenizer.split_special_tokens]
+    names, paths = zip(*source.files, strict=True)
     return {
         "format": FORMAT,
         "kind": source.kind,
         "text": source.text,
         "python": platform.python_version() if source.kind != "files" else None,  # its parser reads the built-in text
-        "files": {name: _file_digest(path) for name, path in source.files},
+        "files": dict(zip(names, file_digests(paths, cache), strict=True)),
         "tokenizer": _digest(json.dumps(tokenizer_parts, sort_keys=True).encode()),
         "held_out": held_out,
     }
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
 
 
 def _digest(data: bytes) -> str:
@@ -334,8 +350,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(cache: Path) -> None:
-    """Delete what killed processes have left; one still at work holds its lock."""
-    for partial in cache.glob("*.partial"):
+    """Delete what killed processes have left; one still at work holds its lock.
+
+    Only names that :func:`_build` gives: the cache may be a folder of the user's, with partial things of others in it.
+    """
+    for partial in cache.glob("[0-9a-f]" * 32 + ".partial"):
         with open(partial.with_suffix(".lock"), "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llama_pro_fast.config import DataConfig, Source
+from llama_pro_fast.data import sources
 from llama_pro_fast.data.documents import is_held_out
 from llama_pro_fast.data.sources import iterate_documents, resolve_sources
 from llama_pro_fast.errors import UserError
@@ -186,6 +190,70 @@ def test_a_txt_file_in_another_encoding_is_named(tmp_path):
     message = message_of(write(tmp_path / "latin.txt", "ü".encode("latin-1")))
     assert "latin.txt" in message
     assert "UTF-8" in message
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", "ünïcode\n".encode() * 30_000, b"x" * 8191 + "ü".encode()])
+@pytest.mark.parametrize("wrong", [b"\xff and more", b"\xc3"])
+def test_the_first_wrong_byte_of_a_txt_file_is_named(tmp_path, before, wrong):
+    message = message_of(write(tmp_path / "a.txt", before + wrong))
+    assert f"a.txt: not UTF-8 at byte {len(before)}:" in message
+
+
+# Cutting text files
+
+
+def test_a_txt_file_is_cut_between_paragraphs(tmp_path):
+    paragraphs = [
+        f"Paragraph {number}\n" + "of several lines\n" * 60 + "\n" * (1 + number % 3) for number in range(400)
+    ]
+    documents = texts(write(tmp_path / "book.txt", "".join(paragraphs)))
+    assert "".join(documents) == "".join(paragraphs)
+    assert len(documents) == 6
+    assert all(2**16 <= len(document) < 2 * 2**16 for document in documents)
+    assert all(document.startswith("Paragraph ") for document in documents)
+
+
+def test_a_small_txt_file_is_one_document(tmp_path):
+    text = "A paragraph.\n\n" * 5000
+    assert 2**16 < len(text) < 2 * 2**16
+    assert texts(write(tmp_path / "a.txt", text)) == [text]
+
+
+def test_a_txt_file_without_blank_lines_is_cut_at_ends_of_lines_and_one_without_lines_anywhere(tmp_path):
+    lines = "".join(f"line {number}\n" for number in range(300_000))
+    documents = texts(write(tmp_path / "lines.txt", lines))
+    assert "".join(documents) == lines
+    assert [document.endswith("\n") for document in documents] == [True] * 4
+    assert all(2**20 - 20 < len(document) <= 2**20 for document in documents[:-1])
+    documents = texts(write(tmp_path / "line.txt", "word " * 500_000))
+    assert "".join(documents) == "word " * 500_000
+    assert [len(document) for document in documents] == [2**20, 2**20, 2_500_000 - 2**21]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(alphabet="ab \n", max_size=200))
+def test_cutting_loses_nothing_and_leaves_nothing_short(tmp_path_factory, text):
+    path = write(tmp_path_factory.getbasetemp() / "cut.txt", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "TXT_DOCUMENT", 8)
+        patch.setattr(sources, "TXT_LONGEST", 24)
+        documents = texts(path)
+    assert "".join(documents) == text
+    assert all(len(document) >= 8 for document in documents) or documents == [text]
+    assert all(len(document) <= 24 + 2 * 8 for document in documents)
+
+
+def test_a_txt_file_is_not_read_whole(tmp_path):
+    path = write(tmp_path / "large.txt", "A paragraph of some words.\n\n" * 700_000)
+    (source, _) = resolve_sources(DataConfig(domain=str(path)))
+    tracemalloc.start()
+    try:
+        number = sum(1 for _ in iterate_documents(source))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert number > 250
+    assert peak < path.stat().st_size / 10
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):

@@ -91,10 +91,11 @@ def test_a_store_holds_every_document_once_on_its_side(source, tokenizer, cache)
         assert documents(split) == [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
         assert split.num_documents == len(texts)
         assert split.num_tokens == sum(map(len, documents(split)))
-        assert split.num_bytes == sum(len(text.encode()) for text in texts)
-        assert split.bytes_per_token == split.num_bytes / split.num_tokens
+        firsts = [tokenizer.decode(tokenizer(text)["input_ids"][:1]) for text in texts]
+        expected = [len(text.encode()) - len(first.encode()) for text, first in zip(texts, firsts, strict=True)]
+        assert split.num_bytes.tolist() == expected
         assert isinstance(split.tokens, np.memmap)
-        assert (split.tokens.dtype, split.offsets.dtype) == (np.uint16, np.int64)
+        assert (split.tokens.dtype, split.offsets.dtype, split.num_bytes.dtype) == (np.uint16, np.int64, np.int64)
 
 
 def test_batches_and_progress_do_not_change_the_tokens(source, tokenizer, cache, monkeypatch):
@@ -133,6 +134,26 @@ def test_a_large_vocabulary_takes_four_bytes(source, cache):
     tokenizer.add_tokens([f"<extra {i}>" for i in range(2**16)])
     store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
     assert store.train.tokens.dtype == np.uint32
+
+
+def test_the_largest_id_decides_the_width_and_not_how_many_there_are(source, cache):
+    words = dict.fromkeys(" ".join(TEXTS).split())
+    vocabulary = {word: 70_000 + id for id, word in enumerate(words)} | {"<unk>": 0}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert len(tokenizer) < 2**16
+    store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
+    assert store.train.tokens.dtype == np.uint32
+    assert store.train.tokens.max() >= 70_000
+
+
+def test_a_first_token_inside_a_character_counts_as_that_character(tmp_path, tokenizer, cache):
+    text = "🦘 and more"  # a character unknown to the tokenizer, so its first token is one of four bytes
+    assert "\ufffd" in tokenizer.decode(tokenizer(text)["input_ids"][:1])
+    source = write_source(tmp_path / "a.jsonl", [text], weight=0.0)
+    store = tokenize_source(source, tokenizer, held_out=1 - 1e-12, cache_dir=cache)
+    assert store.held_out.num_bytes.tolist() == [len(" and more")]
 
 
 def test_long_documents_give_no_warning(source, tokenizer, cache, caplog, capfd):
@@ -271,6 +292,14 @@ def test_what_a_killed_process_leaves_is_cleaned_by_the_next_run(tmp_path, sourc
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [store.key]
 
 
+def test_partial_folders_of_others_are_left_alone(source, tokenizer, cache):
+    ours, others = "0123456789abcdef" * 2, ["model.partial", "0123.partial", "0123456789ABCDEF" * 2 + ".partial"]
+    for name in [f"{ours}.partial", *others]:
+        (cache / name).mkdir(parents=True)
+    tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
+    assert sorted(path.name for path in cache.glob("*.partial")) == sorted(others)
+
+
 def _tokenize_slowly(source, cache, keys):
     real = tokens._write
 
@@ -295,7 +324,7 @@ def test_two_processes_at_once_are_harmless(source, cache):
     assert found == {path.name for path in cache.iterdir() if path.is_dir()}
 
 
-@pytest.mark.parametrize("file", ["train.bin", "held_out.offsets.npy", "meta.json"])
+@pytest.mark.parametrize("file", ["train.bin", "held_out.offsets.npy", "train.bytes.npy", "meta.json"])
 def test_a_store_cut_short_by_a_loss_of_power_is_made_again(source, tokenizer, cache, writes, file):
     store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
     expected = documents(store.train)
@@ -340,6 +369,23 @@ def test_a_side_of_the_split_that_is_empty(tmp_path, tokenizer, cache):
     assert all(word in message for word in ("b.jsonl", "2 documents", "all of them held out", "lower --data.held_out"))
     measured = write_source(tmp_path / "b.jsonl", kept_out, weight=0.0)
     assert tokenize_source(measured, tokenizer, held_out=0.2, cache_dir=cache).train.num_tokens == 0
+
+
+@pytest.mark.parametrize("is_kept_out", [False, True])
+def test_one_document_cannot_be_split(tmp_path, tokenizer, cache, is_kept_out):
+    (text, *_) = [text for text in TEXTS if is_held_out(text, 0.2) == is_kept_out]
+    (tmp_path / "one.txt").write_text(text)
+    source = resolve_sources(DataConfig(domain=str(tmp_path / "one.txt")))[0]
+    message = message_of(source, tokenizer, cache)
+    assert all(word in message for word in ("one.txt", "one document", "cannot be split", "more text or more files"))
+
+
+def test_one_large_text_file_is_split(tmp_path, tokenizer, cache):
+    paragraphs = [f"Paragraph {number}. " + "Some words of it. " * 200 for number in range(400)]
+    (tmp_path / "large.txt").write_text("\n\n".join(paragraphs))
+    source = resolve_sources(DataConfig(domain=str(tmp_path / "large.txt")))[0]
+    store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
+    assert store.train.num_documents > store.held_out.num_documents > 0
 
 
 @pytest.mark.parametrize("held_out", [0.0, 1.0, float("nan")])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.identity import expand_and_prove
@@ -24,35 +24,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def make_base(tmp_path: Path) -> MakeBase:
-    """A tiny Llama checkpoint on disk. Every weight, norm and bias is random: transformers starts biases at zero and
-    norms at one, and a test on those could pass by luck."""
-
-    def make(*, dtype=torch.float32, shard_size="1GB", name="base", extra_config=None, **config) -> PretrainedFolder:
-        settings = {
-            "vocab_size": 80,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-        }
-        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
-        generator = torch.Generator().manual_seed(len(list(model.parameters())))
-        for parameter in model.parameters():
-            with torch.no_grad():
-                parameter.normal_(std=0.3, generator=generator)
-        folder = tmp_path / name
-        model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
-        if extra_config:
-            edit_config(folder, **extra_config)
-        return PretrainedFolder(folder)
-
-    return make
 
 
 @pytest.fixture

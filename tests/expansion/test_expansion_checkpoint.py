@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_pro_fast.expansion import ExpansionPlan, Manifest, block_tensor_name, split_name
+from llama_pro_fast.expansion import ExpansionPlan, block_tensor_name, split_name
 from llama_pro_fast.identity import prove_identity
+from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.pretrained import INDEX_FILE, SINGLE_FILE, PretrainedFolder, combined_digest
 
 from .conftest import save_tokenizer, tensor_bytes

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from llama_pro_fast import expand, expansion
+from llama_pro_fast import expand, expansion, manifest
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.identity import expand_and_prove
@@ -179,7 +179,8 @@ def test_ctrl_c(make_base, refused, monkeypatch):
 
 def test_a_failed_proof_leaves_nothing(make_base, refused, monkeypatch):
     make_base()
-    monkeypatch.setattr(expansion, "ZEROED", ("self_attn.o_proj",))
+    for module in (expansion, manifest):
+        monkeypatch.setattr(module, "ZEROED", ("self_attn.o_proj",))
     refused("block 2: its output is not its input")
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_pro_fast import identity
-from llama_pro_fast.expansion import Manifest
 from llama_pro_fast.identity import IdentityError, expand_and_prove, prove_identity
+from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.pretrained import SINGLE_FILE, PretrainedFolder
 
 from .conftest import edit_config, overwrite, tensor_bytes

@@ -12,7 +12,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llama_pro_fast import expand, export, train
+from llama_pro_fast import expand, export, run_folder, train
 from llama_pro_fast.checkpoint import complete_checkpoints
 from llama_pro_fast.recipe import parse
 
@@ -178,6 +178,11 @@ def test_no_domain(refused):
     refused("--data.domain", data__domain=None)
 
 
+def test_a_refused_run_leaves_no_folder(refused, tmp_path):
+    refused("none.jsonl", data__domain=tmp_path / "none.jsonl")
+    assert not (tmp_path / "run").exists()
+
+
 def test_source_missing(refused, tmp_path):
     refused(tmp_path / "none.jsonl", data__domain=tmp_path / "none.jsonl")
 
@@ -239,6 +244,28 @@ def test_micro_batch_does_not_divide_the_batch(refused):
 @pytest.mark.parametrize("key", ["train__steps", "train__batch_size", "optim__lr", "eval__every", "train__log_every"])
 def test_zero_where_something_is_needed(refused, key):
     refused(f"--{key.replace('__', '.')}: 0", **{key: 0})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optim__beta1", 1), ("optim__beta2", -0.1), ("optim__eps", 0), ("optim__decay_steps", -1)],
+)
+def test_values_adamw_or_the_schedule_cannot_take(refused, key, value):
+    refused(f"--{key.replace('__', '.')}: {value}", **{key: value})
+
+
+def test_copies_without_a_place(refused):
+    refused("--expand.copies", "--expand.groups", expand__groups=None, expand__copies=2)
+
+
+def test_a_rate_that_destroys_the_model_exports_nothing(refused):
+    refused("not finite", "--optim.lr", optim__lr=1e30, train__steps=1)
+
+
+def test_a_head_that_is_said_to_be_tied_and_is_another(refused, copy_of, base):
+    folder = copy_of(base)
+    edit(folder / "config.json", tie_word_embeddings=True)
+    refused(folder, "tie_word_embeddings", model__path=folder)
 
 
 def test_no_gpu(refused):
@@ -314,6 +341,38 @@ def test_output_holds_another_run(cli, make_config, tmp_path, base, texts):
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
 
 
+def test_overwrite_spares_a_folder_that_is_no_run(refused, cli, tmp_path, base, texts):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("site_name: my docs\n")
+    argv = ["--model.path", base, "--data.domain", texts / "domain.jsonl", "--optim.lr", "0.1", "--expand.groups", "2"]
+    code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
+    assert_refused(code, err, tmp_path / "run", "not of a run")
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_overwrite_spares_its_own_inputs(cli, make_config, tmp_path, texts):
+    train.run(make_config(train={"steps": 1}))
+    inside = tmp_path / "run" / "export"
+    argv = ["--model.path", inside, "--data.domain", texts / "domain.jsonl", "--optim.lr", "0.1"]
+    code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
+    assert_refused(code, err, inside, "lies inside")
+    assert (inside / "config.json").exists()
+
+
+def test_two_runs_do_not_write_one_folder(make_config, tmp_path, cli):
+    config = make_config(train={"steps": 1})
+    with run_folder.claimed(tmp_path / "run", resume=False, overwrite=False):
+        code, _, err = cli(lambda argv: train.run(config) and 0)
+    assert_refused(code, err, tmp_path / "run", "another run")
+
+
+def test_output_is_a_link_to_an_empty_folder(make_config, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    train.run(make_config(train={"steps": 1}))
+    assert (tmp_path / "disk" / "export" / "config.json").exists()
+
+
 def test_overwrite_deletes_nothing_when_the_new_run_is_refused(cli, make_config, tmp_path, base):
     train.run(make_config(train={"steps": 1}))
     argv = ["--model.path", base, "--data.domain", tmp_path / "none.jsonl", "--optim.lr", "0.1", "--expand.groups", "2"]
@@ -349,7 +408,7 @@ def test_resume_on_another_base(make_config, tmp_path, cli):
         file.seek(-1, 2)
         file.write(b"\x01")
     code, _, err = cli(train.main, "--output", tmp_path / "run", "--resume")
-    assert_refused(code, err, "expanded", "not the weights this run was started on")
+    assert_refused(code, err, "expanded", "was made on other weights")
 
 
 def test_resume_on_changed_text(make_config, tmp_path, cli, texts):

@@ -11,8 +11,9 @@ from torch import nn
 
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.config import OptimConfig
-from llama_pro_fast.expansion import ExpansionPlan, Manifest
+from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.identity import expand_and_prove
+from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.optimizer import Optimizer, learning_rate
 from llama_pro_fast.pretrained import PretrainedFolder
@@ -147,6 +148,16 @@ def test_a_gradient_that_is_not_finite_touches_nothing_and_is_counted(expanded, 
     assert optimizer.skipped == 1
     assert all(torch.equal(p, before[name]) for name, p in model.trained_parameters().items())
     assert all(torch.equal(value, state[name]) for name, value in optimizer.state().items())
+
+
+def test_the_rate_of_the_schedule_is_the_one_applied(expanded, batch):
+    model = load(expanded)
+    optimizer = make_optimizer(model, warmup_steps=3)
+    for step in range(4):
+        backward(model, batch)
+        optimizer.step(step)
+        rates = {group["lr"] for group in optimizer.adamw.param_groups}
+        assert rates == {learning_rate(optimizer.config, step, 10)}
 
 
 def test_weight_decay_is_for_matrices(expanded):

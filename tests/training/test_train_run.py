@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_pro_fast import export, train
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.checkpoint import complete_checkpoints
-from llama_pro_fast.expansion import Manifest
+from llama_pro_fast.checkpoint import complete_checkpoints, load
+from llama_pro_fast.config import Source
+from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import load_model
 from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
 from llama_pro_fast.recipe import parse, to_dict
@@ -123,8 +125,6 @@ def test_trained_tensors_are_narrowed_once(finished, make_config):
     run = finished(make_config)
     exported = PretrainedFolder(run / "export")
     state = {"model": {"blocks.2.o_proj.weight": torch.empty(32, 32)}}
-    from llama_pro_fast.checkpoint import load
-
     load(complete_checkpoints(run)[-1], state)
     master = state["model"]["blocks.2.o_proj.weight"]
     assert not torch.equal(master, master.bfloat16().float()), "the master is no wider than the export"
@@ -144,10 +144,11 @@ def test_export_by_hand_of_a_crashed_run(make_config, tmp_path, cli):
     assert {name.split(".")[2] for name in before if before[name] != after[name]} == {"2", "5"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, make_config, tmp_path, base):
-    """SIGINT saves at the end of the step; after SIGKILL the last complete checkpoint counts."""
-    length = {"steps": 60, "checkpoint_every": 7}
+@pytest.mark.parametrize(("number", "dtype"), [(signal.SIGINT, "float32"), (signal.SIGKILL, "bfloat16")])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, make_config, tmp_path, base):
+    """SIGINT saves at the end of the step; after SIGKILL the last complete checkpoint counts. Rows of the log fall
+    between checkpoints, and are the same too."""
+    length = {"steps": 60, "checkpoint_every": 7, "log_every": 4, "dtype": dtype}
     train.run(make_config(train=length, eval={"every": 10}, output=str(tmp_path / "whole")))
 
     process = start(make_config(train=length, eval={"every": 10}), tmp_path)
@@ -165,6 +166,111 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, make_con
     assert digests(run / "export") == digests(tmp_path / "whole" / "export")
 
 
+def stopped_at_2(make_config, monkeypatch, **changes):
+    """A run of 4 steps that was asked to stop in step 2."""
+    config = make_config(**({"train": {"steps": 4, "checkpoint_every": 100}} | changes))
+    step, calls = train.train_step, []
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", counted)
+        assert train.run(config) is None
+
+
+def test_a_stopped_run_resumes_by_the_same_command_from_anywhere(make_config, tmp_path, base, texts, monkeypatch):
+    """Relative paths, a length in tokens, `auto`, and an option more: `--resume`."""
+    monkeypatch.chdir(texts)
+    command = ["--model.path", os.path.relpath(base), "--expand.groups", "2", "--data.domain", "domain.jsonl"]
+    command += ["--data.general", "general", "--data.held_out", "0.1", "--optim.lr", "1e-2", "--train.tokens", "512"]
+    command += [
+        "--train.seq_len",
+        "32",
+        "--train.batch_size",
+        "4",
+        "--train.device",
+        "auto",
+        "--output",
+        str(tmp_path / "r"),
+    ]
+    command += ["--data.cache", str(tmp_path / "cache"), "--eval.tokens", "256"]
+    config = parse(command).config
+    stopped_at_2(lambda **_: config, monkeypatch)
+    request = parse([*command, "--resume"])
+    monkeypatch.chdir(tmp_path)
+    assert train.run(request.config, resume=True)["steps"] == 4
+
+
+def test_a_moved_run_goes_on_where_it_is_now(make_config, tmp_path, monkeypatch, base):
+    stopped_at_2(make_config, monkeypatch)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train.run(parse(["--output", str(tmp_path / "moved"), "--resume"]).config, resume=True)
+    assert (tmp_path / "moved" / "export" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(make_config, tmp_path):
+    summary = train.run(make_config())
+    before = digests(tmp_path / "run" / "export"), losses(tmp_path / "run")
+    again = train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
+    assert again == summary
+    assert (digests(tmp_path / "run" / "export"), losses(tmp_path / "run")) == before
+
+
+def test_a_step_is_a_mean_over_its_tokens_however_they_are_spread(make_config, tmp_path):
+    """The same 4 sequences, unequal in valid tokens, in micro-batches of 1, 2 or 4: one loss, one gradient."""
+    seen = []
+    for micro in (1, 2, 4):
+        config = make_config(train={"steps": 1, "micro_batch_size": micro}, output=str(tmp_path / str(micro)))
+        train.run(config)
+        row = next(row for row in read_metrics(tmp_path / str(micro)) if row["kind"] == "train")
+        seen.append((row["loss"], row["grad_norm"]))
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5)
+    assert seen[2] == pytest.approx(seen[0], rel=1e-5)
+
+
+def test_a_sharded_base_is_trained_and_exported_in_its_shards(make_config, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_config().model.path)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    tokenizer.save_pretrained(tmp_path / "sharded")
+    train.run(make_config(model={"path": str(tmp_path / "sharded")}, train={"steps": 2}))
+    exported = PretrainedFolder(tmp_path / "run" / "export")
+    assert len(exported.files) > 1
+    assert exported.files == PretrainedFolder(tmp_path / "sharded").files
+    _, info = AutoModelForCausalLM.from_pretrained(exported.path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_after_training_everything_the_meter_no_longer_speaks_of_a_base(make_config, finished, tmp_path, capsys):
+    first = finished(make_config)
+    everything = {"parameters": "all", "steps": 1}
+    train.run(make_config(model={"path": str(first / "export")}, expand={"groups": None}, train=everything))
+    config = make_config(
+        model={"path": str(tmp_path / "run" / "export")},
+        expand={"groups": None},
+        train={"steps": 1},
+        output=str(tmp_path / "next"),
+    )
+    train.run(config)
+    assert "off: all parameters were trained since" in capsys.readouterr().out
+    assert all(row.get("base_loss") is None for row in read_metrics(tmp_path / "next"))
+
+
+def test_a_failed_export_keeps_the_one_before(make_config, tmp_path, cli):
+    train.run(make_config(train={"steps": 1}))
+    before = digests(tmp_path / "run" / "export")
+    (complete_checkpoints(tmp_path / "run")[-1] / ".metadata").unlink()
+    code, _, err = cli(export.main, tmp_path / "run")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert digests(tmp_path / "run" / "export") == before
+
+
 def test_remains_of_a_save_that_died_are_not_read(make_config, tmp_path):
     config = make_config(train={"steps": 4, "checkpoint_every": 2})
     train.run(config)
@@ -173,9 +279,11 @@ def test_remains_of_a_save_that_died_are_not_read(make_config, tmp_path):
     last = complete_checkpoints(run)[-1]
     (last / "COMPLETE").unlink()
     (last / ".metadata").write_bytes(b"half")
+    (run / "checkpoints" / "step-000003").mkdir()
     request = parse(["--output", str(run), "--resume"])
     train.run(request.config, resume=True)
     assert digests(run / "export") == expected
+    assert not (run / "checkpoints" / "step-000003").exists()
 
 
 def test_training_from_scratch_and_on_trained_everything(make_config, base, tmp_path, capsys):
@@ -200,12 +308,15 @@ def test_an_expanded_model_trains_without_another_expansion(make_config, finishe
     assert folder_digest(PretrainedFolder(first / "export")) != folder_digest(PretrainedFolder(tmp_path / "run/export"))
 
 
-def test_general_text_with_a_weight_is_replayed(make_config, texts, tmp_path, capsys):
-    from llama_pro_fast.config import Source
-
-    config = make_config(data={"general": [Source(path=str(texts / "general"), weight=0.5)]}, train={"steps": 2})
-    train.run(config)
-    assert "general" in next(line for line in capsys.readouterr().out.splitlines() if "text  " in line)
+def test_general_text_with_a_weight_is_replayed(make_config, texts, tokenizer):
+    general = [Source(path=str(texts / "general"), weight=0.5)]
+    options = {"seq_len": 32, "seed": 0, "default_general": True}
+    without = Corpus.prepare(make_config().data, tokenizer, **options).train
+    with_it = Corpus.prepare(make_config(data={"general": general}).data, tokenizer, **options).train
+    assert with_it.sequences_in_epoch(0) > without.sequences_in_epoch(0)
+    tokens = with_it.batch(0, with_it.sequences_in_epoch(0)).input_ids.tolist()
+    assert "Letter" in tokenizer.decode(tokens)
+    assert "Letter" not in tokenizer.decode(without.batch(0, without.sequences_in_epoch(0)).input_ids.tolist())
 
 
 def test_without_general_text_the_built_in_prose_is_measured_and_named(make_config, tmp_path, capsys):

@@ -1,0 +1,101 @@
+"""The folder of a run: who may write it, what may be deleted from it, and what makes it a run.
+
+    runs/NAME/  config.yaml  metrics.jsonl  tensorboard/  checkpoints/  expanded/ or initial/  export/  report/
+
+`config.yaml` makes a folder a run; it is written when everything that can be refused has been. A lock is held from the
+first look at the folder to the end of the run, so that two runs never write one folder. Only a run's own names are ever
+deleted, and only under ``--overwrite``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llama_pro_fast.config import RunConfig
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import writing_to
+from llama_pro_fast.recipe import CONFIG_NAME, load_config, save_config
+
+LOCK = ".lock"
+CONTENTS = (CONFIG_NAME, "metrics.jsonl", "tensorboard", "checkpoints", "expanded", "initial", "export", "report")
+
+
+@contextmanager
+def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Hold a run's folder: with ``resume`` one that holds a run, else a new or empty one, with ``overwrite`` a run too.
+
+    Nothing is deleted yet (see :func:`begin`).
+
+    Raises:
+        UserError: the folder is not of that kind, another process holds it, or it cannot be written.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; give a folder")
+    created = not output.exists()
+    with writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            yield from _locked(output, resume=resume, overwrite=overwrite)
+        finally:
+            # A run that was refused leaves no trace.
+            if created and [path.name for path in output.iterdir()] == [LOCK]:
+                shutil.rmtree(output)
+
+
+def _locked(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    with open(output / LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output {output}: another run is writing there; wait for it or stop it") from error
+        if resume:
+            load_config(output)
+        else:
+            _check_free(output, overwrite=overwrite)
+        yield
+
+
+def begin(config: RunConfig, output: Path, *, overwrite: bool) -> None:
+    """Delete the run the user wants gone, and write ``config.yaml``."""
+    _check_free(output, overwrite=overwrite)
+    for name in CONTENTS if overwrite else ():
+        path = output / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    save_config(config, output / CONFIG_NAME)
+
+
+def check_inputs_outside(output: Path, inputs: Iterable[tuple[str, str | Path]]) -> None:
+    """Refuse a run that would write, or delete, over what it reads.
+
+    Args:
+        inputs: (option, path) pairs.
+
+    Raises:
+        UserError: a path lies in the run's folder.
+    """
+    for option, path in inputs:
+        if Path(path).resolve().is_relative_to(output.resolve()):
+            raise UserError(f"--{option} {path}: lies inside --output {output}; give the run a folder of its own")
+
+
+def _check_free(output: Path, *, overwrite: bool) -> None:
+    found = sorted(path.name for path in output.iterdir() if path.name != LOCK)
+    if not found:
+        return
+    if CONFIG_NAME not in found:
+        raise UserError(f"--output {output}: holds other files ({found[0]}); give an empty or a new folder")
+    try:
+        load_config(output)
+    except UserError as error:
+        raise UserError(
+            f"--output {output}: its {CONFIG_NAME} is not of a run; give an empty or a new folder"
+        ) from error
+    if not overwrite:
+        raise UserError(f"--output {output}: holds a run; add --resume to go on with it or --overwrite to delete it")

@@ -1,0 +1,73 @@
+"""Folders come into being whole, and what is not ours stays."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+
+import pytest
+
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import new_folder, writing_to
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    with new_folder(tmp_path / "new") as partial:
+        (partial / "file").write_text("content")
+        assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "file"]
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    def fail():
+        with new_folder(tmp_path / "new") as partial:
+            (partial / "file").write_text("content")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_replacement_leaves_the_old(tmp_path):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "old").touch()
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "it", replace=True):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["it", "old"]
+    with new_folder(tmp_path / "it", replace=True) as partial:
+        (partial / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["it", "new"]
+
+
+def test_remains_of_a_crash_are_swept_but_nothing_of_the_users(tmp_path):
+    with new_folder(tmp_path / "new") as partial:
+        shutil.copytree(partial, tmp_path / "crashed")
+    (tmp_path / "crashed").rename(tmp_path / "new.partial")
+    (tmp_path / "new").rmdir()
+    with new_folder(tmp_path / "new"):
+        pass
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "precious").touch()
+    with pytest.raises(UserError, match="not ours"), new_folder(tmp_path / "other"):
+        pass
+    assert (tmp_path / "other.partial" / "precious").exists()
+
+
+def test_where_a_folder_cannot_be_renamed_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "/proc"):
+        with pytest.raises(UserError, match="new folder inside"), new_folder(place):
+            pass
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with new_folder(tmp_path / "link") as partial:
+        (partial / "file").touch()
+    assert (tmp_path / "disk" / "file").exists()
+
+
+def test_a_full_disk_is_one_line_and_a_bug_is_not(tmp_path):
+    with pytest.raises(UserError, match="No space left"), writing_to(tmp_path):
+        raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(FileNotFoundError), writing_to(tmp_path):
+        (tmp_path / "a file we forgot to write").read_text()
