@@ -49,15 +49,12 @@ class LinearCrossEntropyOutput(NamedTuple):
         dx: ``[T, H]`` in ``x``'s dtype, d loss / d x; None if not wanted.
         dweight: ``[V, H]`` in the compute dtype, d loss / d weight; None if not wanted.
         token_losses: ``[T]`` in the compute dtype, nats, unscaled, 0 at ignored labels; None without ``per_token``.
-        num_correct: int64 scalar on the device, valid tokens whose label has the largest logit; None without
-            ``per_token``.
     """
 
     loss: Tensor
     dx: Tensor | None
     dweight: Tensor | None
     token_losses: Tensor | None
-    num_correct: Tensor | None
 
 
 def linear_cross_entropy_forward(
@@ -85,7 +82,7 @@ def linear_cross_entropy_forward(
         ignore_index: label that counts for nothing. With no valid label the loss and the gradients are exactly 0,
             whatever the scale.
         chunk_size: tokens whose logits exist at one time; by default :func:`rows_per_chunk`.
-        per_token: also return each token's loss and count the right predictions, for evaluation.
+        per_token: also return each token's loss, for evaluation.
 
     Logits are rounded to ``x``'s dtype by their product, as in a plain head; from there on all is in the compute dtype
     until dlogits enter the next product. NaN and infinities reach the loss and the gradients.
@@ -96,15 +93,10 @@ def linear_cross_entropy_forward(
     token_losses = torch.empty(len(x), dtype=dtype, device=x.device)
     dx = torch.empty_like(x) if need_dx else None
     dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device) if need_dweight else None
-    num_correct = torch.zeros((), dtype=torch.int64, device=x.device) if per_token else None
 
     for start in range(0, len(x), chunk_size):
         rows = slice(start, start + chunk_size)
         logits = linear(x[rows], weight).to(dtype)
-        if per_token:
-            # An ignored label is no class: it can only be counted where ignore_index names one.
-            right = (logits.argmax(-1) == labels[rows]) & (labels[rows] != ignore_index)
-            num_correct += right.sum()
         token_losses[rows] = cross_entropy_(
             logits, labels[rows], scale, ignore_index=ignore_index, need_dlogits=need_dx or need_dweight
         )
@@ -117,7 +109,7 @@ def linear_cross_entropy_forward(
 
     # Scaled before the sum: with no valid label the scale may be infinite, and 0 · inf is not 0.
     loss = torch.where(labels != ignore_index, token_losses * scale, 0).sum()
-    return LinearCrossEntropyOutput(loss, dx, dweight, token_losses if per_token else None, num_correct)
+    return LinearCrossEntropyOutput(loss, dx, dweight, token_losses if per_token else None)
 
 
 def linear_cross_entropy_backward(
