@@ -54,7 +54,8 @@ class CheckpointInfo:
         progress: how far the run was.
         model: path of the model folder the run trains, relative to the run where it lies in it (a run can be moved).
         model_digest: combined digest of that folder's tensors.
-        data: fingerprint of the tokenised text and its order.
+        data: fingerprint of the training text and its order.
+        measured: fingerprint of the held-out text.
         unlogged: losses of the last steps that no row of the metrics holds yet.
     """
 
@@ -62,6 +63,7 @@ class CheckpointInfo:
     model: str
     model_digest: str
     data: str
+    measured: str
     unlogged: list[float]
 
 

@@ -30,12 +30,13 @@ from llama_pro_fast.pretrained import (
     TORCH_DTYPES,
     PretrainedFolder,
     TensorEntry,
+    folder_digest,
     write_header,
 )
 from llama_pro_fast.recipe import load_config
 
 
-def export_run(run: Path, out: Path | None = None) -> Path:
+def export_run(run: Path, out: Path | None = None) -> tuple[Path, int]:
     """Export the run's last complete checkpoint.
 
     Args:
@@ -43,16 +44,19 @@ def export_run(run: Path, out: Path | None = None) -> Path:
         out: where to; by default ``run/export``, which an earlier export of the same run may occupy.
 
     Returns:
-        The export's folder.
+        The export's folder, and the step it is of.
 
     Raises:
-        UserError: no run, no complete checkpoint, its base is gone, or ``out`` is taken, full or not writable.
+        UserError: no run, no complete checkpoint, its base is gone or changed, ``out`` is taken, full or not writable.
     """
     config = load_config(run)
     checkpoints = complete_checkpoints(run)
     if not checkpoints:
         raise UserError(f"{run}: has no complete checkpoint yet; resume it with --output {run} --resume")
-    base = PretrainedFolder(run / read_info(checkpoints[-1]).model)
+    info = read_info(checkpoints[-1])
+    base = PretrainedFolder(run / info.model)
+    if folder_digest(base) != info.model_digest:
+        raise UserError(f"{base.path}: not the weights {run} was trained on any more; put them back")
     trained = _TrainedTensors(checkpoints[-1], base)
     with new_folder(out or run / "export", replace=out is None) as partial:
         for file in base.files:
@@ -73,7 +77,7 @@ def export_run(run: Path, out: Path | None = None) -> Path:
         if manifest is not None and config.train.parameters == "all":
             raw_config[MANIFEST_KEY] = dataclasses.replace(manifest, base_intact=False).to_config()
         write_json(partial / CONFIG_FILE, raw_config)
-    return out or run / "export"
+    return out or run / "export", info.progress.step
 
 
 class _TrainedTensors:
@@ -127,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("out", type=Path, nargs="?", help="folder of the export (default: RUN/export)")
     arguments = parser.parse_args(argv)
-    out = export_run(arguments.run, arguments.out)
-    step = read_info(complete_checkpoints(arguments.run)[-1]).progress.step
+    out, step = export_run(arguments.run, arguments.out)
     say(f"exported step {step} of {arguments.run} to {out}; load it with")
     say(f"AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -32,37 +33,65 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
         raise UserError(f"{path}: there is something there already; give another folder or delete it")
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     with writing_to(path):
+        if _is_ours(old) and not path.exists():
+            old.rename(path)  # a crash between the two renames below
         for remains in (partial, old):
             _remove_remains(remains)
         partial.mkdir(parents=True)
-        mark = partial / MARK
-        mark.touch()
+        mark = open(partial / MARK, "w")  # noqa: SIM115 - its lock lives as long as the writing
+    with mark:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            yield partial
-            # A rename may reach the disk before the files' bytes do, and a power cut would then leave empty shards.
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    sync(file)
-            if path.exists():
-                (path / MARK).touch()
-                path.rename(old)
-            mark.unlink()
-            partial.rename(path)
-            sync(path.parent)
-            _remove_remains(old)
+            with writing_to(path):
+                yield partial
+                # A rename may reach the disk before the files' bytes do, and a power cut would then leave empty shards.
+                for file in partial.rglob("*"):
+                    if file.is_file():
+                        sync(file)
+                if path.exists():
+                    (path / MARK).touch()
+                    path.rename(old)
+                partial.rename(path)
+                (path / MARK).unlink()
+                sync(path.parent)
+                _remove(old)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             if old.exists() and not path.exists():
                 old.rename(path)
                 (path / MARK).unlink()
             raise
 
 
+def _is_ours(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / MARK).exists() or not any(folder.iterdir()))
+
+
 def _remove_remains(folder: Path) -> None:
-    if folder.exists():
-        if not (folder / MARK).exists():
-            raise UserError(f"{folder}: is in the way and not ours to delete; move it")
-        shutil.rmtree(folder)
+    if not folder.exists():
+        return
+    if not _is_ours(folder):
+        raise UserError(f"{folder}: is in the way and not ours to delete; move it")
+    if (folder / MARK).exists():
+        with open(folder / MARK) as mark:
+            try:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{folder}: another process is writing there; wait for it") from error
+    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, its mark last: a kill on the way leaves remains that are known as such."""
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def sync(path: Path) -> None:

@@ -65,7 +65,6 @@ class Decoder(nn.Module):
         self.embed_tokens = embed_tokens
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
-        self.tied = lm_head is None
         self.lm_head = embed_tokens if lm_head is None else lm_head
         self.register_buffer("cos", rotary_tables[0], persistent=False)
         self.register_buffer("sin", rotary_tables[1], persistent=False)

@@ -17,6 +17,7 @@ from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.identity import IdentityProof, expand_and_prove
 from llama_pro_fast.manifest import Manifest
+from llama_pro_fast.model import check_tensors
 from llama_pro_fast.pretrained import PretrainedFolder, no_progress_bars, resolve
 from llama_pro_kernels import select_attention_backend
 
@@ -30,11 +31,11 @@ def check_config(config: RunConfig) -> None:
         UserError: naming the key and the remedy.
     """
     train, optim = config.train, config.optim
-    if config.output is None:
+    if not config.output:
         raise UserError("--output: say where the run goes, for example --output runs/mine")
-    if config.model.path is None:
+    if not config.model.path:
         raise UserError("--model.path: say which model, a folder in the Hugging Face layout or a hub id")
-    if config.data.domain is None:
+    if not config.data.domain:
         raise UserError("--data.domain: say what to learn: a .jsonl, .txt or .parquet file or folder, or stdlib:code")
     if optim.lr is None:
         raise UserError(
@@ -97,13 +98,13 @@ def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None
         UserError: model and recipe do not fit each other.
     """
     base = PretrainedFolder(resolve(config.model.path))
-    run_folder.check_inputs_outside(Path(config.output), [("model.path", base.path)])
+    run_folder.check_not_inside("model.path", base.path, Path(config.output))
     expanded = Manifest.from_config(base.raw_config) is not None
     if config.model.init == "random":
         if config.train.parameters != "all":
             raise UserError("--model.init random: every weight is new, so say --train.parameters all")
         return base, None
-    base.entries  # noqa: B018 - reads the headers: a missing or damaged shard is told here
+    check_tensors(base)
     if config.expand.wanted:
         if expanded:
             raise UserError(

@@ -274,6 +274,8 @@ def read_header(path: Path) -> list[TensorEntry]:
         ]
     except FileNotFoundError as error:
         raise UserError(f"{path}: the index names this shard and it is not there; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise

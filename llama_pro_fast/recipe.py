@@ -19,6 +19,7 @@ import yaml
 
 from llama_pro_fast.config import RunConfig, Source
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import first_line, sync
 
 CONFIG_NAME = "config.yaml"
 FLAGS = ("config", "resume", "overwrite")  # of the command line only
@@ -32,6 +33,7 @@ def _parser():
         prog="llama-pro-fast train",
         description="Train the new blocks of an expanded model (or expand a base first), evaluate, export, report.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="A YAML recipe with the same keys; later options win.")
     parser.add_argument(
@@ -104,7 +106,7 @@ def _stored(parser, argv: list[str]) -> RunConfig:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
     if given.get("output") is None:
         raise UserError("--resume: say which run, --output runs/NAME")
-    run = Path(given.output)
+    run = Path(given.output).expanduser()
     stored = load_config(run)
     asked, kept = dict(_flatten(to_dict(_full(parser, argv)))), dict(_flatten(to_dict(stored)))
     for key, _ in _flatten(given.as_dict()):
@@ -126,8 +128,8 @@ def absolute(config: RunConfig) -> RunConfig:
     """The configuration with the paths that exist here made absolute, so that a run can be resumed from anywhere."""
 
     def local(path: str | None) -> str | None:
-        if path is None:
-            return None
+        if not path:  # an empty one is not the folder we are in
+            return path
         expanded = Path(path).expanduser()
         return os.path.abspath(expanded) if expanded.exists() else path
 
@@ -144,9 +146,9 @@ def absolute(config: RunConfig) -> RunConfig:
             config.data,
             domain=sources(config.data.domain),
             general=sources(config.data.general),
-            cache=None if cache is None else str(Path(cache).expanduser().absolute()),
+            cache=cache and str(Path(cache).expanduser().absolute()),
         ),
-        output=None if config.output is None else str(Path(config.output).expanduser().absolute()),
+        output=config.output and str(Path(config.output).expanduser().absolute()),
     )
 
 
@@ -161,15 +163,17 @@ def load_config(run: Path) -> RunConfig:
         raise UserError(f"{run}: no run there (no {CONFIG_NAME}); start one without --resume")
     try:
         return from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not readable as the configuration of a run ({str(error).splitlines()[0]})") from error
+    except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not readable as the configuration of a run ({first_line(error)})") from error
 
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the configuration; ``path`` holds all of it or does not exist."""
     replacement = path.with_suffix(".new")
     replacement.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    sync(replacement)
     replacement.replace(path)
+    sync(path.parent)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
+
+from llama_pro_fast.files import writing_to
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,19 +26,31 @@ class MetricsWriter:
 
         self.path = run / METRICS_FILE
         kept = [row for row in read_metrics(run) if resumed_at is not None and row["step"] <= resumed_at]
-        replacement = self.path.with_suffix(".new")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        replacement.replace(self.path)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self.board = SummaryWriter(run / "tensorboard", purge_step=None if resumed_at is None else resumed_at + 1)
+        with writing_to(run):
+            replacement = self.path.with_suffix(".new")
+            replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            replacement.replace(self.path)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+            self.board = SummaryWriter(run / "tensorboard", purge_step=0 if resumed_at is None else resumed_at + 1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.file.flush()
-        prefix = "/".join([kind, *([values["source"]] if "source" in values else [])])
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f"{prefix}/{name}", value, step)
+        """Add a row.
+
+        Raises:
+            UserError: no space is left.
+        """
+        with writing_to(self.path):
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.flush()
+            prefix = "/".join([kind, *([values["source"]] if "source" in values else [])])
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Wait until the rows are on the disk: a checkpoint vouches for those before it."""
+        with writing_to(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
@@ -83,9 +98,10 @@ def write_report(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_gib": round(max(row["peak_memory_gib"] for row in train), 3),
     }
     summary = {**facts, **measured, "results": results}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
-    draw_loss(rows, folder / "loss.png", title=facts["title"])
+    with writing_to(folder):
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
+        draw_loss(rows, folder / "loss.png", title=facts["title"])
     return summary
 
 

@@ -21,7 +21,8 @@ from llama_pro_fast.files import writing_to
 from llama_pro_fast.recipe import CONFIG_NAME, load_config, save_config
 
 LOCK = ".lock"
-CONTENTS = (CONFIG_NAME, "metrics.jsonl", "tensorboard", "checkpoints", "expanded", "initial", "export", "report")
+FOLDERS = ("tensorboard", "checkpoints", "expanded", "initial", "export", "report")
+CONTENTS = ("metrics.jsonl", "metrics.new", *(name + end for name in FOLDERS for end in ("", ".partial", ".old")))
 
 
 @contextmanager
@@ -35,58 +36,73 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a folder")
-    created = not output.exists()
     with writing_to(output):
+        created = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
+        lock = open(output / LOCK, "a")  # noqa: SIM115 - held open as long as the folder is
+    with lock:
         try:
-            yield from _locked(output, resume=resume, overwrite=overwrite)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output {output}: another run is writing there; wait for it or stop it") from error
+        try:
+            if resume:
+                load_config(output)
+            else:
+                _check_free(output, overwrite=overwrite)
+            yield
         finally:
             # A run that was refused leaves no trace.
             if created and [path.name for path in output.iterdir()] == [LOCK]:
                 shutil.rmtree(output)
 
 
-def _locked(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    with open(output / LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output {output}: another run is writing there; wait for it or stop it") from error
-        if resume:
-            load_config(output)
-        else:
-            _check_free(output, overwrite=overwrite)
-        yield
-
-
 def begin(config: RunConfig, output: Path, *, overwrite: bool) -> None:
-    """Delete the run the user wants gone, and write ``config.yaml``."""
+    """Delete the run the user wants gone, and write ``config.yaml``.
+
+    The old one stays to the end, so that a kill on the way leaves a folder that is still a run.
+    """
     _check_free(output, overwrite=overwrite)
-    for name in CONTENTS if overwrite else ():
-        path = output / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    save_config(config, output / CONFIG_NAME)
+    with writing_to(output):
+        for name in CONTENTS if overwrite else ():
+            path = output / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        save_config(config, output / CONFIG_NAME)
 
 
-def check_inputs_outside(output: Path, inputs: Iterable[tuple[str, str | Path]]) -> None:
-    """Refuse a run that would write, or delete, over what it reads.
+def check_apart(output: Path, sources: Iterable[str], cache: str | Path) -> None:
+    """Refuse a run that would write, or delete, over what it reads, or read what it writes.
 
     Args:
-        inputs: (option, path) pairs.
+        sources: files or folders of text.
+        cache: the folder of tokens.
 
     Raises:
-        UserError: a path lies in the run's folder.
+        UserError: one of them lies in the run's folder, or the run or the cache in a source.
     """
-    for option, path in inputs:
-        if Path(path).resolve().is_relative_to(output.resolve()):
-            raise UserError(f"--{option} {path}: lies inside --output {output}; give the run a folder of its own")
+    check_not_inside("data.cache", cache, output)
+    for source in sources:
+        check_not_inside("data", source, output)
+        if Path(source).is_dir():
+            for option, path in (("output", output), ("data.cache", cache)):
+                check_not_inside(option, path, Path(source))
+
+
+def check_not_inside(option: str, path: str | Path, folder: Path) -> None:
+    """Refuse a path that lies in ``folder``.
+
+    Raises:
+        UserError: it does.
+    """
+    if Path(path).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--{option} {path}: lies inside {folder}, which the run reads or writes; put it elsewhere")
 
 
 def _check_free(output: Path, *, overwrite: bool) -> None:
-    found = sorted(path.name for path in output.iterdir() if path.name != LOCK)
+    found = sorted(path.name for path in output.iterdir() if path.name not in (LOCK, "config.new"))
     if not found:
         return
     if CONFIG_NAME not in found:

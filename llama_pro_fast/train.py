@@ -16,7 +16,7 @@ import torch
 
 from llama_pro_fast import checkpoint, prepare, run_folder
 from llama_pro_fast.block import BlockSpec
-from llama_pro_fast.cli import run_entry_point
+from llama_pro_fast.cli import INTERRUPTED, run_entry_point
 from llama_pro_fast.config import RunConfig
 from llama_pro_fast.console import amount, block_strip, box, say, table, waiting
 from llama_pro_fast.cost import num_parameters, step_cost
@@ -31,8 +31,6 @@ from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
 from llama_pro_fast.progress import Log, StopSignal, resume_command
 from llama_pro_fast.recipe import absolute, parse
 from llama_pro_fast.report import MetricsWriter, write_report
-
-INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 
 
 def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -75,9 +73,11 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
                 ),
             )
         prepare.resolve_length(config, corpus.train.sequences_in_epoch(0))
+        for text in corpus.held_out:
+            text.sample(config.eval.tokens)  # refuses text with nothing to predict
         if not resume:
-            sources = [("data", text.source.path) for text in corpus.held_out if text.source.kind == "files"]
-            run_folder.check_inputs_outside(output, [*sources, ("data.cache", config.data.cache or default_cache())])
+            sources = [text.source.path for text in corpus.held_out if text.source.kind == "files"]
+            run_folder.check_apart(output, sources, config.data.cache or default_cache())
             run_folder.begin(config, output, overwrite=overwrite)
 
         # The model's folder: from here on only its manifest says which blocks train.
@@ -127,6 +127,7 @@ def train(
         model=str(folder.path.relative_to(output) if inside else folder.path),
         model_digest=folder_digest(folder),
         data=corpus.fingerprint,
+        measured=corpus.measured,
         unlogged=[],
     )
     complete = checkpoint.complete_checkpoints(output)
@@ -134,6 +135,9 @@ def train(
         info = checkpoint.restore(complete[-1], state, model_digest=info.model_digest, data=info.data)
         optimizer.restored()
         say(f"resumed at step {info.progress.step} of {steps} from {complete[-1]}")
+        if info.measured != corpus.measured:
+            say("the held-out text has changed since: losses before and after this step are of different texts")
+            info = dataclasses.replace(info, measured=corpus.measured)
     elif resume:
         say("no complete checkpoint yet: starting from the first step")
     done = info.progress
@@ -164,6 +168,7 @@ def train(
                 optimizer.check_finite()
                 state["random"] = checkpoint.random_state(device)
                 info = dataclasses.replace(info, progress=done, unlogged=log.unlogged)
+                metrics.sync()
                 saved = checkpoint.save(output, state, info, keep=config.train.keep_checkpoints)
             if stop and not last:
                 say(f"stopped at step {done.step} of {steps}, saved {saved}; go on with\n  {resume_command(output)}")
@@ -174,7 +179,7 @@ def train(
 
 def finish(config: RunConfig, output: Path, folder: PretrainedFolder) -> dict[str, Any]:
     """The trained model as an ordinary checkpoint, and what there is to say about the run."""
-    exported = export_run(output)
+    exported, _ = export_run(output)
     depth = folder.config.num_hidden_layers
     manifest = Manifest.from_config(folder.raw_config)
     trained = range(depth) if config.train.parameters == "all" else manifest.trained_blocks

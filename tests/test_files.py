@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.files import new_folder, writing_to
+from llama_pro_fast.files import MARK, new_folder, writing_to
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
@@ -52,6 +52,34 @@ def test_remains_of_a_crash_are_swept_but_nothing_of_the_users(tmp_path):
     with pytest.raises(UserError, match="not ours"), new_folder(tmp_path / "other"):
         pass
     assert (tmp_path / "other.partial" / "precious").exists()
+
+
+def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "good").touch()
+    (tmp_path / "it" / MARK).touch()
+    (tmp_path / "it").rename(tmp_path / "it.old")
+
+    def fail():
+        with new_folder(tmp_path / "it", replace=True):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (tmp_path / "it" / "good").exists()
+    assert not (tmp_path / "it.old").exists()
+
+
+def test_two_writers_of_one_folder(tmp_path):
+    def second():
+        with new_folder(tmp_path / "it"):
+            pass
+
+    with new_folder(tmp_path / "it") as partial:
+        (partial / "file").touch()
+        with pytest.raises(UserError, match="another process"):
+            second()
+    assert (tmp_path / "it" / "file").exists()
 
 
 def test_where_a_folder_cannot_be_renamed_to(tmp_path, monkeypatch):

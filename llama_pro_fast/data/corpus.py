@@ -44,11 +44,13 @@ class Corpus:
         train: every source that has a weight, packed.
         held_out: every source's held-out side.
         fingerprint: changes when the order or the content of the training text does.
+        measured: changes when the held-out text does.
     """
 
     train: PackedDataset
     held_out: list[HeldOut]
     fingerprint: str
+    measured: str
 
     @classmethod
     def prepare(
@@ -84,7 +86,8 @@ class Corpus:
         train = PackedDataset([(text.store, text.source.weight) for text in held_out], seq_len=seq_len, seed=seed)
         trained = [(text.store.key, text.source.weight) for text in held_out if text.source.weight > 0]
         fingerprint = hashlib.sha256(repr((trained, seq_len, seed)).encode()).hexdigest()
-        return cls(train, held_out, fingerprint)
+        measured = [(text.source.role, text.source.name, text.store.key) for text in held_out]
+        return cls(train, held_out, fingerprint, hashlib.sha256(repr(measured).encode()).hexdigest())
 
     def description(self) -> str:
         """Sources with their training tokens and weights, for a person."""

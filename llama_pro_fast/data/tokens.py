@@ -4,8 +4,8 @@
 
 `*.bin` holds the documents of one side of the split end to end, in the source's order; `*.offsets.npy` where each
 begins, and the end of the last; `*.bytes.npy` how many bytes of text in each there are to predict. The key is a hash
-of everything the tokens depend on (the files' contents, the tokenizer, the settings), so a store is never out of date:
-a change makes another one.
+of everything the tokens depend on (the files' contents, the tokenizer, the settings), so a
+change makes another store (a file counts as unchanged while its size, time and inode are).
 
 A folder named by a key is complete by construction: tokens are written to `<key>.partial`, flushed to the disk, and
 the folder is renamed last. A lock on `<key>.lock`, which the kernel releases however a process ends, lets a second
@@ -91,7 +91,7 @@ class TokenStore:
         try:
             meta = json.loads((folder / "meta.json").read_text())
             splits = {split: _open_split(folder, split, meta) for split in ("train", "held_out")}
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
             # ValueError: a file shorter than meta.json says, as a file system that lost power may leave it.
             return None
         return cls(**splits, num_skipped=meta["skipped"], key=folder.name)

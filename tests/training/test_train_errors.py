@@ -343,7 +343,7 @@ def test_output_holds_another_run(cli, make_config, tmp_path, base, texts):
 
 def test_overwrite_spares_a_folder_that_is_no_run(refused, cli, tmp_path, base, texts):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("site_name: my docs\n")
+    (tmp_path / "run" / "config.yaml").write_bytes("site_name: Bücher\n".encode("latin-1"))
     argv = ["--model.path", base, "--data.domain", texts / "domain.jsonl", "--optim.lr", "0.1", "--expand.groups", "2"]
     code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
     assert_refused(code, err, tmp_path / "run", "not of a run")
@@ -357,6 +357,52 @@ def test_overwrite_spares_its_own_inputs(cli, make_config, tmp_path, texts):
     code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
     assert_refused(code, err, inside, "lies inside")
     assert (inside / "config.json").exists()
+
+
+def test_overwrite_deletes_nothing_when_the_weights_are_wrong(cli, make_config, tmp_path, copy_of, base, texts):
+    train.run(make_config(train={"steps": 1}))
+    folder = copy_of(base)
+    edit(folder / "config.json", intermediate_size=96)
+    argv = [
+        "--model.path",
+        folder,
+        "--data.domain",
+        texts / "domain.jsonl",
+        "--optim.lr",
+        "0.1",
+        "--expand.groups",
+        "2",
+    ]
+    code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
+    assert_refused(code, err, "different models")
+    assert (tmp_path / "run" / "export" / "config.json").exists()
+
+
+def test_a_kill_while_overwriting_leaves_a_run(make_config, tmp_path, monkeypatch):
+    train.run(make_config(train={"steps": 1}))
+    config = make_config(train={"steps": 1})
+    rmtree = shutil.rmtree
+
+    def killed(path, *arguments, **options):
+        rmtree(path, *arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, overwrite=True)
+    train.run(config, overwrite=True)
+    assert (tmp_path / "run" / "export" / "config.json").exists()
+
+
+def test_output_inside_a_source(refused, texts, tmp_path):
+    shutil.copytree(texts, tmp_path / "texts")
+    refused("lies inside", data__domain=tmp_path / "texts", output=tmp_path / "texts" / "run")
+
+
+@pytest.mark.parametrize("key", ["model__path", "data__domain", "output"])
+def test_an_empty_path_is_not_the_current_folder(refused, key):
+    refused(f"--{key.replace('__', '.')}", **{key: ""})
 
 
 def test_two_runs_do_not_write_one_folder(make_config, tmp_path, cli):
@@ -485,6 +531,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_is_shown(make_config, t
 def test_export_of_what_is_no_run(cli, tmp_path):
     code, _, err = cli(export.main, tmp_path)
     assert_refused(code, err, tmp_path, "no run there")
+
+
+def test_export_on_another_base(cli, make_config, tmp_path):
+    train.run(make_config(train={"steps": 1}))
+    with open(tmp_path / "run" / "expanded" / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    code, _, err = cli(export.main, tmp_path / "run", tmp_path / "out")
+    assert_refused(code, err, "expanded", "put them back")
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_before_the_first_checkpoint(cli, make_config, tmp_path, monkeypatch):

@@ -271,6 +271,15 @@ def test_a_failed_export_keeps_the_one_before(make_config, tmp_path, cli):
     assert digests(tmp_path / "run" / "export") == before
 
 
+def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, tmp_path, texts, monkeypatch, capsys):
+    general = tmp_path / "general.txt"
+    general.write_text("\n\n".join(path.read_text() * 40 for path in sorted((texts / "general").iterdir())))
+    stopped_at_2(make_config, monkeypatch, data={"general": str(general)}, train={"steps": 3})
+    general.write_text(general.read_text() + "\n\nOne more paragraph. " * 4000)
+    train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
+    assert "the held-out text has changed" in capsys.readouterr().out
+
+
 def test_remains_of_a_save_that_died_are_not_read(make_config, tmp_path):
     config = make_config(train={"steps": 4, "checkpoint_every": 2})
     train.run(config)
