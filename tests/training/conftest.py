@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llama_pro_fast import train
+from llama_pro_fast.checkpoint import complete_checkpoints
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.config import (
     DataConfig,
@@ -128,14 +130,55 @@ def make_config(base, texts, tmp_path, tmp_path_factory) -> Callable[..., RunCon
 
 @pytest.fixture
 def cli(capfd):
-    """Call a verb as its entry point does: (exit code, stdout, stderr)."""
+    """Call a verb as its entry point does: (exit code, stdout, stderr); ``cli.refused`` checks such an outcome."""
 
     def call(main, *argv) -> tuple[int, str, str]:
         code = run_entry_point(main, [str(a) for a in argv])
         captured = capfd.readouterr()
         return code, captured.out, captured.err
 
+    call.refused = assert_refused
     return call
+
+
+def assert_refused(code: int, err: str, *fragments: str) -> None:
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("llama-pro-fast: error: "), err
+    for fragment in fragments:
+        assert str(fragment) in lines[0], f"{fragment!r} is not in: {lines[0]}"
+
+
+@pytest.fixture
+def refused(cli, base, texts, tmp_path, tmp_path_factory):
+    """Call ``train`` with good options, changed by the ones given, and check how it refuses."""
+
+    def run(*fragments: str, **changes) -> str:
+        options = {
+            "model.path": base,
+            "expand.groups": 2,
+            "data.domain": texts / "domain.jsonl",
+            "data.general": texts / "general",
+            "data.held_out": 0.1,
+            "data.cache": tmp_path_factory.getbasetemp() / "token-cache",
+            "optim.lr": 1e-2,
+            "train.steps": 2,
+            "train.seq_len": 32,
+            "train.batch_size": 2,
+            "train.threads": 1,
+            "eval.tokens": 64,
+            "output": tmp_path / "run",
+        }
+        options |= {key.replace("__", "."): value for key, value in changes.items()}
+        argv = [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
+        code, _, err = cli(train.main, *argv)
+        assert_refused(code, err, *fragments)
+        assert not complete_checkpoints(tmp_path / "run")
+        assert not (tmp_path / "run" / "export").exists()
+        return err
+
+    return run
 
 
 @pytest.fixture
