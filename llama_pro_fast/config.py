@@ -86,7 +86,7 @@ class OptimConfig:
     """`cosine` decays from the end of the warm-up; `wsd` (warmup-stable-decay) holds, then decays linearly."""
 
     warmup_steps: int | None = None
-    """Steps of linear warm-up; by default 6 % of the run (paper, table 8)."""
+    """Steps of linear warm-up; by default 6 % of the run (the paper's share)."""
 
     decay_steps: int | None = None
     """`wsd` only: length of the final decay; by default 20 % of the run."""

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ FLAGS = ("config", "resume", "overwrite")  # of the command line only
 
 def _parser():
     # Imported here: benches build a RunConfig in Python and run where jsonargparse is not installed.
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    # The text under each field of config.py is the option's help.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="llama-pro-fast train",
         description="Train the new blocks of an expanded model (or expand a base first), evaluate, export, report.",
@@ -61,7 +64,7 @@ def parse(argv: list[str]) -> Request:
     Raises:
         UserError: unknown key, wrong type, unreadable recipe.
     """
-    for option, following in zip(argv, [*argv[1:], ""], strict=True):
+    for option, following in pairwise([*argv, ""]):
         if option == "--config" or option.startswith("--config="):
             _check_recipe(Path(option.partition("=")[2] or following))
     parser = _parser()

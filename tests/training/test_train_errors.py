@@ -23,6 +23,11 @@ def test_model_folder_missing(refused, tmp_path):
     refused(tmp_path / "nowhere", "no such folder", model__path=tmp_path / "nowhere")
 
 
+def test_nothing_said_at_all(cli):
+    code, _, err = cli(train.main)
+    cli.refused(code, err, "--output")
+
+
 def test_no_model_named(refused):
     refused("--model.path", model__path=None)
 
