@@ -16,6 +16,10 @@ for package in (llama_pro_fast, llama_pro_kernels):
 assert importlib.util.find_spec("transformers") is not None
 from transformers import LlamaForCausalLM  # noqa: E402, F401 - fails where a package named `kernels` shadows the hub's
 
-recipes = list((pathlib.Path(llama_pro_fast.__file__).parent / "recipes").glob("*.yaml"))
+package = pathlib.Path(llama_pro_fast.__file__).parent
+recipes = list((package / "recipes").glob("*.yaml"))
 assert recipes, "the wheel carries no recipes"
-print("wheel: imported", llama_pro_fast.__version__, "with", len(recipes), "recipes")
+base = {path.name for path in (package / "assets" / "prose-3m").iterdir()}
+needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "sources.yaml"}
+assert needed <= base, f"the wheel's base lacks {needed - base}"
+print("wheel: imported", llama_pro_fast.__version__, "with", len(recipes), "recipes and the base")

@@ -14,10 +14,14 @@ class ModelConfig:
     """Which model is trained."""
 
     path: str | None = None
-    """Folder of a Hugging Face Llama checkpoint (config.json, safetensors, tokenizer), or a hub id."""
+    """Folder of a Hugging Face Llama checkpoint (config.json, safetensors, tokenizer), a hub id, or
+    `builtin:prose-3m`, the small base in the package."""
 
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` draws fresh weights for the architecture in config.json: training a base from scratch."""
+
+    tokenizer: Literal["pretrained", "train"] = "pretrained"
+    """`train`, for random weights: a byte-level BPE of the config's vocabulary size, from the training text."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +56,10 @@ class Source:
 
     text: str = "text"
     """The column that holds the text (jsonl, parquet)."""
+
+    split: str | None = None
+    """A column whose value decides whether a row trains or is held out, so that rows of one value (a repository, a
+    book) are never on both sides. Default: the row's text."""
 
     name: str | None = None
     """How reports call it; by default the file's name without ending."""

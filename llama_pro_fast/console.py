@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=False)
+console = Console(highlight=False, soft_wrap=False, emoji=False)
 
 
 def say(text: str) -> None:
@@ -34,18 +35,19 @@ def box(title: str, rows: Iterable[tuple[str, str]]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
+    # As `Text`, since in a string rich takes `[...]` for markup, and a text may well hold code.
     for name, value in rows:
-        table.add_row(name, value)
-    console.print(Panel(table, title=title, title_align="left", box=ROUNDED, expand=False))
+        table.add_row(Text(name), Text(value))
+    console.print(Panel(table, title=Text(title), title_align="left", box=ROUNDED, expand=False))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table whose columns after the first are figures."""
-    grid = Table(box=ROUNDED, expand=False)
+    grid = Table(title=Text(title), title_justify="left", title_style="", box=ROUNDED, expand=False)
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right")
+        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))
     console.print(grid)
 
 

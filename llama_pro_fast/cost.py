@@ -64,3 +64,8 @@ def num_parameters(config) -> int:
         + tables * config.vocab_size * config.hidden_size
         + config.hidden_size
     )
+
+
+def num_trained_parameters(config, trained_blocks: Collection[int], *, train_all: bool) -> int:
+    """Parameters that train: all of them, or those of some blocks."""
+    return num_parameters(config) if train_all else len(trained_blocks) * BlockSpec.from_config(config).num_parameters()

@@ -121,7 +121,7 @@ def prove_identity(
     batch = PackedBatch.from_documents(documents)
     _prove_blocks(expanded, manifest, batch, dtype, progress)
 
-    needed, available = sum(entry.num_bytes for entry in expanded.entries.values()), _available_memory()
+    needed, available = sum(entry.num_bytes for entry in expanded.entries.values()), available_memory()
     difference = skipped = None
     if 2 * needed < available:
         difference = _prove_logits(base, expanded, documents, dtype)
@@ -256,7 +256,7 @@ def _require(holds: bool, folder: PretrainedFolder, what: str, otherwise: str) -
         )
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes this process may still take."""
     page = os.sysconf("SC_PAGE_SIZE")
     available = page * os.sysconf("SC_PHYS_PAGES")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llama_pro_fast import run_folder
 from llama_pro_fast.config import OptimConfig, RunConfig
 from llama_pro_fast.console import progress_bars
+from llama_pro_fast.data import resolve_sources
+from llama_pro_fast.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.files import new_folder
@@ -46,6 +50,8 @@ def check_config(config: RunConfig) -> None:
         raise UserError("--train.steps and --train.tokens both set the length; give one of them")
     if config.expand.copies != 1 and not config.expand.wanted:
         raise UserError("--expand.copies: says how many, not where; give --expand.groups or --expand.after too")
+    if config.model.tokenizer == "train" and config.model.init != "random":
+        raise UserError("--model.tokenizer train: pretrained weights know only their own; add --model.init random")
     if config.expand.wanted and config.model.init == "random":
         raise UserError("--expand.*: a random model has nothing to keep; train a base first (train.parameters all)")
     positive = {
@@ -222,12 +228,31 @@ def existing_model(output: Path) -> PretrainedFolder | None:
     return PretrainedFolder(made[0]) if made else None
 
 
+def make_tokenizer(config: RunConfig, base: PretrainedFolder, update: Callable[[str], None]) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or one trained on the run's text, which ``update`` is told of."""
+    if config.model.tokenizer == "pretrained":
+        return base.tokenizer()
+    update("training the tokenizer ...")
+    return train_tokenizer(
+        resolve_sources(config.data, default_general=False),
+        vocab_size=base.config.vocab_size,
+        held_out=config.data.held_out,
+        bos=base.config.bos_token_id,
+        eos=base.config.eos_token_id,
+    )
+
+
 def make_model(
-    config: RunConfig, base: PretrainedFolder, plan: ExpansionPlan | None, output: Path
+    config: RunConfig,
+    base: PretrainedFolder,
+    plan: ExpansionPlan | None,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[PretrainedFolder, IdentityProof | None]:
     """The folder this run trains: ``base`` itself, a fresh model, or ``base`` expanded, with what that proved."""
     if config.model.init == "random":
-        write_random_model(base, output / "initial", seed=config.train.seed)
+        trained = tokenizer if config.model.tokenizer == "train" else None
+        write_random_model(base, output / "initial", seed=config.train.seed, tokenizer=trained)
         return PretrainedFolder(output / "initial"), None
     if plan is None:
         return base, None
@@ -236,16 +261,27 @@ def make_model(
     return PretrainedFolder(output / "expanded"), proof
 
 
-def write_random_model(base: PretrainedFolder, folder: Path, *, seed: int) -> None:
-    """Fresh weights for ``base``'s architecture as transformers draws them, in float32, with its tokenizer."""
+def write_random_model(
+    base: PretrainedFolder, folder: Path, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Fresh weights for ``base``'s architecture as transformers draws them, with its tokenizer or another one.
+
+    In the config's dtype, float32 where it names none; the export will have the same.
+    """
     import transformers
 
+    dtype = getattr(base.config, "dtype", None) or torch.float32  # asked before from_config writes its own there
     # A generator of its own would be ignored: transformers draws from the global one.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(base.config, dtype=torch.float32)
+    model.to(dtype)
     with new_folder(folder) as partial:
         with no_progress_bars():
             model.save_pretrained(partial)
         for path in base.companions():
-            shutil.copyfile(path, partial / path.name)
+            # Files of the other tokenizer would be read before those of the new one.
+            if tokenizer is None or path.match("generation_config.json") or path.match("[A-Z]*"):
+                shutil.copyfile(path, partial / path.name)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, partial)

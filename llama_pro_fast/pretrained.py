@@ -25,6 +25,8 @@ import transformers
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line
 
+ASSETS = Path(__file__).parent / "assets"
+BUILTIN = "builtin:"
 CHUNK_BYTES = 8 << 20
 ALIGNMENT = 64
 CONFIG_FILE = "config.json"
@@ -221,11 +223,18 @@ class PretrainedFolder:
 
 
 def resolve(path_or_id: str) -> Path:
-    """The local folder of a model: itself, or the hub's snapshot of an id such as ``org/name``.
+    """The local folder of a model: itself, one in the package (``builtin:name``), or the hub's snapshot of an id such
+    as ``org/name``.
 
     Raises:
         UserError: neither a folder nor an id the hub gave us.
     """
+    if path_or_id.startswith(BUILTIN):
+        folder = ASSETS / path_or_id.removeprefix(BUILTIN)
+        if not (folder / CONFIG_FILE).is_file():
+            names = ", ".join(sorted(BUILTIN + path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}")))
+            raise UserError(f"model {path_or_id}: not in the package; there is {names}")
+        return folder
     if os.path.isdir(path_or_id):
         return Path(path_or_id)
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):

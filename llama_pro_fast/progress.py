@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import signal
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from llama_pro_fast.console import duration, peak_memory_gib, say
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.optimizer import learning_rate
 from llama_pro_fast.report import MetricsWriter
+from llama_pro_fast.run_folder import resume_command
 
 
 class Log:
@@ -132,7 +132,3 @@ class StopSignal:
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def resume_command(output: Path) -> str:
-    return shlex.join(["python", "-m", "llama_pro_fast.train", "--output", str(output), "--resume"])

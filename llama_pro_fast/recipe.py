@@ -23,6 +23,7 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line, sync
 
 CONFIG_NAME = "config.yaml"
+RECIPES = Path(__file__).parent / "recipes"
 FLAGS = ("config", "resume", "overwrite")  # of the command line only
 
 
@@ -38,7 +39,12 @@ def _parser():
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="A YAML recipe with the same keys; later options win.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="A YAML recipe with the same keys, or the name of one in the package "
+        f"({', '.join(packaged_recipes())}); later options win.",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="Go on with the run in `output`, from its last checkpoint."
     )
@@ -64,9 +70,10 @@ def parse(argv: list[str]) -> Request:
     Raises:
         UserError: unknown key, wrong type, unreadable recipe.
     """
+    argv = list(_with_recipe_paths(argv))
     for option, following in pairwise([*argv, ""]):
-        if option == "--config" or option.startswith("--config="):
-            _check_recipe(Path(option.partition("=")[2] or following))
+        if option == "--config":
+            _check_recipe(Path(following))
     parser = _parser()
     try:
         if "--resume" in argv:
@@ -76,12 +83,35 @@ def parse(argv: list[str]) -> Request:
         raise UserError(_one_line(str(error))) from error
 
 
+def packaged_recipes() -> list[str]:
+    """Names of the recipes in the package, for `--config`."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _with_recipe_paths(argv: list[str]) -> Iterator[str]:
+    """The command line with `--config=X` as `--config X`, and names of packaged recipes as their files.
+
+    A file of that name in the current folder wins.
+    """
+    is_value = False
+    for part in argv:
+        if part.startswith("--config="):
+            yield "--config"
+            part, is_value = part.partition("=")[2], True
+        if is_value and not Path(part).is_file() and part in packaged_recipes():
+            part = str(RECIPES / f"{part}.yaml")
+        yield part
+        is_value = part == "--config"
+
+
 def _check_recipe(path: Path) -> None:
     """A recipe's keys, before the parser sees them: here the file's name and the nearest right key are at hand."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"--config: there is no file {path}; give a YAML recipe") from error
+        raise UserError(
+            f"--config: there is no file {path}; give a YAML recipe, or one of {', '.join(packaged_recipes())}"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({error}); give a YAML recipe") from error
     except yaml.YAMLError as error:

@@ -8,7 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from llama_pro_fast.files import writing_to
+from llama_pro_fast.files import sync, writing_to
+from llama_pro_fast.run_folder import SUMMARY
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -71,11 +72,14 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_report(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def write_report(
+    run: Path, facts: dict[str, Any], references: dict[tuple[str, str], dict[str, float]]
+) -> dict[str, Any]:
     """Write ``report/`` from the run's metrics.
 
     Args:
         facts: what the trainer knows of the run and the metrics do not say (model, sizes, folders).
+        references: by (role, source) the figures to hold the model's against (see `references.py`).
 
     Returns:
         The content of ``summary.json``: the facts, time and speed and memory, and for each source its first and last
@@ -89,7 +93,8 @@ def write_report(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
     for source, mine in _by_source(evaluations).items():
         keep = ("step", "loss", "bits_per_byte", "base_loss", "kl")
         before, after = ({key: row.get(key) for key in keep} for row in (mine[0], mine[-1]))
-        results.append({"source": source[1], "role": source[0], "before": before, "after": after})
+        compared = references.get(source, {})
+        results.append({"source": source[1], "role": source[0], "before": before, "after": after, **compared})
     train = [row for row in rows if row["kind"] == "train"]
     speeds = [row["tokens_per_second"] for row in train if row["tokens_per_second"] is not None]
     measured = {
@@ -99,9 +104,12 @@ def write_report(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
     }
     summary = {**facts, **measured, "results": results}
     with writing_to(folder):
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
         draw_loss(rows, folder / "loss.png", title=facts["title"])
+        partial = run / (SUMMARY + ".new")
+        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        sync(partial)
+        partial.replace(run / SUMMARY)
     return summary
 
 
@@ -116,15 +124,20 @@ def _by_source(evaluations: list[dict[str, Any]]) -> dict[tuple[str, str], list[
 def _markdown(summary: dict[str, Any]) -> str:
     lines = [f"# {summary['title']}", "", "| | |", "|---|---|"]
     for name, value in summary.items():
-        if name not in ("title", "results"):
-            text = f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)
-            lines.append(f"| {name.replace('_', ' ')} | {text} |")
+        if name in ("title", "results", "sample"):
+            continue
+        if name == "export_check":
+            value = value["said"]
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        text = f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)
+        lines.append(f"| {name.replace('_', ' ')} | {text} |")
     lines += [
         "",
         "Held-out text, nats per token (lower is better); base: the same model with its new blocks skipped.",
         "",
-        "| source | role | loss before | loss after | change | base now | KL(base‖now) | bits per byte after |",
-        "|---|---|---|---|---|---|---|---|",
+        "| source | role | loss before | loss after | change | base now | KL(base‖now) |",
+        "|---|---|---|---|---|---|---|",
     ]
 
     def figure(value: float | None) -> str:
@@ -134,9 +147,24 @@ def _markdown(summary: dict[str, Any]) -> str:
         before, after = row["before"], row["after"]
         lines.append(
             f"| {row['source']} | {row['role']} | {figure(before['loss'])} | {figure(after['loss'])} "
-            f"| {after['loss'] - before['loss']:+.4f} | {figure(after['base_loss'])} | {figure(after['kl'])} "
-            f"| {figure(after['bits_per_byte'])} |"
+            f"| {after['loss'] - before['loss']:+.4f} | {figure(after['base_loss'])} | {figure(after['kl'])} |"
         )
+    lines += [
+        "",
+        "The same in bits per byte of text, beside a unigram model of the training side's tokens and gzip -9.",
+        "",
+        "| source | before | after | unigram | gzip |",
+        "|---|---|---|---|---|",
+    ]
+    for row in summary["results"]:
+        figures = (row["before"]["bits_per_byte"], row["after"]["bits_per_byte"])
+        figures += (row.get("unigram_bits_per_byte"), row.get("gzip_bits_per_byte"))
+        lines.append(f"| {row['source']} | {' | '.join(map(figure, figures))} |")
+    if summary["sample"]:
+        lines += ["", "How a held-out document goes on, greedily:"]
+        for name, said in (("prompt", "Prompt"), ("base", "Base"), ("now", "Now")):
+            if summary["sample"][name] is not None:
+                lines += ["", f"{said}:", "", *(f"    {line}" for line in summary["sample"][name].splitlines())]
     return "\n".join([*lines, "", "![loss](loss.png)", ""])
 
 

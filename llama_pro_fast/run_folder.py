@@ -10,18 +10,21 @@ deleted, and only under ``--overwrite``.
 from __future__ import annotations
 
 import fcntl
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llama_pro_fast.checkpoint import complete_checkpoints, read_info
 from llama_pro_fast.config import RunConfig
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import writing_to
 from llama_pro_fast.recipe import CONFIG_NAME, load_config, save_config
 
 LOCK = ".lock"
-FOLDERS = ("tensorboard", "checkpoints", "expanded", "initial", "export", "report")
+SUMMARY = "report/summary.json"  # what makes a run complete: written last, deleted first
+FOLDERS = ("report", "tensorboard", "checkpoints", "expanded", "initial", "export")
 CONTENTS = ("metrics.jsonl", "metrics.new", *(name + end for name in FOLDERS for end in ("", ".partial", ".old")))
 
 
@@ -55,6 +58,38 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
             # A run that was refused leaves no trace.
             if created and [path.name for path in output.iterdir()] == [LOCK]:
                 shutil.rmtree(output)
+
+
+def first_free(folder: Path) -> Path:
+    """``folder``, or where that holds a complete run ``folder-2``, and so on.
+
+    Raises:
+        UserError: on the way there is an interrupted run, which should be resumed, or one that is still going on.
+    """
+    number, candidate = 1, folder
+    while (candidate / CONFIG_NAME).exists():
+        if not (candidate / SUMMARY).exists():
+            with claimed(candidate, resume=True, overwrite=False):
+                complete, steps = complete_checkpoints(candidate), load_config(candidate).train.steps
+                done = read_info(complete[-1]).progress.step if complete else 0
+                raise UserError(
+                    f"{candidate}: holds an interrupted run, saved at step {done} of {steps}; go on with  "
+                    f"{resume_command(candidate)}  (or delete the folder to start anew)"
+                )
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def resume_command(output: Path) -> str:
+    """What to type to go on with the run in ``output``."""
+    return shlex.join(["python", "-m", "llama_pro_fast.train", "--output", shown(output), "--resume"])
+
+
+def shown(path: Path) -> str:
+    """A path as a person at this prompt would type it."""
+    path, here = Path(path).absolute(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def begin(config: RunConfig, output: Path, *, overwrite: bool) -> None:

@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llama_pro_fast import checkpoint, prepare, run_folder
-from llama_pro_fast.block import BlockSpec
+from llama_pro_fast.cards import show_end, show_start
 from llama_pro_fast.cli import INTERRUPTED, run_entry_point
 from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import amount, block_strip, box, say, table, waiting
-from llama_pro_fast.cost import num_parameters, step_cost
+from llama_pro_fast.console import amount, block_strip, say, waiting
+from llama_pro_fast.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.data import default_cache
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.evaluate import Meter
 from llama_pro_fast.export import export_run
+from llama_pro_fast.generation import NOT_READ_BACK, read_export_back
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.optimizer import Optimizer
 from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
-from llama_pro_fast.progress import Log, StopSignal, resume_command
-from llama_pro_fast.recipe import absolute, parse
+from llama_pro_fast.progress import Log, StopSignal
+from llama_pro_fast.recipe import RECIPES, absolute, parse
+from llama_pro_fast.references import references
 from llama_pro_fast.report import MetricsWriter, write_report
 
 
@@ -58,10 +61,10 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
             base, plan = prepare.open_base(config)
         device, dtype = prepare.resolve_device(config)
         seq_len = prepare.resolve_seq_len(config, base)
-        tokenizer = base.tokenizer()
 
         # Text to tokens, once; then the length of the run is known.
         with waiting("reading text ...") as update:
+            tokenizer = base.tokenizer() if folder else prepare.make_tokenizer(config, base, update)
             corpus = Corpus.prepare(
                 config.data,
                 tokenizer,
@@ -82,12 +85,12 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
 
         # The model's folder: from here on only its manifest says which blocks train.
         if folder is None:
-            folder, proof = prepare.make_model(config, base, plan, output)
+            folder, proof = prepare.make_model(config, base, plan, output, tokenizer)
             if proof is not None:
                 say(f"expanded: {plan.strip}; identity proved: {proof.summary()}")
         if not train(config, output, folder, corpus, device, dtype, resume=resume):
             return None
-        return finish(config, output, folder)
+        return finish(config, output, folder, corpus, tokenizer)
 
 
 def train(
@@ -130,7 +133,7 @@ def train(
         measured=corpus.measured,
         unlogged=[],
     )
-    complete = checkpoint.complete_checkpoints(output)
+    complete, measured_anew = checkpoint.complete_checkpoints(output), False
     if complete:
         info = checkpoint.restore(complete[-1], state, model_digest=info.model_digest, data=info.data)
         optimizer.restored()
@@ -138,6 +141,7 @@ def train(
         if info.measured != corpus.measured:
             say("the held-out text has changed since: losses before and after this step are of different texts")
             info = dataclasses.replace(info, measured=corpus.measured)
+            measured_anew = True
     elif resume:
         say("no complete checkpoint yet: starting from the first step")
     done = info.progress
@@ -148,8 +152,8 @@ def train(
     metered = () if train_all or not manifest.base_intact else manifest.trained_blocks
     meter = Meter(model, corpus, config, metrics, metered)
     log = Log(config, metrics, device, done=done.step, unlogged=info.unlogged)
-    if done.step == 0:
-        meter.measure(0)
+    if done.step == 0 or measured_anew:
+        meter.measure(done.step)
     with StopSignal() as signals:
         while done.step < steps:
             log.start()
@@ -171,40 +175,54 @@ def train(
                 metrics.sync()
                 saved = checkpoint.save(output, state, info, keep=config.train.keep_checkpoints)
             if stop and not last:
-                say(f"stopped at step {done.step} of {steps}, saved {saved}; go on with\n  {resume_command(output)}")
+                say(f"stopped at step {done.step} of {steps}, saved {run_folder.shown(saved)}; go on with")
+                say(f"  {run_folder.resume_command(output)}")
                 break
     metrics.close()
     return done.step == steps
 
 
-def finish(config: RunConfig, output: Path, folder: PretrainedFolder) -> dict[str, Any]:
-    """The trained model as an ordinary checkpoint, and what there is to say about the run."""
+def finish(
+    config: RunConfig, output: Path, folder: PretrainedFolder, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """The trained model as an ordinary checkpoint, read back, and what there is to say about the run.
+
+    Raises:
+        UserError: stock transformers does not compute what was trained; the report stands all the same.
+    """
+    train, manifest = config.train, Manifest.from_config(folder.raw_config)
+    depth, all_train = folder.config.num_hidden_layers, train.parameters == "all"
+    trained = range(depth) if all_train else manifest.trained_blocks
     exported, _ = export_run(output)
-    depth = folder.config.num_hidden_layers
-    manifest = Manifest.from_config(folder.raw_config)
-    trained = range(depth) if config.train.parameters == "all" else manifest.trained_blocks
+    figures = {}
+    for text in corpus.held_out:
+        found = references(text, tokenizer, vocab_size=folder.config.vocab_size, max_tokens=config.eval.tokens)
+        figures[text.source.role, text.source.name] = asdict(found) if found else {}
     facts = {
         "title": f"{Path(config.model.path).name}: {block_strip(depth, trained)}",
         "model": config.model.path,
         "parameters": num_parameters(folder.config),
-        "trained_parameters": num_trained_parameters(folder.config, config, trained),
-        "steps": config.train.steps,
-        "tokens": config.train.steps * config.train.batch_size * config.train.seq_len,
-        "device": config.train.device,
-        "dtype": config.train.dtype,
-        "attention": config.train.attention,
+        "trained_parameters": num_trained_parameters(folder.config, trained, train_all=all_train),
+        "trained_blocks": list(trained),
+        "steps": train.steps,
+        "tokens": train.steps * train.batch_size * train.seq_len,
+        "device": train.device,
+        "threads": train.threads,
+        "dtype": train.dtype,
+        "attention": train.attention,
         "learning_rate": config.optim.lr,
         "export": str(exported),
     }
-    summary = write_report(output, facts)
+    # Written before the check, which a machine may be too small for, and again with what came of it.
+    summary = write_report(output, facts | NOT_READ_BACK, figures)
+    try:
+        with waiting("reading the export back ..."):
+            read_back = read_export_back(config, exported, corpus, tokenizer, summary["results"])
+    except torch.OutOfMemoryError:
+        read_back = NOT_READ_BACK
+    summary = write_report(output, facts | read_back, figures)
     show_end(summary, output, exported)
     return summary
-
-
-def num_trained_parameters(model_config: Any, config: RunConfig, trained: Collection[int]) -> int:
-    if config.train.parameters == "all":
-        return num_parameters(model_config)
-    return len(trained) * BlockSpec.from_config(model_config).num_parameters()
 
 
 def train_step(
@@ -233,58 +251,13 @@ def train_step(
     return loss, optimizer.step(done.step)
 
 
-def show_start(
-    config: RunConfig, folder: PretrainedFolder, model: Decoder, corpus: Corpus, *, manifest: Manifest | None
-) -> None:
-    """The box before the first step."""
-    train = config.train
-    train_all = train.parameters == "all"
-    trained = model.trained_blocks
-    parameters = num_parameters(folder.config)
-    count = num_trained_parameters(folder.config, config, trained)
-    cost = step_cost(folder.config, trained, seq_len=train.seq_len, train_all=train_all)
-    if train_all:
-        meter = "off: all parameters train, the base is not kept"
-    elif not manifest.base_intact:
-        meter = "off: all parameters were trained since the expansion, the base is no longer in the model"
-    else:
-        meter = ", ".join(
-            f"{text.source.name}{' (built in, no --data.general given)' if config.data.general is None else ''}"
-            for text in corpus.held_out
-            if text.source.role == "general"
-        )
-    device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads"
-    box(
-        f"llama-pro-fast · {Path(config.output).name}",
-        [
-            ("model", f"{config.model.path}  ({folder.config.architectures[0]}, {len(model.blocks)} blocks)"),
-            ("blocks", f"{block_strip(len(model.blocks), trained)}  (X trains, o is frozen)"),
-            ("trained", f"{amount(count)} of {amount(parameters)} parameters ({count / parameters:.1%})"),
-            ("cost", f"{cost.total / 1e9:.4g} GFLOP per token (causal attention, its backward 2x)"),
-            ("text", corpus.description()),
-            ("step", f"{train.batch_size} x {train.seq_len} = {train.batch_size * train.seq_len:,} tokens, "
-                     f"{train.batch_size // train.micro_batch_size} micro-batches; {train.steps:,} steps, "
-                     f"{amount(train.steps * train.batch_size * train.seq_len)} tokens"),
-            ("rate", f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} steps of warm-up"),
-            ("device", f"{device}; {train.dtype}, attention {train.attention}, kernels pytorch"),
-            ("forgetting", meter),
-        ],
-    )  # fmt: skip
-
-
-def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
-    """The card after the last step."""
-    rows = []
-    for result in summary["results"]:
-        before, after = result["before"]["loss"], result["after"]["loss"]
-        rows.append((result["source"], result["role"], f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"))
-    table(("held-out text", "role", "loss before", "after", "change"), rows)
-    say(f"export  {exported}  (AutoModelForCausalLM.from_pretrained loads it)")
-    say(f"report  {output / 'report' / 'summary.md'}, loss.png, summary.json")
-
-
 def main(argv: list[str] | None = None) -> int:
-    request = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        output = run_folder.first_free(Path("runs", "quickstart"))
+        say(f"no options: the quickstart, into {output} (`python -m llama_pro_fast.train --help` for everything else)")
+        argv = ["--config", str(RECIPES / "quickstart.yaml"), "--output", str(output)]
+    request = parse(argv)
     summary = run(request.config, resume=request.resume, overwrite=request.overwrite)
     return 0 if summary is not None else INTERRUPTED
 

@@ -35,6 +35,11 @@ class HeldOut:
             )
         return sample
 
+    def beginnings(self, length: int, max_tokens: int) -> list[list[int]]:
+        """The first tokens of each document of the sample: ``length``, or all but its last where it is shorter."""
+        documents = self.sample(max_tokens).documents()
+        return [document[: min(length, len(document) - 1)].tolist() for document in documents if len(document) > 1]
+
 
 @dataclass(frozen=True)
 class Corpus:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -147,6 +148,12 @@ class HeldOutSample:
         predicted = np.minimum(most, (self._end - self._stream.begins[:-1]).clip(0))
         self.num_predicted = int(predicted.sum())
         self.num_bytes = round(float((split.num_bytes[documents] * (predicted / most.clip(1))).sum()))
+
+    def documents(self) -> list[np.ndarray]:
+        """The documents' tokens, int64, in the order they are measured in; the last one may be cut."""
+        last = int(np.searchsorted(self._stream.begins, self._end))
+        bounds = [*self._stream.begins[:last].tolist(), self._end]
+        return [self._tokens[self._stream.addresses_of(begin, end)] for begin, end in pairwise(bounds)]
 
     def batches(self, micro_batch: int) -> Iterator[PackedBatch]:
         """``micro_batch`` sequences at a time; the last batch may be shorter, and so may its last sequence."""

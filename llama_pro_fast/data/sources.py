@@ -44,6 +44,7 @@ class ResolvedSource:
         role: ``domain`` or ``general``.
         weight: how often its training documents count in an epoch; 0 is only measured.
         text: column of the text in jsonl and parquet files.
+        split: column whose value decides on which side of the split a row falls; None: its text does.
         kind: ``files``, ``stdlib:code`` or ``stdlib:prose``.
         files: (name relative to the source, path), sorted by name.
     """
@@ -53,6 +54,7 @@ class ResolvedSource:
     role: str
     weight: float
     text: str
+    split: str | None
     kind: str
     files: tuple[tuple[str, Path], ...]
 
@@ -95,8 +97,7 @@ def iterate_documents(source: ResolvedSource) -> Iterator[Document]:
         yield from stdlib.prose_documents(source.files)
     else:
         for _, path in source.files:
-            for text in _READERS[path.suffix.lower()](path, source.text):
-                yield Document(text, text)
+            yield from _READERS[path.suffix.lower()](path, source)
 
 
 def _listed(sources: str | list[Source]) -> list[Source]:
@@ -115,7 +116,14 @@ def _resolve(source: Source, role: str, default_weight: float) -> ResolvedSource
         raise UserError(f"{source.path}: this Python has no sources of its standard library: give a path of text")
     name = source.name or (kind if kind != "files" else _name(Path(source.path).expanduser()))
     return ResolvedSource(
-        name=name, path=source.path, role=role, weight=weight, text=source.text, kind=kind, files=tuple(files)
+        name=name,
+        path=source.path,
+        role=role,
+        weight=weight,
+        text=source.text,
+        split=source.split,
+        kind=kind,
+        files=tuple(files),
     )
 
 
@@ -150,11 +158,13 @@ def _endings() -> str:
     return ", ".join(ENDINGS[:-1]) + " or " + ENDINGS[-1]
 
 
-def _read_txt(path: Path, column: str) -> Iterator[str]:
+def _read_txt(path: Path, source: ResolvedSource) -> Iterator[Document]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             try:
-                yield from _paragraphs(file)
+                # Without columns, the split of a file of several documents can only be the file itself.
+                for text in _paragraphs(file):
+                    yield Document(text, text if source.split is None else path.name)
             except UnicodeDecodeError as error:
                 # What failed to decode is the last that was read: what was left of the bytes before, and a chunk.
                 byte = file.buffer.tell() - len(error.object) + error.start
@@ -185,8 +195,8 @@ def _paragraphs(file: TextIO) -> Iterator[str]:
     yield before + "".join(lines)
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    found, rows, columns = False, 0, {}
+def _read_jsonl(path: Path, source: ResolvedSource) -> Iterator[Document]:
+    found, rows, columns, column = False, 0, {}, source.text
     for number, line in _lines(path):
         where = f"{path} line {number}"
         try:
@@ -204,7 +214,8 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             columns.update(row)
             if rows == ROWS_TO_FIND_COLUMN:
                 raise UserError(_no_column(path, column, columns))
-        yield _checked(row.get(column), where, column)
+        text = _checked(row.get(column), where, column)
+        yield Document(text, _split_key(row, where, source.split) if source.split and text.strip() else text)
     if rows and not found:
         raise UserError(_no_column(path, column, columns))
 
@@ -220,11 +231,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(_cannot_read(path, error)) from error
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _read_parquet(path: Path, source: ResolvedSource) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    row = 0
+    row, column = 0, source.text
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -235,16 +246,32 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
             # A list goes on to its first row: the error there can tell a chat from other lists.
             if str(value) not in _PARQUET_TEXT and not pa.types.is_list(value):
                 raise UserError(_not_text(str(path), column, str(kind)))
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
+            columns = [name for name in (column, source.split) if name in schema.names]
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for values in batch.to_pylist():
                     row += 1
-                    yield _checked(text, f"{path} row {row}", column)
+                    where = f"{path} row {row}"
+                    text = _checked(values[column], where, column)
+                    yield Document(
+                        text, _split_key(values, where, source.split) if source.split and text.strip() else text
+                    )
     except UserError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or ["unknown"])[0]
         place = f" after row {row}" if row else ""
         raise UserError(f"{path}: cannot be read as parquet{place} ({reason}): write it again") from error
+
+
+def _split_key(row: dict[str, Any], where: str, column: str) -> str:
+    value = row.get(column)
+    if value is None or isinstance(value, (dict, list)):
+        raise UserError(
+            f"{where}: column {column!r}, by which the source is split, holds {_kind(value)}, no single value: name "
+            "another column with `split:` of the source, or leave it out to split by the text"
+        )
+    # Half of a surrogate pair, which JSON can spell, has no bytes to hash.
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def _checked(value: Any, where: str, column: str) -> str:

@@ -8,7 +8,9 @@ text should be:
   (``pydoc_data.topics``), one document per topic.
 
 The split key of both is the top-level module, so the prose about a held-out module is held out too, and no training
-text of one corpus gives away a held-out text of the other.
+text of one corpus gives away a held-out text of the other. A module and its other half (``decimal`` and
+``_pydecimal``, ``abc`` and ``_py_abc``, ``weakref`` and ``_weakrefset``) have one key, and so have all topics, which
+quote each other.
 
 Left out: tests (their deliberately odd code is a poor model), other people's packages, and generated tables of data.
 """
@@ -19,6 +21,7 @@ import ast
 import inspect
 import io
 import os
+import re
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
@@ -28,6 +31,8 @@ from llama_pro_fast.data.documents import Document
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "turtledemo", "__pycache__", "pydoc_data"}
 TOPICS_FILE = "pydoc_data/topics.py"
+HALVES = {"collections_abc": "collections", "weakrefset": "weakref"}
+"""Private modules that are part of a public one of another name."""
 SMALLEST_PROSE = 200
 """Characters. Shorter than this a module's docstrings are a phrase, not a text."""
 
@@ -61,8 +66,8 @@ def prose_documents(files: Iterable[tuple[str, Path]]) -> Iterator[Document]:
     for name, _, tree in _parsed(files):
         if name == TOPICS_FILE:
             literal = next(node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign))
-            for topic, text in sorted(ast.literal_eval(literal).items()):
-                yield Document(_encodable(text), f"pydoc_data.topics:{topic}")
+            for _, text in sorted(ast.literal_eval(literal).items()):
+                yield Document(_encodable(text), _top_level(name))
             continue
         text = "\n\n".join(inspect.cleandoc(statement.value.value).strip() for _, statement in _docstrings(tree))
         if len(text) >= SMALLEST_PROSE:
@@ -150,7 +155,8 @@ def _encodable(text: str) -> str:
 
 
 def _top_level(name: str) -> str:
-    return name.split("/")[0].removesuffix(".py")
+    module = re.sub(r"^_(py_?)?(?=[a-z])", "", name.split("/")[0].removesuffix(".py"))
+    return HALVES.get(module, module)
 
 
 def _characters(line: str, byte_offset: int) -> int:

@@ -37,7 +37,7 @@ from llama_pro_fast.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: raise it when the same text would give other tokens or other files."""
 
 BATCH_CHARACTERS = 2**21
@@ -331,6 +331,7 @@ def _fingerprint(
         "format": FORMAT,
         "kind": source.kind,
         "text": source.text,
+        "split": source.split,
         "python": platform.python_version() if source.kind != "files" else None,  # its parser reads the built-in text
         "files": dict(zip(names, file_digests(paths, cache), strict=True)),
         "tokenizer": _digest(json.dumps(tokenizer_parts, sort_keys=True).encode()),

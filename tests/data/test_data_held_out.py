@@ -66,6 +66,30 @@ def test_a_sample_is_whole_documents_but_the_last_and_every_token_after_a_first_
     assert sample.num_bytes == 4 * sample.num_predicted  # as every token after a first was given 4 bytes
 
 
+@quick
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 12), st.integers(1, 4), st.integers(1, 70))
+def test_the_documents_of_a_sample_are_what_its_batches_hold(lengths, seq_len, micro_batch, max_tokens):
+    sample = HeldOutSample(held_out_store(numbered(lengths)), seq_len=seq_len, max_tokens=max_tokens)
+    documents = [document.tolist() for document in sample.documents()]
+    assert all(documents), "an empty document"
+    batches = list(sample.batches(micro_batch))
+    inputs, labels = (torch.cat([getattr(b, name) for b in batches]).tolist() for name in ("input_ids", "labels"))
+    assert [token for document in documents for token in document] == inputs
+    expected = [token for document in documents for token in (*document[1:], IGNORE_INDEX)]
+    if labels[-1] != IGNORE_INDEX:  # cut inside a document, whose next token the last one still predicts
+        expected[-1] = labels[-1]
+    assert labels == expected
+
+
+def test_beginnings_leave_at_least_a_token_to_go_on_with():
+    text = HeldOut(SimpleNamespace(path="x"), held_out_store([[1, 2, 3, 4], [5, 6, 7], [8, 9], [10]]), seq_len=4)
+    assert sorted(text.beginnings(2, max_tokens=100)) == [[1, 2], [5, 6], [8]]
+    assert sorted(text.beginnings(9, max_tokens=100)) == [[1, 2, 3], [5, 6], [8]]
+    few, all_of_them = (text.beginnings(1, max_tokens=most) for most in (4, 100))
+    assert all_of_them[: len(few)] == few
+    assert len(few) < len(all_of_them), "beginnings are of documents that are not measured"
+
+
 def test_a_sample_is_of_all_files_and_the_same_in_every_run():
     store = held_out_store(numbered([10] * 200))  # say, two files of 100 documents
     sample = HeldOutSample(store, seq_len=50, max_tokens=400)

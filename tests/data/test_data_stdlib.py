@@ -12,6 +12,7 @@ import pytest
 from llama_pro_fast.data.documents import is_held_out
 from llama_pro_fast.data.stdlib import (
     SKIPPED_FOLDERS,
+    TOPICS_FILE,
     code_documents,
     prose_documents,
     stdlib_files,
@@ -140,13 +141,14 @@ def test_a_module_of_words_only_leaves_nothing():
 def test_prose_is_docstrings_and_topics():
     files = [(name, path) for name, path in stdlib_files("prose") if name.startswith(("textwrap", "pydoc_data"))]
     documents = list(prose_documents(files))
-    by_key = {document.split_key: document.text for document in documents}
-    assert len(by_key) == len(documents) > 50
-    assert by_key["textwrap"].startswith("Text wrapping and filling.\n\n")
-    assert "def " not in by_key["textwrap"]
-    assert "pydoc_data.topics:while" in by_key
-    for text in by_key.values():
-        text.encode()
+    (textwrap_doc,) = [document.text for document in documents if document.split_key == "textwrap"]
+    assert textwrap_doc.startswith("Text wrapping and filling.\n\n")
+    assert "def " not in textwrap_doc
+    topics = [document.text for document in documents if document.split_key != "textwrap"]
+    assert len(topics) > 50
+    assert any(text.startswith('The "while" statement') for text in topics)
+    for document in documents:
+        document.text.encode()
 
 
 def test_code_and_prose_share_the_split():
@@ -156,6 +158,36 @@ def test_code_and_prose_share_the_split():
         files = [(name, path) for name, path in stdlib_files(kind) if name.startswith(some)]
         keys.append({document.split_key for document in documents(files)})
     assert keys[0] == keys[1] == {"json", "random", "textwrap", "string", "types"}
+
+
+def test_topics_quote_each_other_and_stay_on_one_side():
+    topics = [(name, path) for name, path in stdlib_files("prose") if name == TOPICS_FILE]
+    assert {document.split_key for document in prose_documents(topics)} == {"pydoc_data"}
+
+
+@pytest.mark.parametrize(
+    ("module", "halves"),
+    [
+        ("decimal", ["decimal.py", "_pydecimal.py"]),
+        ("io", ["io.py", "_pyio.py"]),
+        ("abc", ["abc.py", "_py_abc.py"]),
+        ("collections", ["collections/__init__.py", "collections/abc.py", "_collections_abc.py"]),
+        ("weakref", ["weakref.py", "_weakrefset.py"]),
+    ],
+)
+def test_a_module_and_its_other_half_stay_on_one_side(module, halves):
+    """The C module's stand-in in Python holds the same docstrings, often the same code."""
+    files = [(name, path) for name, path in FILES if name in halves]
+    assert files
+    for documents in (code_documents, prose_documents):
+        keys = {document.split_key for document in documents(files)}
+        assert keys <= {module}, keys
+
+
+def test_a_name_that_begins_with_two_underscores_keeps_them():
+    keys = [document.split_key for document in code_documents([f for f in FILES if f[0].startswith("__")])]
+    assert keys
+    assert all(key.startswith("__") for key in keys)
 
 
 def test_the_default_split_holds_out_some_modules():

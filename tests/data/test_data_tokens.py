@@ -201,7 +201,7 @@ def test_what_a_call_leaves_in_the_tokenizer_does_not_matter(source, cache, writ
     assert writes.count == 1
 
 
-@pytest.mark.parametrize("changed", ["content", "file name", "column", "tokenizer", "eos", "held_out"])
+@pytest.mark.parametrize("changed", ["content", "file name", "text", "split", "tokenizer", "eos", "held_out"])
 def test_any_change_of_what_the_tokens_depend_on_makes_another_store(
     tmp_path, source, tokenizer, cache, writes, changed
 ):
@@ -211,10 +211,10 @@ def test_any_change_of_what_the_tokens_depend_on_makes_another_store(
         source = write_source(tmp_path / "rows.jsonl", [*TEXTS[:-1], TEXTS[-1].upper()])
     elif changed == "file name":
         source = write_source(tmp_path / "other.jsonl", TEXTS)
-    elif changed == "column":
+    elif changed in ("text", "split"):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t, "body": t}) + "\n" for t in TEXTS))
         first = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
-        source = dataclasses.replace(source, text="body")
+        source = dataclasses.replace(source, **{changed: "body"})
     elif changed == "tokenizer":
         tokenizer = make_tokenizer(300, eos_token="</s>")
     elif changed == "eos":
@@ -378,14 +378,6 @@ def test_one_document_cannot_be_split(tmp_path, tokenizer, cache, is_kept_out):
     source = resolve_sources(DataConfig(domain=str(tmp_path / "one.txt")))[0]
     message = message_of(source, tokenizer, cache)
     assert all(word in message for word in ("one.txt", "one document", "cannot be split", "more text or more files"))
-
-
-def test_one_large_text_file_is_split(tmp_path, tokenizer, cache):
-    paragraphs = [f"Paragraph {number}. " + "Some words of it. " * 200 for number in range(400)]
-    (tmp_path / "large.txt").write_text("\n\n".join(paragraphs))
-    source = resolve_sources(DataConfig(domain=str(tmp_path / "large.txt")))[0]
-    store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
-    assert store.train.num_documents > store.held_out.num_documents > 0
 
 
 @pytest.mark.parametrize("held_out", [0.0, 1.0, float("nan")])

@@ -41,7 +41,7 @@ def test_the_proof_counts_what_it_compared(base, expanded):
 
 
 def test_a_model_too_large_to_load_is_proved_block_by_block(base, expanded, monkeypatch):
-    monkeypatch.setattr(identity, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(identity, "available_memory", lambda: 1000)
     proof = prove_identity(base, expanded)
     assert proof.max_logit_difference is None
     assert "memory" in proof.logits_skipped

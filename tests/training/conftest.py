@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +128,41 @@ def make_config(base, texts, tmp_path, tmp_path_factory) -> Callable[..., RunCon
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """One finished run that many tests look at and none changes; made by the first."""
+    made: dict[str, Path] = {}
+
+    def get(make_config) -> Path:
+        if "run" not in made:
+            run = tmp_path_factory.mktemp("finished") / "run"
+            train.run(make_config(output=str(run)))
+            made["run"] = run
+        return made["run"]
+
+    return get
+
+
+@pytest.fixture
+def stopped_at_2(monkeypatch):
+    """A run that is asked to stop in its second step, as by Ctrl-C."""
+
+    def run(config: RunConfig) -> None:
+        step, calls = train.train_step, []
+
+        def counted(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", counted)
+            assert train.run(config) is None
+
+    return run
 
 
 @pytest.fixture

@@ -23,13 +23,12 @@ def test_model_folder_missing(refused, tmp_path):
     refused(tmp_path / "nowhere", "no such folder", model__path=tmp_path / "nowhere")
 
 
-def test_nothing_said_at_all(cli):
-    code, _, err = cli(train.main)
-    cli.refused(code, err, "--output")
-
-
 def test_no_model_named(refused):
     refused("--model.path", model__path=None)
+
+
+def test_no_such_model_in_the_package(refused):
+    refused("builtin:prose-9b", "not in the package", "builtin:prose-3m", model__path="builtin:prose-9b")
 
 
 def test_model_folder_without_config(refused, tmp_path):
@@ -129,6 +128,17 @@ def test_an_expanded_model_is_not_expanded_again(refused, base, tmp_path, cli):
 
 def test_random_weights_cannot_be_expanded(refused):
     refused("--expand", "train a base first", model__init="random", train__parameters="all")
+
+
+def test_pretrained_weights_keep_their_tokenizer(refused):
+    refused("--model.tokenizer train", "--model.init random", model__tokenizer="train")
+
+
+def test_vocabulary_too_small_for_a_tokenizer(refused, copy_of, base):
+    folder = copy_of(base)
+    edit(folder / "config.json", vocab_size=257)
+    scratch = {"model__init": "random", "model__tokenizer": "train", "expand__groups": None}
+    refused("vocab_size", "258", "257", model__path=folder, train__parameters="all", **scratch)
 
 
 # -- the text ------------------------------------------------------------------------------------------------------

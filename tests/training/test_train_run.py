@@ -52,20 +52,6 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One finished run that several tests look at; made by the first."""
-    made: dict[str, Path] = {}
-
-    def get(make_config) -> Path:
-        if "run" not in made:
-            made["run"] = tmp_path_factory.mktemp("finished") / "run"
-            train.run(make_config(output=str(made["run"])))
-        return made["run"]
-
-    return get
-
-
 def test_a_run_writes_what_the_design_names(finished, make_config):
     run = finished(make_config)
     assert [f.name for f in complete_checkpoints(run)] == ["step-000004", "step-000006"]
@@ -166,23 +152,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, m
     assert digests(run / "export") == digests(tmp_path / "whole" / "export")
 
 
-def stopped_at_2(make_config, monkeypatch, **changes):
-    """A run of 4 steps that was asked to stop in step 2."""
-    config = make_config(**({"train": {"steps": 4, "checkpoint_every": 100}} | changes))
-    step, calls = train.train_step, []
-
-    def counted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", counted)
-        assert train.run(config) is None
-
-
-def test_a_stopped_run_resumes_by_the_same_command_from_anywhere(make_config, tmp_path, base, texts, monkeypatch):
+def test_a_stopped_run_resumes_by_the_same_command_from_anywhere(stopped_at_2, tmp_path, base, texts, monkeypatch):
     """Relative paths, a length in tokens, `auto`, and an option more: `--resume`."""
     monkeypatch.chdir(texts)
     command = ["--model.path", os.path.relpath(base), "--expand.groups", "2", "--data.domain", "domain.jsonl"]
@@ -198,15 +168,14 @@ def test_a_stopped_run_resumes_by_the_same_command_from_anywhere(make_config, tm
         str(tmp_path / "r"),
     ]
     command += ["--data.cache", str(tmp_path / "cache"), "--eval.tokens", "256"]
-    config = parse(command).config
-    stopped_at_2(lambda **_: config, monkeypatch)
+    stopped_at_2(parse(command).config)
     request = parse([*command, "--resume"])
     monkeypatch.chdir(tmp_path)
     assert train.run(request.config, resume=True)["steps"] == 4
 
 
-def test_a_moved_run_goes_on_where_it_is_now(make_config, tmp_path, monkeypatch, base):
-    stopped_at_2(make_config, monkeypatch)
+def test_a_moved_run_goes_on_where_it_is_now(make_config, stopped_at_2, tmp_path):
+    stopped_at_2(make_config(train={"steps": 4, "checkpoint_every": 100}))
     (tmp_path / "run").rename(tmp_path / "moved")
     train.run(parse(["--output", str(tmp_path / "moved"), "--resume"]).config, resume=True)
     assert (tmp_path / "moved" / "export" / "config.json").exists()
@@ -271,10 +240,10 @@ def test_a_failed_export_keeps_the_one_before(make_config, tmp_path, cli):
     assert digests(tmp_path / "run" / "export") == before
 
 
-def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, tmp_path, texts, monkeypatch, capsys):
+def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stopped_at_2, tmp_path, texts, capsys):
     general = tmp_path / "general.txt"
     general.write_text("\n\n".join(path.read_text() * 40 for path in sorted((texts / "general").iterdir())))
-    stopped_at_2(make_config, monkeypatch, data={"general": str(general)}, train={"steps": 3})
+    stopped_at_2(make_config(data={"general": str(general)}, train={"steps": 3}))
     general.write_text(general.read_text() + "\n\nOne more paragraph. " * 4000)
     train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
     assert "the held-out text has changed" in capsys.readouterr().out

@@ -1,0 +1,114 @@
+"""What a run says of itself before its first step, and after its last."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_pro_fast.config import RunConfig
+from llama_pro_fast.console import amount, block_strip, box, duration, say, table
+from llama_pro_fast.cost import num_parameters, num_trained_parameters, step_cost
+from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.manifest import Manifest
+from llama_pro_fast.model import Decoder
+from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.run_folder import resume_command, shown
+
+
+def show_start(
+    config: RunConfig, folder: PretrainedFolder, model: Decoder, corpus: Corpus, *, manifest: Manifest | None
+) -> None:
+    """The box before the first step."""
+    train = config.train
+    train_all = train.parameters == "all"
+    trained = model.trained_blocks
+    parameters = num_parameters(folder.config)
+    count = num_trained_parameters(folder.config, trained, train_all=train_all)
+    cost = step_cost(folder.config, trained, seq_len=train.seq_len, train_all=train_all)
+    if train_all:
+        meter = "off: all parameters train, the base is not kept"
+    elif not manifest.base_intact:
+        meter = "off: all parameters were trained since the expansion, the base is no longer in the model"
+    else:
+        meter = ", ".join(
+            f"{text.source.name}{' (built in, no --data.general given)' if config.data.general is None else ''}"
+            for text in corpus.held_out
+            if text.source.role == "general"
+        )
+    device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads"
+    box(
+        f"llama-pro-fast · {Path(config.output).name}",
+        [
+            ("model", f"{config.model.path}  ({folder.config.architectures[0]}, {len(model.blocks)} blocks)"),
+            ("blocks", f"{block_strip(len(model.blocks), trained)}  (X trains, o is frozen)"),
+            ("trained", f"{amount(count)} of {amount(parameters)} parameters ({count / parameters:.1%})"),
+            ("cost", f"{cost.total / 1e9:.4g} GFLOP per token (causal attention, its backward 2x)"),
+            ("text", corpus.description()),
+            ("step", f"{train.batch_size} x {train.seq_len} = {train.batch_size * train.seq_len:,} tokens, "
+                     f"{train.batch_size // train.micro_batch_size} micro-batches; {train.steps:,} steps, "
+                     f"{amount(train.steps * train.batch_size * train.seq_len)} tokens"),
+            ("rate", f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} steps of warm-up"),
+            ("device", f"{device}; {train.dtype}, attention {train.attention}, kernels pytorch"),
+            ("forgetting", meter),
+        ],
+    )  # fmt: skip
+
+
+def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
+    """The card after the last step: what came of it, where it lies, what to type next."""
+
+    def figure(value: float | None, digits: int = 4) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    results = summary["results"]
+    nats = []
+    for result in results:
+        before, after = result["before"]["loss"], result["after"]["loss"]
+        nats.append((result["source"], result["role"], figure(before), figure(after), f"{after - before:+.4f}"))
+    table("loss on held-out text, nats per token", ("text", "role", "before", "after", "change"), nats)
+    bits = []
+    for result in results:
+        values = [result[when]["bits_per_byte"] for when in ("before", "after")]
+        values += [result.get(name) for name in ("unigram_bits_per_byte", "gzip_bits_per_byte")]
+        bits.append((result["source"], result["role"], *(figure(value, 3) for value in values)))
+    columns = ("text", "role", "before", "after", "unigram", "gzip -9")
+    table("the same in bits per byte, beside two simple compressors", columns, bits)
+
+    share = summary["trained_parameters"] / summary["parameters"]
+    speed, sample = summary["median_tokens_per_second"], summary["sample"]
+    facts = [
+        ("trained", f"{amount(summary['trained_parameters'])} of {amount(summary['parameters'])} parameters "
+                    f"({share:.1%}), blocks {', '.join(map(str, summary['trained_blocks']))}"),
+        ("speed", f"{'–' if speed is None else format(speed, ',.0f')} tokens/s; "
+                  f"{duration(summary['seconds_of_steps'])} of training steps"),
+        ("memory", f"peak {summary['peak_memory_gib']:.2f} GiB"),
+        ("export", summary["export_check"]["said"]),
+    ]  # fmt: skip
+    if sample:
+        facts += [("prompt", sample["prompt"]), ("  base", sample["base"] or "–"), ("  now", sample["now"])]
+    facts += [
+        ("model", f"{shown(exported)}  (an ordinary Hugging Face folder)"),
+        ("report", f"{shown(output / 'report')}/  summary.md, loss.png, summary.json"),
+    ]
+    box(f"{shown(output)}: done", facts)
+    pipeline = (
+        f'from transformers import pipeline; print(pipeline("text-generation", {json.dumps(shown(exported))})'
+        '("import os", max_new_tokens=60, do_sample=False)[0]["generated_text"])'
+    )
+    own = "python -m llama_pro_fast.train --model.path MODEL --expand.groups 8 --data.domain mine.jsonl"
+    evaluate = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={shown(exported)}", "--tasks", "hellaswag"]
+    say("\nnext")
+    say('# your model (a folder or hub id of a Llama checkpoint) and text (one {"text": ...} a line)')
+    say(f"{own} --optim.lr 5e-5 --output runs/mine")
+    say("# generate")
+    say(shlex.join(["python", "-c", pipeline]))
+    say('# evaluate, after pip install "lm_eval[hf]"')
+    say(shlex.join(evaluate))
+    say("# look at the curves")
+    say(shlex.join(["tensorboard", "--logdir", shown(output / "tensorboard")]))
+    say("# go on with a run after Ctrl-C or a crash")
+    say(resume_command(output))

@@ -1,0 +1,167 @@
+"""The card after a run and the summary behind it: every figure is there, every command is one that can be typed."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import errno
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from llama_pro_fast import console, train
+from llama_pro_fast.cards import show_end
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.recipe import parse
+from llama_pro_fast.report import write_report
+
+
+@pytest.fixture
+def summary(finished, make_config) -> dict:
+    return json.loads((finished(make_config) / "report" / "summary.json").read_text())
+
+
+@pytest.fixture
+def card(capsys, monkeypatch):
+    """What the card of a summary prints on a terminal of that width."""
+
+    def printed(summary: dict, run: Path = Path("runs/mine"), width: int = 200) -> str:
+        monkeypatch.setattr(console, "console", Console(width=width, highlight=False))
+        show_end(summary, run, run / "export")
+        return capsys.readouterr().out
+
+    return printed
+
+
+def command(words: str, text: str) -> list[str]:
+    """The command under the comment with these words."""
+    lines = text.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("#") and words in line]
+    return shlex.split(lines[at + 1])
+
+
+def test_the_summary_says_what_trained_and_on_what(summary, finished, make_config):
+    entries = PretrainedFolder(finished(make_config) / "export").entries
+    sizes = {name: math.prod(entry.shape) for name, entry in entries.items()}
+    assert summary["trained_blocks"] == [2, 5]
+    assert summary["parameters"] == sum(sizes.values())
+    trained = ("model.layers.2.", "model.layers.5.")
+    assert summary["trained_parameters"] == sum(size for name, size in sizes.items() if name.startswith(trained))
+    assert (summary["device"], summary["threads"], summary["dtype"]) == ("cpu", 1, "float32")
+
+
+def test_every_held_out_text_stands_beside_counting_and_gzip(summary):
+    for row in summary["results"]:
+        assert 0 < row["unigram_loss"] < 20
+        assert 0 < row["unigram_bits_per_byte"] < 8
+        assert 0 < row["gzip_bits_per_byte"] < 8
+
+
+def test_the_summary_is_the_last_file_of_a_run(make_config, monkeypatch, tmp_path):
+    """It makes a run complete, so a run that dies in its report has none."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("llama_pro_fast.report.draw_loss", full)
+    with pytest.raises(UserError, match="No space left"):
+        train.run(make_config(train={"steps": 1}))
+    assert not (tmp_path / "run" / "report" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_card_shows_the_figures_in_full(summary, card, width):
+    """80 columns is what a terminal has until it is widened, and a pipe always."""
+    summary = copy.deepcopy(summary)
+    for row, name in zip(summary["results"], ("stdlib:code", "stdlib:prose"), strict=True):
+        row["source"] = name
+    text = card(summary, width=width)
+    for row in summary["results"]:
+        assert row["source"] in text
+        for loss in (row["before"]["loss"], row["after"]["loss"]):
+            assert f"{loss:.4f}" in text
+        assert f"{row['after']['loss'] - row['before']['loss']:+.4f}" in text
+        for bits in (row["before"]["bits_per_byte"], row["after"]["bits_per_byte"]):
+            assert f"{bits:.3f}" in text
+        for key in ("unigram_bits_per_byte", "gzip_bits_per_byte"):
+            assert f"{row[key]:.3f}" in text
+    whole = " ".join(text.replace("│", " ").split())  # a long value goes on in the next line of its cell
+    check = summary["export_check"]["said"]
+    for words in ("blocks 2, 5", check, "runs/mine/export", "runs/mine/report/", "runs/mine: done"):
+        assert words in whole, words
+
+
+def test_what_is_not_known_is_a_dash(summary, card):
+    summary = copy.deepcopy(summary)
+    summary["median_tokens_per_second"] = summary["sample"] = None
+    for row in summary["results"]:
+        row["before"]["bits_per_byte"] = row["after"]["bits_per_byte"] = None
+        del row["unigram_bits_per_byte"], row["gzip_bits_per_byte"]
+    text = card(summary)
+    assert "– tokens/s" in text
+    assert "prompt" not in text
+    (line,) = [line for line in text.splitlines() if " domain " in line and "–" in line]
+    assert line.count("–") == 4
+
+
+SAMPLE = "values[i] = rows[-1][/x] [bold]: [red]no[/red] \\[b]"
+
+
+def test_the_sample_is_shown_as_it_is(summary, card):
+    """Code is full of brackets, which are no mark-up here."""
+    text = card(summary | {"sample": {"prompt": SAMPLE, "base": SAMPLE[::-1], "now": "x[0]"}})
+    for words in (SAMPLE, SAMPLE[::-1], "x[0]"):
+        assert words in text
+
+
+def test_a_source_and_a_folder_may_have_brackets_in_their_names(summary, card):
+    summary = copy.deepcopy(summary)
+    summary["results"][0]["source"] = "law[1] [/en]"
+    text = card(summary, Path("runs/try[2] [/b]"))
+    assert "law[1] [/en]" in text
+    assert "runs/try[2] [/b]: done" in text
+
+
+def test_the_commands_of_the_card_can_be_typed(summary, card, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = card(summary, tmp_path / "runs" / "it's mine")
+    run = "runs/it's mine"
+
+    argv = command("your model", text)
+    assert argv[:3] == ["python", "-m", "llama_pro_fast.train"]
+    config = parse(argv[3:]).config
+    assert (config.model.path, config.data.domain, config.expand.groups) == ("MODEL", "mine.jsonl", 8)
+    assert config.optim.lr
+
+    python, c, code = command("generate", text)
+    assert (python, c) == ("python", "-c")
+    assert f"{run}/export" in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+
+    assert f"pretrained={run}/export" in command("evaluate", text)
+    assert command("curves", text) == ["tensorboard", "--logdir", f"{run}/tensorboard"]
+    assert command("Ctrl-C", text)[3:] == ["--output", run, "--resume"]
+
+
+def test_the_sample_in_the_report_is_a_block_of_its_own(make_config, finished, summary, tmp_path):
+    """The prose it may have learned is Markdown: headings, tables and fences are to be seen, not to be taken as such."""
+    (tmp_path / "metrics.jsonl").write_bytes((finished(make_config) / "metrics.jsonl").read_bytes())
+    facts = {key: value for key, value in summary.items() if key != "results"}
+    facts["sample"] = {"prompt": "# a heading", "base": None, "now": "so:\n```\n| a | b |\n\n- an item"}
+    write_report(tmp_path, facts, {})
+    lines = (tmp_path / "report" / "summary.md").read_text().splitlines()
+    for text in (facts["sample"]["prompt"], facts["sample"]["now"]):
+        wanted = [f"    {line}" for line in text.splitlines()]
+        (at,) = [n for n in range(len(lines)) if lines[n : n + len(wanted)] == wanted]
+        assert lines[at - 1] == lines[at + len(wanted)] == ""
+
+
+def test_the_report_names_what_the_model_is_held_against(make_config, finished, summary):
+    text = (finished(make_config) / "report" / "summary.md").read_text()
+    for row in summary["results"]:
+        for key in ("unigram_bits_per_byte", "gzip_bits_per_byte"):
+            assert f"{row[key]:.4f}" in text, f"{key} of {row['source']} is not in summary.md"

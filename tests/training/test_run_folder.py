@@ -1,0 +1,141 @@
+"""Where the next quickstart goes: past complete runs, never past one that could be resumed or is going on."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_pro_fast import train
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.recipe import parse
+from llama_pro_fast.run_folder import claimed, first_free, resume_command, shown
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder in which commands are typed."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def put(here, finished, make_config):
+    """Copy the finished run here under a name; the test may take away what makes it complete."""
+
+    def copy(name: str, *, without: tuple[str, ...] = ()) -> Path:
+        folder = Path(shutil.copytree(finished(make_config), here / name))
+        for part in without:
+            shutil.rmtree(folder / part)
+        return folder
+
+    return copy
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        first_free(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_nobody_has_used_is_free(here):
+    assert first_free(Path("runs", "quickstart")) == Path("runs", "quickstart")
+    assert not list(here.iterdir()), "looking for a folder made one"
+
+
+def test_what_is_no_run_is_left_to_the_check_of_the_output(here):
+    (here / "run").mkdir()
+    assert first_free(Path("run")) == Path("run")
+
+
+def test_complete_runs_are_passed_by(put):
+    put("run")
+    assert first_free(Path("run")) == Path("run-2")
+    put("run-2")
+    assert first_free(Path("run")) == Path("run-3")
+
+
+def test_a_gap_is_taken(put):
+    put("run")
+    put("run-3")
+    assert first_free(Path("run")) == Path("run-2")
+
+
+def test_an_interrupted_run_is_to_be_resumed_by_the_command_that_is_said(here, make_config, stopped_at_2):
+    stopped_at_2(make_config(train={"steps": 4, "checkpoint_every": 100}, output=str(here / "my run")))
+    message = refusal(Path("my run"))
+    assert "saved at step 2 of 4" in message
+    command = "python -m llama_pro_fast.train --output 'my run' --resume"
+    assert f"go on with  {command}  (" in message
+    request = parse(shlex.split(command)[3:])
+    assert train.run(request.config, resume=request.resume)["steps"] == 4
+    assert first_free(Path("my run")) == Path("my run-2")
+
+
+def test_a_run_without_a_checkpoint_is_interrupted_too(put):
+    put("run", without=("checkpoints", "export", "report"))
+    message = refusal(Path("run"))
+    assert "saved at step 0 of 6" in message
+    assert resume_command(Path("run")) in message
+
+
+def test_a_run_is_complete_when_its_summary_is_written_and_not_before(put):
+    folder = put("run", without=("report",))
+    assert "saved at step 6 of 6" in refusal(Path("run"))
+    (folder / "report").mkdir()
+    (folder / "report" / "summary.json.new").write_text("{}")
+    refusal(Path("run"))
+
+
+def test_an_interrupted_run_behind_a_complete_one_is_found(put):
+    put("run")
+    put("run-2", without=("report",))
+    assert refusal(Path("run")).startswith("run-2: holds an interrupted run")
+
+
+def test_asking_changes_nothing_and_lets_go_of_the_folder(put):
+    folder = put("run", without=("report",))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    refusal(Path("run"))
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+    with claimed(folder, resume=True, overwrite=False):
+        pass
+
+
+def test_a_run_that_another_process_is_writing_is_not_called_interrupted(put):
+    folder = put("run", without=("report",))
+    code = (
+        "import pathlib, sys\n"
+        "from llama_pro_fast.run_folder import claimed\n"
+        "with claimed(pathlib.Path(sys.argv[1]), resume=True, overwrite=False):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        message = refusal(Path("run"))
+        other.communicate()
+    assert "another run is writing there" in message
+    assert "--resume" not in message
+    assert "--resume" in refusal(Path("run")), "the other process is gone: now it is interrupted"
+
+
+def test_a_damaged_config_is_said(put):
+    folder = put("run", without=("report",))
+    (folder / "config.yaml").write_text("train: [\n")
+    assert "config.yaml" in refusal(Path("run"))
+
+
+def test_paths_are_shown_as_they_would_be_typed(here, tmp_path):
+    assert shown(Path("runs/a")) == "runs/a"
+    assert shown(here / "runs" / "a") == "runs/a"
+    assert shown(tmp_path / "elsewhere") == str(tmp_path / "elsewhere")
+    assert shlex.split(resume_command(here / "it's here"))[-2:] == ["it's here", "--resume"]
