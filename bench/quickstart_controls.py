@@ -9,8 +9,8 @@
 
 All see the same tokens in the same number of steps, through the same trainer (`python -m llama_pro_fast.train --config
 quickstart` with options); each runs in a process of its own, one at a time. What is compared is the loss on held-out
-code (the domain) and on held-out prose (the general text) at every evaluation of a run. Each method is run at several
-learning rates, since each has its own best one, and with one seed.
+code (the domain) and on held-out prose (the general text) at every evaluation of a run. Expansion and full
+fine-tuning are run at several learning rates, since each has its own best one; all with one seed.
 
 Writes a row per run to the JSON, and a picture: domain gain against general loss, and the domain loss each ended with.
 """
@@ -38,8 +38,8 @@ BASE = "builtin:prose-3m"
 RATES = {
     "expansion": (1e-3, 3e-3, 6e-3),
     "full": (3e-4, 1e-3, 3e-3),
-    "random": (3e-3, 1e-2),
-    "scratch": (3e-3, 1e-2),
+    "random": (6e-3,),
+    "scratch": (6e-3,),
 }
 COLORS = {"expansion": "C0", "full": "C3", "random": "0.55", "scratch": "0.3"}
 LABELS = {

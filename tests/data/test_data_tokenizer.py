@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_pro_fast.config import DataConfig, Source
 from llama_pro_fast.data import resolve_sources, tokenize_source
+from llama_pro_fast.data import tokenizer as module
 from llama_pro_fast.data.documents import is_held_out
 from llama_pro_fast.data.sources import ResolvedSource
-from llama_pro_fast.data import tokenizer as module
 from llama_pro_fast.data.tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
 from llama_pro_fast.errors import UserError
 

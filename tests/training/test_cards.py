@@ -148,7 +148,7 @@ def test_the_commands_of_the_card_can_be_typed(summary, card, tmp_path, monkeypa
 
 
 def test_the_sample_in_the_report_is_a_block_of_its_own(make_config, finished, summary, tmp_path):
-    """The prose it may have learned is Markdown: headings, tables and fences are to be seen, not to be taken as such."""
+    """The prose it may have learned is Markdown: headings, tables and fences are to be seen, not to be taken so."""
     (tmp_path / "metrics.jsonl").write_bytes((finished(make_config) / "metrics.jsonl").read_bytes())
     facts = {key: value for key, value in summary.items() if key != "results"}
     facts["sample"] = {"prompt": "# a heading", "base": None, "now": "so:\n```\n| a | b |\n\n- an item"}

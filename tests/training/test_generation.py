@@ -1,4 +1,4 @@
-"""Reading an export back: it is what was trained, stock transformers continues as we do, and what was compared is said."""
+"""Reading an export back: it is what was trained, transformers continues as we do, and what was compared is said."""
 
 from __future__ import annotations
 
