@@ -79,7 +79,7 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
     table("the same in bits per byte, beside two simple compressors", columns, bits)
 
     share = summary["trained_parameters"] / summary["parameters"]
-    speed, sample = summary["median_tokens_per_second"], summary["sample"]
+    speed = summary["median_tokens_per_second"]
     facts = [
         ("trained", f"{amount(summary['trained_parameters'])} of {amount(summary['parameters'])} parameters "
                     f"({share:.1%}), blocks {', '.join(map(str, summary['trained_blocks']))}"),
@@ -88,8 +88,6 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
         ("memory", f"peak {summary['peak_memory_gib']:.2f} GiB"),
         ("export", summary["export_check"]["said"]),
     ]  # fmt: skip
-    if sample:
-        facts += [("prompt", sample["prompt"]), ("  base", sample["base"] or "–"), ("  now", sample["now"])]
     facts += [
         ("model", f"{shown(exported)}  (an ordinary Hugging Face folder)"),
         ("report", f"{shown(output / 'report')}/  summary.md, loss.png, summary.json"),

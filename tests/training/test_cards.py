@@ -109,16 +109,6 @@ def test_what_is_not_known_is_a_dash(summary, card):
     assert line.count("–") == 4
 
 
-SAMPLE = "values[i] = rows[-1][/x] [bold]: [red]no[/red] \\[b]"
-
-
-def test_the_sample_is_shown_as_it_is(summary, card):
-    """Code is full of brackets, which are no mark-up here."""
-    text = card(summary | {"sample": {"prompt": SAMPLE, "base": SAMPLE[::-1], "now": "x[0]"}})
-    for words in (SAMPLE, SAMPLE[::-1], "x[0]"):
-        assert words in text
-
-
 def test_a_source_and_a_folder_may_have_brackets_in_their_names(summary, card):
     summary = copy.deepcopy(summary)
     summary["results"][0]["source"] = "law[1] [/en]"
