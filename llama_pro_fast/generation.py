@@ -156,11 +156,12 @@ def compare_greedy(
     for ours, theirs, rows in zip(now, stock, logits, strict=True):
         for mine, other, row in zip(ours, theirs, rows, strict=True):
             compared += 1
-            if mine == other and row.isfinite().all():
+            finite = bool(row.isfinite().all())
+            if mine == other and finite:
                 equal += 1
                 continue
             gap = float(row[mine] - row[other])
-            if not gap <= TIE[dtype] * float(row.abs().max()):
+            if not finite or gap > TIE[dtype] * float(row.abs().max()):
                 raise UserError(
                     f"{folder}: stock transformers goes on otherwise than our decoder (logits {gap:.3g} apart); do not "
                     "use this export, and please report it with config.json"

@@ -128,8 +128,10 @@ def test_of_a_document_that_is_cut_gzip_reads_as_far_as_the_model_does(make):
     """One byte a token: 258 entries are the bytes and the marks."""
     text, tokenizer = make(vocab_size=258)
     whole = [tokenizer.decode(d, skip_special_tokens=True).encode() for d in text.sample(ENOUGH).documents()]
-    written = whole[0] + whole[1][:9]
-    max_tokens = len(whole[0]) + 2 + 1 + 9  # the first with BOS and EOS, the second's BOS and nine bytes
+    written = whole[0] + whole[1][:10]
+    max_tokens = (
+        len(whole[0]) + 2 + 1 + 9
+    )  # the first with BOS and EOS; of the second BOS and nine bytes, predicting ten
     found = references(text, tokenizer, vocab_size=258, max_tokens=max_tokens)
     assert found.gzip_bits_per_byte == 8 * len(gzip.compress(written, 9)) / len(written)
 

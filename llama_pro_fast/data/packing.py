@@ -150,9 +150,10 @@ class HeldOutSample:
         self.num_bytes = round(float((split.num_bytes[documents] * (predicted / most.clip(1))).sum()))
 
     def documents(self) -> list[np.ndarray]:
-        """The documents' tokens, int64, in the order they are measured in; the last one may be cut."""
+        """The documents' tokens, int64, in the order they are measured in. Of each all but the first are predicted; of
+        one that is cut, the token after the cut is predicted too and stands here."""
         last = int(np.searchsorted(self._stream.begins, self._end))
-        bounds = [*self._stream.begins[:last].tolist(), self._end]
+        bounds = [*self._stream.begins[:last].tolist(), min(self._end + 1, int(self._stream.begins[last]))]
         return [self._tokens[self._stream.addresses_of(begin, end)] for begin, end in pairwise(bounds)]
 
     def batches(self, micro_batch: int) -> Iterator[PackedBatch]:

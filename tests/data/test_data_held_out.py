@@ -74,11 +74,13 @@ def test_the_documents_of_a_sample_are_what_its_batches_hold(lengths, seq_len, m
     assert all(documents), "an empty document"
     batches = list(sample.batches(micro_batch))
     inputs, labels = (torch.cat([getattr(b, name) for b in batches]).tolist() for name in ("input_ids", "labels"))
-    assert [token for document in documents for token in document] == inputs
-    expected = [token for document in documents for token in (*document[1:], IGNORE_INDEX)]
-    if labels[-1] != IGNORE_INDEX:  # cut inside a document, whose next token the last one still predicts
-        expected[-1] = labels[-1]
-    assert labels == expected
+    held = [token for document in documents for token in document]
+    predicted = [token for document in documents for token in document[1:]]
+    assert [label for label in labels if label != IGNORE_INDEX] == predicted
+    assert len(predicted) == sample.num_predicted
+    if labels[-1] != IGNORE_INDEX:  # cut inside a document: the token that the last one predicts is no input any more
+        assert held.pop() == labels[-1]
+    assert held == inputs
 
 
 def test_beginnings_leave_at_least_a_token_to_go_on_with():
