@@ -121,15 +121,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     left.set_xlabel("forgetting: rise of the loss on held-out prose (nats per token)")
     left.set_ylabel("gain: fall of the loss on held-out code (nats per token)")
     left.set_title("Same tokens, same steps: up is better, left is better", fontsize=10)
-    left.legend(fontsize=8, loc="lower right")
+    left.legend(fontsize=8, loc="center right")
     left.grid(alpha=0.3)
 
     names = [f"{LABELS[row['method']]}\nlr {row['lr']:g}" for row in rows]
     ends = [row["evaluations"][-1]["domain"] for row in rows]
     bars = right.barh(names, ends, color=[COLORS[row["method"]] for row in rows], height=0.7)
-    right.bar_label(bars, [f"{end:.2f}" for end in ends], padding=3, fontsize=8)
+    right.bar_label(bars, [f"{end:.2f}" for end in ends], padding=-30, fontsize=9, color="w")
     right.axvline(start["domain"], color="k", linewidth=1, linestyle="--")
-    right.set_title(f"Loss on held-out code at the end (dashed: the base, {start['domain']:.2f})", fontsize=10)
+    right.set_title(f"Loss on code at the end (dashed: the base's {start['domain']:.2f})", fontsize=10)
     right.set_xlim(0, max(*ends, start["domain"]) * 1.12)
     right.tick_params(axis="y", labelsize=8)
     right.invert_yaxis()
