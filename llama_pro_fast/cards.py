@@ -87,11 +87,9 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
                   f"{duration(summary['seconds_of_steps'])} of training steps"),
         ("memory", f"peak {summary['peak_memory_gib']:.2f} GiB"),
         ("export", summary["export_check"]["said"]),
-    ]  # fmt: skip
-    facts += [
         ("model", f"{shown(exported)}  (an ordinary Hugging Face folder)"),
         ("report", f"{shown(output / 'report')}/  summary.md, loss.png, summary.json"),
-    ]
+    ]  # fmt: skip
     box(f"{shown(output)}: done", facts)
     pipeline = (
         f'from transformers import pipeline; print(pipeline("text-generation", {json.dumps(shown(exported))})'
