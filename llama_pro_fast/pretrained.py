@@ -230,11 +230,10 @@ def resolve(path_or_id: str) -> Path:
         UserError: neither a folder nor an id the hub gave us.
     """
     if path_or_id.startswith(BUILTIN):
-        folder = ASSETS / path_or_id.removeprefix(BUILTIN)
-        if not (folder / CONFIG_FILE).is_file():
-            names = ", ".join(sorted(BUILTIN + path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}")))
-            raise UserError(f"model {path_or_id}: not in the package; there is {names}")
-        return folder
+        packaged = {BUILTIN + path.parent.name: path.parent for path in ASSETS.glob(f"*/{CONFIG_FILE}")}
+        if path_or_id not in packaged:
+            raise UserError(f"model {path_or_id}: not in the package; there is {', '.join(sorted(packaged))}")
+        return packaged[path_or_id]
     if os.path.isdir(path_or_id):
         return Path(path_or_id)
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):

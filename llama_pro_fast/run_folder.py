@@ -13,7 +13,7 @@ import fcntl
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama_pro_fast.checkpoint import complete_checkpoints, read_info
@@ -40,7 +40,7 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a folder")
     with writing_to(output):
-        created = not output.exists()
+        created = [folder for folder in (output, *output.parents) if not folder.exists()]
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / LOCK, "a")  # noqa: SIM115 - held open as long as the folder is
     with lock:
@@ -57,7 +57,10 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
         finally:
             # A run that was refused leaves no trace.
             if created and [path.name for path in output.iterdir()] == [LOCK]:
-                shutil.rmtree(output)
+                (output / LOCK).unlink()
+                with suppress(OSError):  # a folder in which something else has begun stays
+                    for folder in created:
+                        folder.rmdir()
 
 
 def first_free(folder: Path) -> Path:

@@ -103,13 +103,13 @@ def test_a_builtin_model_is_a_folder_of_the_package():
     assert folder.is_relative_to(Path(pretrained.__file__).parent)
 
 
-@pytest.mark.parametrize("name", ["builtin:prose-9b", "builtin:", "builtin:.", "builtin:../assets"])
+@pytest.mark.parametrize("name", ["prose-9b", "", ".", "../assets", str(resolve("builtin:prose-3m"))])
 def test_an_unknown_builtin_model_lists_those_there_are(name):
     with pytest.raises(UserError) as caught:
-        resolve(name)
+        resolve("builtin:" + name)
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith(f"model {name}: not in the package")
+    assert message.startswith(f"model builtin:{name}: not in the package")
     assert "builtin:prose-3m" in message
 
 

@@ -241,12 +241,14 @@ def _read_parquet(path: Path, source: ResolvedSource) -> Iterator[Document]:
             schema = file.schema_arrow
             if column not in schema.names:
                 raise UserError(_no_column(path, column, schema.names))
+            if source.split and source.split not in schema.names:
+                raise UserError(_no_split_column(str(path), source.split, schema.names))
             kind = schema.field(column).type
             value = kind.value_type if pa.types.is_dictionary(kind) else kind
             # A list goes on to its first row: the error there can tell a chat from other lists.
             if str(value) not in _PARQUET_TEXT and not pa.types.is_list(value):
                 raise UserError(_not_text(str(path), column, str(kind)))
-            columns = [name for name in (column, source.split) if name in schema.names]
+            columns = list(dict.fromkeys((column, source.split or column)))
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for values in batch.to_pylist():
                     row += 1
@@ -264,11 +266,12 @@ def _read_parquet(path: Path, source: ResolvedSource) -> Iterator[Document]:
 
 
 def _split_key(row: dict[str, Any], where: str, column: str) -> str:
-    value = row.get(column)
+    if column not in row:
+        raise UserError(_no_split_column(where, column, row))
+    value = row[column]
     if value is None or isinstance(value, (dict, list)):
         raise UserError(
-            f"{where}: column {column!r}, by which the source is split, holds {_kind(value)}, no single value: name "
-            "another column with `split:` of the source, or leave it out to split by the text"
+            f"{where}: column {column!r}, by which the source is split, holds {_kind(value)}, no single value: {_SPLIT}"
         )
     # Half of a surrogate pair, which JSON can spell, has no bytes to hash.
     return str(value).encode(errors="backslashreplace").decode()
@@ -295,6 +298,7 @@ def _checked(value: Any, where: str, column: str) -> str:
 
 _PARQUET_TEXT = {"string", "large_string", "string_view", "null"}
 _CHAT_KEYS = {"role", "content", "from", "value"}
+_SPLIT = "name another column with `split:` of the source, or leave it out to split by the text"
 _CHAT = "chat data is not supported yet: write each conversation as one string"
 
 
@@ -304,6 +308,11 @@ def _no_column(path: Path, column: str, columns: Iterable[str]) -> str:
     if chats := {"messages", "conversations"} & set(columns):
         return message + f"{sorted(chats)[0]!r} looks like a chat, and {_CHAT}"
     return message + "name the column of the text with `text:` of the source"
+
+
+def _no_split_column(where: str, column: str, columns: Iterable[str]) -> str:
+    names = ", ".join(map(repr, sorted(columns)))
+    return f"{where}: no column {column!r}, by which the source is split, among {names}: {_SPLIT}"
 
 
 def _not_text(where: str, column: str, kind: str) -> str:

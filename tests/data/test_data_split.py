@@ -107,7 +107,8 @@ def test_a_row_without_a_single_value_is_named(tmp_path, name, values, where, ki
 def test_a_column_that_is_not_there_is_named(tmp_path, ending):
     message = message_of(write(tmp_path / f"rows.{ending}", ROWS, split="chapter"))
     assert f"rows.{ending}" in message
-    assert "'chapter'" in message
+    assert "no column 'chapter'" in message
+    assert "among 'book', 'page', 'text'" in message
     assert "`split:`" in message
 
 

@@ -49,6 +49,22 @@ def test_a_folder_nobody_has_used_is_free(here):
     assert not list(here.iterdir()), "looking for a folder made one"
 
 
+@pytest.mark.parametrize("beside", [None, "mine/b/other"])
+def test_a_refused_run_takes_back_the_folders_it_made(here, beside):
+    (here / "mine").mkdir()
+
+    def be_refused() -> None:
+        with claimed(Path("mine", "b", "c"), resume=False, overwrite=False):
+            if beside:
+                (here / beside).mkdir()
+            raise UserError("no rate")
+
+    with pytest.raises(UserError, match="no rate"):
+        be_refused()
+    left = [str(path.relative_to(here)) for path in sorted(here.rglob("*"))]
+    assert left == (["mine", "mine/b", "mine/b/other"] if beside else ["mine"])
+
+
 def test_what_is_no_run_is_left_to_the_check_of_the_output(here):
     (here / "run").mkdir()
     assert first_free(Path("run")) == Path("run")
