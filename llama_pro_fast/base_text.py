@@ -151,7 +151,7 @@ def cleaned(documents: Iterable[Text], held_out_prose: Iterable[str]) -> Iterato
             if key is not None:
                 seen.add(key)
         for piece in _pieces(kept):
-            if sum(len(paragraph) for paragraph in piece if _paragraph_key(paragraph)) >= PARAGRAPH:
+            if any(map(_paragraph_key, piece)):
                 yield Text(document.package, document.path, "\n\n".join(piece).strip() + "\n")
 
 

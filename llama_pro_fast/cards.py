@@ -91,15 +91,15 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
         ("report", f"{shown(output / 'report')}/  summary.md, loss.png, summary.json"),
     ]  # fmt: skip
     box(f"{shown(output)}: done", facts)
-    pipeline = (
-        f'from transformers import pipeline; print(pipeline("text-generation", {json.dumps(shown(exported))})'
-        '("import os", max_new_tokens=60, do_sample=False)[0]["generated_text"])'
-    )
-    own = "python -m llama_pro_fast.train --model.path MODEL --expand.groups 8 --data.domain mine.jsonl"
+    pipeline = f"""
+from transformers import pipeline
+generate = pipeline("text-generation", {json.dumps(shown(exported))})
+print(generate("import os", max_new_tokens=60, do_sample=False)[0]["generated_text"])"""
+    own = "python -m llama_pro_fast.train --model.path MODEL --expand.groups 8 --data.domain mine.jsonl \\"
     evaluate = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={shown(exported)}", "--tasks", "hellaswag"]
     say("\nnext")
     say('# your model (a folder or hub id of a Llama checkpoint) and text (one {"text": ...} a line)')
-    say(f"{own} --optim.lr 5e-5 --output runs/mine")
+    say(f"{own}\n    --optim.lr 5e-5 --output runs/mine")
     say("# generate")
     say(shlex.join(["python", "-c", pipeline]))
     say('# evaluate, after pip install "lm_eval[hf]"')

@@ -39,7 +39,10 @@ the order of sums differs; a bf16 weight is off by up to 2⁻⁹ of itself, in e
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 24
 
-NOT_READ_BACK = {"export_check": {"equal": 0, "compared": 0, "said": "not read back"}, "sample": None}
+
+def not_read_back(why: str) -> dict[str, Any]:
+    """For a report: what :func:`read_export_back` returns where it could not be done."""
+    return {"export_check": {"equal": 0, "compared": 0, "said": f"not read back: {why}"}, "sample": None}
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,12 @@ class ExportCheck:
     """What came of reading an export back.
 
     Attributes:
-        prompts: token ids each continuation began with.
         now: our continuations, token ids.
         base: the same with the new blocks skipped; None where they are not the base's any more.
         equal: tokens in which stock transformers' continuations equal ours, of ``compared``. After a tie that rounding
             decided the rest of that continuation is left out.
     """
 
-    prompts: list[list[int]]
     now: list[list[int]]
     base: list[list[int]] | None
     equal: int
@@ -87,8 +88,7 @@ def read_export_back(
         available = min(available, torch.cuda.mem_get_info(device)[0])
     needed = sum(math.prod(entry.shape) for entry in export.entries.values()) * dtype.itemsize
     if 1.2 * needed > available:
-        said = f"not read back: {needed / 1e9:,.1f} GB of weights, {available / 1e9:,.1f} GB of memory free"
-        return {"export_check": {"equal": 0, "compared": 0, "said": said}, "sample": None}
+        return not_read_back(f"{needed / 1e9:,.1f} GB of weights, {available / 1e9:,.1f} GB of memory free")
 
     domain = [text for text in corpus.held_out if text.source.role == "domain"]
     length = min(PROMPT_TOKENS, config.train.seq_len // 2)
@@ -118,7 +118,7 @@ def read_export_back(
 
     return {
         "export_check": {"equal": check.equal, "compared": check.compared, "loss": loss, "said": said},
-        "sample": {"prompt": written(check.prompts), "base": written(check.base), "now": written(check.now)},
+        "sample": {"prompt": written(prompts), "base": written(check.base), "now": written(check.now)},
     }
 
 
@@ -168,7 +168,7 @@ def compare_greedy(
                 )
             break
     base = greedy(model, prompts, new_tokens, skip=new_blocks)[0] if new_blocks else None
-    return ExportCheck([list(prompt) for prompt in prompts], now, base, equal, compared)
+    return ExportCheck(now, base, equal, compared)
 
 
 @torch.no_grad()

@@ -256,14 +256,21 @@ def _require(holds: bool, folder: PretrainedFolder, what: str, otherwise: str) -
         )
 
 
-def available_memory() -> int:
-    """Bytes this process may still take."""
+def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process may still take.
+
+    Args:
+        group: folder of its control group (version 2), whose limit counts where it has one.
+    """
     page = os.sysconf("SC_PAGE_SIZE")
     available = page * os.sysconf("SC_PHYS_PAGES")
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    meminfo, limit = Path("/proc/meminfo"), group / "memory.max"
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = 1024 * int(fields["MemAvailable"].split()[0])
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text))
+        used = int((group / "memory.current").read_text())
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Pages of files not used lately are given back when memory is asked for.
+        available = min(available, int(text) - used + int(fields["inactive_file"]))
     return available

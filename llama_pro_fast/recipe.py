@@ -214,9 +214,14 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """The dataclass from plain values; nested dataclasses are told by their defaults, sources by their key."""
+    """The dataclass from plain values; nested dataclasses are told by their defaults, sources by their key.
+
+    A plain value that is not there (of a run from before its option) is its default.
+    """
     built = {}
     for f in dataclasses.fields(cls):
+        if f.name not in values and f.default is not dataclasses.MISSING:
+            continue
         value = values[f.name]
         if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(f.default_factory):
             value = from_dict(f.default_factory, value)

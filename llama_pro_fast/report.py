@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,48 +73,56 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_report(
-    run: Path, facts: dict[str, Any], references: dict[tuple[str, str], dict[str, float]]
-) -> dict[str, Any]:
-    """Write ``report/`` from the run's metrics.
+def summarise(run: Path, references: dict[tuple[str, str], dict[str, float]]) -> dict[str, Any]:
+    """What the run's metrics say.
 
     Args:
-        facts: what the trainer knows of the run and the metrics do not say (model, sizes, folders).
         references: by (role, source) the figures to hold the model's against (see `references.py`).
 
     Returns:
-        The content of ``summary.json``: the facts, time and speed and memory, and for each source its first and last
-        evaluation.
+        Part of ``summary.json``: time and speed and memory, and for each source its first and last evaluation, with
+        these references. Where the held-out text changed on the way, the first is the first of the new text.
     """
     rows = read_metrics(run)
-    folder = run / "report"
-    folder.mkdir(exist_ok=True)
-    evaluations = [row for row in rows if row["kind"] == "eval"]
     results = []
-    for source, mine in _by_source(evaluations).items():
+    for source, mine in _by_source(row for row in rows if row["kind"] == "eval").items():
         keep = ("step", "loss", "bits_per_byte", "base_loss", "kl")
-        before, after = ({key: row.get(key) for key in keep} for row in (mine[0], mine[-1]))
+        first = next((row for row in reversed(mine) if row.get("before")), mine[0])
+        before, after = ({key: row.get(key) for key in keep} for row in (first, mine[-1]))
         compared = references.get(source, {})
         results.append({"source": source[1], "role": source[0], "before": before, "after": after, **compared})
     train = [row for row in rows if row["kind"] == "train"]
     speeds = [row["tokens_per_second"] for row in train if row["tokens_per_second"] is not None]
-    measured = {
+    return {
         "seconds_of_steps": round(sum(row["seconds"] for row in train), 1),
         "median_tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "peak_memory_gib": round(max(row["peak_memory_gib"] for row in train), 3),
+        "results": results,
     }
-    summary = {**facts, **measured, "results": results}
+
+
+def write_report(run: Path, summary: dict[str, Any]) -> None:
+    """Write ``report/``, its ``summary.json`` last.
+
+    Args:
+        summary: what :func:`summarise` gave, and what the trainer knows of the run and the metrics do not say (model,
+            sizes, folders, what came of reading the export back).
+
+    Raises:
+        UserError: no space is left.
+    """
+    folder = run / "report"
     with writing_to(folder):
+        folder.mkdir(exist_ok=True)
         (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
-        draw_loss(rows, folder / "loss.png", title=facts["title"])
+        draw_loss(read_metrics(run), folder / "loss.png", title=summary["title"])
         partial = run / (SUMMARY + ".new")
         partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         sync(partial)
         partial.replace(run / SUMMARY)
-    return summary
 
 
-def _by_source(evaluations: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def _by_source(evaluations: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """(role, source) -> its rows in order; one text may be both what is learned and what is not to be forgotten."""
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in evaluations:
@@ -153,13 +162,13 @@ def _markdown(summary: dict[str, Any]) -> str:
         "",
         "The same in bits per byte of text, beside a unigram model of the training side's tokens and gzip -9.",
         "",
-        "| source | before | after | unigram | gzip |",
-        "|---|---|---|---|---|",
+        "| source | role | before | after | unigram | gzip |",
+        "|---|---|---|---|---|---|",
     ]
     for row in summary["results"]:
         figures = (row["before"]["bits_per_byte"], row["after"]["bits_per_byte"])
         figures += (row.get("unigram_bits_per_byte"), row.get("gzip_bits_per_byte"))
-        lines.append(f"| {row['source']} | {' | '.join(map(figure, figures))} |")
+        lines.append(f"| {row['source']} | {row['role']} | {' | '.join(map(figure, figures))} |")
     if summary["sample"]:
         lines += ["", "How a held-out document goes on, greedily:"]
         for name, said in (("prompt", "Prompt"), ("base", "Base"), ("now", "Now")):

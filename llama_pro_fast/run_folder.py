@@ -25,7 +25,7 @@ from llama_pro_fast.recipe import CONFIG_NAME, load_config, save_config
 LOCK = ".lock"
 SUMMARY = "report/summary.json"  # what makes a run complete: written last, deleted first
 FOLDERS = ("report", "tensorboard", "checkpoints", "expanded", "initial", "export")
-CONTENTS = ("metrics.jsonl", "metrics.new", *(name + end for name in FOLDERS for end in ("", ".partial", ".old")))
+CONTENTS = (*(name + end for name in FOLDERS for end in ("", ".partial", ".old")), "metrics.jsonl", "metrics.new")
 
 
 @contextmanager

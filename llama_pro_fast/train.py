@@ -6,9 +6,8 @@ save, export, report. Each line that is more than a step of the story lives in a
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from llama_pro_fast import checkpoint, prepare, run_folder
 from llama_pro_fast.cards import show_end, show_start
 from llama_pro_fast.cli import INTERRUPTED, run_entry_point
 from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import amount, block_strip, say, waiting
+from llama_pro_fast.console import amount, block_strip, peak_memory_gib, say, waiting
 from llama_pro_fast.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.data import default_cache
 from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluate import Meter
 from llama_pro_fast.export import export_run
-from llama_pro_fast.generation import NOT_READ_BACK, read_export_back
+from llama_pro_fast.generation import not_read_back, read_export_back
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.optimizer import Optimizer
@@ -33,7 +33,7 @@ from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
 from llama_pro_fast.progress import Log, StopSignal
 from llama_pro_fast.recipe import RECIPES, absolute, parse
 from llama_pro_fast.references import references
-from llama_pro_fast.report import MetricsWriter, write_report
+from llama_pro_fast.report import MetricsWriter, summarise, write_report
 
 
 def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -139,8 +139,8 @@ def train(
         optimizer.restored()
         say(f"resumed at step {info.progress.step} of {steps} from {complete[-1]}")
         if info.measured != corpus.measured:
-            say("the held-out text has changed since: losses before and after this step are of different texts")
-            info = dataclasses.replace(info, measured=corpus.measured)
+            say("the held-out text has changed since: what is gained and forgotten counts from this step on")
+            info = replace(info, measured=corpus.measured)
             measured_anew = True
     elif resume:
         say("no complete checkpoint yet: starting from the first step")
@@ -153,7 +153,7 @@ def train(
     meter = Meter(model, corpus, config, metrics, metered)
     log = Log(config, metrics, device, done=done.step, unlogged=info.unlogged)
     if done.step == 0 or measured_anew:
-        meter.measure(done.step)
+        meter.measure(done.step, before=True)
     with StopSignal() as signals:
         while done.step < steps:
             log.start()
@@ -171,7 +171,7 @@ def train(
             if saving:
                 optimizer.check_finite()
                 state["random"] = checkpoint.random_state(device)
-                info = dataclasses.replace(info, progress=done, unlogged=log.unlogged)
+                info = replace(info, progress=done, unlogged=log.unlogged)
                 metrics.sync()
                 saved = checkpoint.save(output, state, info, keep=config.train.keep_checkpoints)
             if stop and not last:
@@ -213,14 +213,19 @@ def finish(
         "learning_rate": config.optim.lr,
         "export": str(exported),
     }
-    # Written before the check, which a machine may be too small for, and again with what came of it.
-    summary = write_report(output, facts | NOT_READ_BACK, figures)
+    # Until the summary is written the run is not complete, so one that is killed in the check can be resumed into it.
+    results = summarise(output, figures)
     try:
         with waiting("reading the export back ..."):
-            read_back = read_export_back(config, exported, corpus, tokenizer, summary["results"])
+            read_back = read_export_back(config, exported, corpus, tokenizer, results["results"])
     except torch.OutOfMemoryError:
-        read_back = NOT_READ_BACK
-    summary = write_report(output, facts | read_back, figures)
+        read_back = not_read_back("no memory left on the device")
+    except UserError as error:
+        write_report(output, facts | results | not_read_back(f"failed: {error}"))
+        raise
+    results["peak_memory_gib"] = max(results["peak_memory_gib"], round(peak_memory_gib(torch.device(train.device)), 3))
+    summary = facts | read_back | results
+    write_report(output, summary)
     show_end(summary, output, exported)
     return summary
 

@@ -167,3 +167,14 @@ def test_a_base_that_computes_nan_is_told_from_a_bad_expansion(base, tmp_path):
         expand_and_prove(PretrainedFolder(base.path), tmp_path / "out", ExpansionPlan.from_groups(4, 2))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_a_limited_group_has_taken_is_not_available(tmp_path):
+    """Containers are limited so; pages of files not in use count as free, since the kernel gives them back."""
+    mib = 2**20
+    (tmp_path / "memory.current").write_text(f"{700 * mib}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {500 * mib}\ninactive_file {200 * mib}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert identity.available_memory(tmp_path) > 600 * mib, "this machine has too little memory for the test"
+    (tmp_path / "memory.max").write_text(f"{1000 * mib}\n")
+    assert identity.available_memory(tmp_path) == 500 * mib

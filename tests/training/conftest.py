@@ -110,7 +110,15 @@ def make_config(base, texts, tmp_path, tmp_path_factory) -> Callable[..., RunCon
                 "cache": str(tmp_path_factory.getbasetemp() / "token-cache"),
             },
             "optim": {"lr": 1e-2, "warmup_steps": 1},
-            "train": {"steps": 6, "seq_len": 32, "batch_size": 4, "micro_batch_size": 2, "log_every": 1, "threads": 1},
+            "train": {
+                "device": "cpu",
+                "steps": 6,
+                "seq_len": 32,
+                "batch_size": 4,
+                "micro_batch_size": 2,
+                "log_every": 1,
+                "threads": 1,
+            },
             "eval": {"every": 3, "tokens": 256},
         }
         output = changes.pop("output", str(tmp_path / "run"))
@@ -204,6 +212,7 @@ def refused(cli, base, texts, tmp_path, tmp_path_factory):
             "train.seq_len": 32,
             "train.batch_size": 2,
             "train.threads": 1,
+            "train.device": "cpu",
             "eval.tokens": 64,
             "output": tmp_path / "run",
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import errno
+import itertools
 import json
 import math
 import shlex
@@ -39,10 +40,12 @@ def card(capsys, monkeypatch):
 
 
 def command(words: str, text: str) -> list[str]:
-    """The command under the comment with these words."""
+    """The command under the comment with these words, as a shell reads it, up to the next comment."""
     lines = text.splitlines()
     (at,) = [number for number, line in enumerate(lines) if line.startswith("#") and words in line]
-    return shlex.split(lines[at + 1])
+    rest = list(itertools.takewhile(lambda line: not line.startswith("#"), lines[at + 1 :]))
+    assert max(map(len, rest)) <= 120, "wider than many terminals: it would break in the middle of a word"
+    return shlex.split("\n".join(rest))
 
 
 def test_the_summary_says_what_trained_and_on_what(summary, finished, make_config):
@@ -140,11 +143,10 @@ def test_the_commands_of_the_card_can_be_typed(summary, card, tmp_path, monkeypa
 def test_the_sample_in_the_report_is_a_block_of_its_own(make_config, finished, summary, tmp_path):
     """The prose it may have learned is Markdown: headings, tables and fences are to be seen, not to be taken so."""
     (tmp_path / "metrics.jsonl").write_bytes((finished(make_config) / "metrics.jsonl").read_bytes())
-    facts = {key: value for key, value in summary.items() if key != "results"}
-    facts["sample"] = {"prompt": "# a heading", "base": None, "now": "so:\n```\n| a | b |\n\n- an item"}
-    write_report(tmp_path, facts, {})
+    sample = {"prompt": "# a heading", "base": None, "now": "so:\n```\n| a | b |\n\n- an item"}
+    write_report(tmp_path, summary | {"sample": sample})
     lines = (tmp_path / "report" / "summary.md").read_text().splitlines()
-    for text in (facts["sample"]["prompt"], facts["sample"]["now"]):
+    for text in (sample["prompt"], sample["now"]):
         wanted = [f"    {line}" for line in text.splitlines()]
         (at,) = [n for n in range(len(lines)) if lines[n : n + len(wanted)] == wanted]
         assert lines[at - 1] == lines[at + len(wanted)] == ""

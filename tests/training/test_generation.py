@@ -20,6 +20,8 @@ from llama_pro_fast.generation import TIE, ExportCheck, compare_greedy, greedy, 
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.recipe import load_config
+from llama_pro_fast.run_folder import first_free
 
 NEW = 8
 
@@ -67,7 +69,6 @@ def generated(folder: Path, prompts, new_tokens: int = NEW) -> list[list[int]]:
 
 def test_a_real_export_passes_with_every_token(export, prompts):
     found = compared(export, prompts)
-    assert found.prompts == prompts
     assert found.equal == found.compared == len(prompts) * NEW
     assert found.now == stock(export, prompts) == generated(export, prompts)
     assert found.base is None, "nothing was said of new blocks"
@@ -81,7 +82,8 @@ def test_without_its_new_blocks_it_goes_on_as_the_base_checkpoint(export, base, 
 
 def test_a_bf16_export_passes(export, prompts):
     found = compared(export, prompts, dtype=torch.bfloat16)
-    assert 0 < found.equal <= found.compared
+    assert found.compared >= len(prompts)
+    assert found.equal >= found.compared - len(prompts), "a continuation ends at a tie, so there is one each at most"
 
 
 def test_prompts_of_unequal_length_do_not_see_each_other(export, prompts):
@@ -234,9 +236,10 @@ def test_an_export_that_transformers_reads_otherwise_ends_the_run_as_an_error(ma
     monkeypatch.setattr(generation, "stock_greedy", lambda folder, prompts, new, *_: [[0] * new for _ in prompts])
     code, _, err = cli(lambda argv: train.run(make_config()) and 0)
     cli.refused(code, err, tmp_path / "run" / "export", "do not use this export")
-    # What the run measured stands all the same, without a word of the export.
+    # What the run measured stands all the same.
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
-    assert summary["export_check"]["said"] == "not read back"
+    assert summary["export_check"]["said"].startswith("not read back: failed: ")
+    assert "do not use this export" in (tmp_path / "run" / "report" / "summary.md").read_text()
     assert summary["sample"] is None
     assert len(summary["results"]) == 2
 
@@ -266,7 +269,23 @@ def test_a_card_that_is_full_after_all_is_no_failure_of_the_run(make_config, mon
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(train, "read_export_back", full)
-    assert train.run(make_config(train={"steps": 1}))["export_check"]["said"] == "not read back"
+    said = train.run(make_config(train={"steps": 1}))["export_check"]["said"]
+    assert said == "not read back: no memory left on the device"
+
+
+def test_a_run_killed_while_its_export_is_read_back_is_resumed_into_that(make_config, monkeypatch, tmp_path):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "read_export_back", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(make_config(train={"steps": 1}))
+    with pytest.raises(UserError, match="interrupted run, saved at step 1 of 1"):
+        first_free(tmp_path / "run")
+    summary = train.run(load_config(tmp_path / "run"), resume=True)
+    assert summary["export_check"]["compared"] > 0
+    assert first_free(tmp_path / "run") == tmp_path / "run-2"
 
 
 def test_short_documents_are_gone_on_from_too(make_config, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from llama_pro_fast import train
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.recipe import parse
+from llama_pro_fast.recipe import load_config, parse
 from llama_pro_fast.run_folder import claimed, first_free, resume_command, shown
 
 
@@ -144,10 +144,19 @@ def test_a_run_that_another_process_is_writing_is_not_called_interrupted(put):
     assert "--resume" in refusal(Path("run")), "the other process is gone: now it is interrupted"
 
 
-def test_a_damaged_config_is_said(put):
+@pytest.mark.parametrize("content", ["train: [\n", "output: run\n"])
+def test_a_damaged_config_is_said(put, content):
     folder = put("run", without=("report",))
-    (folder / "config.yaml").write_text("train: [\n")
+    (folder / "config.yaml").write_text(content)
     assert "config.yaml" in refusal(Path("run"))
+
+
+def test_a_run_from_before_an_option_has_its_default(put):
+    folder = put("run")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("  tokenizer: pretrained\n", ""))
+    assert (folder / "config.yaml").read_text() != text
+    assert load_config(folder).model.tokenizer == "pretrained"
 
 
 def test_paths_are_shown_as_they_would_be_typed(here, tmp_path):

@@ -244,9 +244,15 @@ def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stop
     general = tmp_path / "general.txt"
     general.write_text("\n\n".join(path.read_text() * 40 for path in sorted((texts / "general").iterdir())))
     stopped_at_2(make_config(data={"general": str(general)}, train={"steps": 3}))
-    general.write_text(general.read_text() + "\n\nOne more paragraph. " * 4000)
-    train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
+    general.write_text(general.read_text().upper())
+    summary = train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
     assert "the held-out text has changed" in capsys.readouterr().out
+    # Before and after are of the new text: its base loss is one figure, and not the old text's.
+    (result,) = (row for row in summary["results"] if row["role"] == "general")
+    assert (result["before"]["step"], result["after"]["step"]) == (2, 3)
+    assert result["before"]["base_loss"] == result["after"]["base_loss"]
+    first = next(row for row in read_metrics(tmp_path / "run") if row["kind"] == "eval" and row["role"] == "general")
+    assert (first["step"], first["base_loss"] == result["before"]["base_loss"]) == (0, False)
 
 
 def test_remains_of_a_save_that_died_are_not_read(make_config, tmp_path):
