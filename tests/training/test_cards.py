@@ -45,7 +45,7 @@ def command(words: str, text: str) -> list[str]:
     (at,) = [number for number, line in enumerate(lines) if line.startswith("#") and words in line]
     rest = list(itertools.takewhile(lambda line: not line.startswith("#"), lines[at + 1 :]))
     assert max(map(len, rest)) <= 120, "wider than many terminals: it would break in the middle of a word"
-    return shlex.split("\n".join(rest))
+    return shlex.split("\n".join(rest).replace("\\\n", " "))
 
 
 def test_the_summary_says_what_trained_and_on_what(summary, finished, make_config):
