@@ -69,14 +69,14 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
     for result in results:
         before, after = result["before"]["loss"], result["after"]["loss"]
         nats.append((result["source"], result["role"], figure(before), figure(after), f"{after - before:+.4f}"))
-    table("loss on held-out text, nats per token", ("text", "role", "before", "after", "change"), nats)
+    table("loss on held-out text, nats per token", ("text", "role", "before", "after", "change"), nats, words=2)
     bits = []
     for result in results:
         values = [result[when]["bits_per_byte"] for when in ("before", "after")]
         values += [result.get(name) for name in ("unigram_bits_per_byte", "gzip_bits_per_byte")]
         bits.append((result["source"], result["role"], *(figure(value, 3) for value in values)))
     columns = ("text", "role", "before", "after", "unigram", "gzip -9")
-    table("the same in bits per byte, beside two simple compressors", columns, bits)
+    table("the same in bits per byte, beside two simple compressors", columns, bits, words=2)
 
     share = summary["trained_parameters"] / summary["parameters"]
     speed = summary["median_tokens_per_second"]

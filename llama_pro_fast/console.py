@@ -41,11 +41,11 @@ def box(title: str, rows: Iterable[tuple[str, str]]) -> None:
     console.print(Panel(table, title=Text(title), title_align="left", box=ROUNDED, expand=False))
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table whose columns after the first are figures."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> None:
+    """A table whose columns after the first ``words`` are figures."""
     grid = Table(title=Text(title), title_justify="left", title_style="", box=ROUNDED, expand=False)
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        grid.add_column(column, justify="left" if index < words else "right", overflow="fold")
     for row in rows:
         grid.add_row(*map(Text, row))
     console.print(grid)
