@@ -16,8 +16,8 @@ assert general["before"]["kl"] == 0.0
 for reference in ("unigram_bits_per_byte", "gzip_bits_per_byte"):
     assert general["before"]["bits_per_byte"] < general[reference], f"on prose the base loses to {reference}"
 assert forgotten < gain, f"it forgot {forgotten:.3f} nats of prose for {gain:.3f} of code"
-# In bfloat16 a tie that rounding decides may end a continuation; in float32 all three go to their end.
-assert check["equal"] >= max(1, check["compared"] - 3), check
+# In bfloat16 a tie that rounding decides may end each of the three continuations; in float32 they go to their end.
+assert check["equal"] >= check["compared"] - 3 >= 0, check
 if summary["dtype"] == "float32":
     assert check["equal"] == check["compared"] == 72, check
 assert summary["peak_memory_gib"] < 2 / 1.073741824, f"peak memory {summary['peak_memory_gib']} GiB"

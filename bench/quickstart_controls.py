@@ -153,7 +153,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     right.bar_label(bars, [f"{end:.2f}" for end in ends], padding=-32, color="w")
     start = rows[0]["domain"]["before"]
     right.axvline(start, color="k", linewidth=1, linestyle="--")
-    title = f"Loss on held-out code at the end, best rate\nDashed: the pretrained base, {start:.2f}"
+    title = f"Loss on held-out code at the end\nDashed: the pretrained base, {start:.2f}"
     right.set_title(title, fontsize=10)
     right.set_xlabel("nats per token")
     right.invert_yaxis()

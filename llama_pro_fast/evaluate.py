@@ -92,11 +92,8 @@ class Meter:
         self.model, self.corpus, self.config, self.metrics = model, corpus, config, metrics
         self.new_blocks = new_blocks
 
-    def measure(self, step: int, *, before: bool = False) -> None:
+    def measure(self, step: int) -> None:
         """Evaluate, say it and store it.
-
-        Args:
-            before: this is what the run's last evaluation will be compared with.
 
         Raises:
             UserError: a loss is not finite.
@@ -117,8 +114,10 @@ class Meter:
                     f"step {step}: the loss on {source.name} is not finite ({_described(result)}); nothing was "
                     "saved since the last checkpoint. Lower --optim.lr and start again, or resume from that checkpoint"
                 )
-            self.metrics.write("eval", step, source=source.name, role=source.role, before=before, **asdict(result))
-            say(f"  eval {step:>7}  {source.role:<7} {source.name:<20} {_described(result)}")
+            self.metrics.write(
+                "eval", step, source=source.name, role=source.role, measured=self.corpus.measured, **asdict(result)
+            )
+            say(f"  eval {step:>7}  {source.role:<7} {source.name:<16} {_described(result)}")
 
 
 def _described(result: Evaluation) -> str:
@@ -127,4 +126,4 @@ def _described(result: Evaluation) -> str:
         text += f"  {result.bits_per_byte:.4f} bits/byte"
     if result.base_loss is None:
         return text
-    return f"{text}  now-base {result.loss - result.base_loss:+.4f}  KL {result.kl:.5f}"
+    return f"{text}  now-base {result.loss - result.base_loss:+.4f}  KL {result.kl:.4f}"

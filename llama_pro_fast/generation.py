@@ -40,9 +40,9 @@ the order of sums differs; a bf16 weight is off by up to 2⁻⁹ of itself, in e
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 24
 
 
-def not_read_back(why: str) -> dict[str, Any]:
-    """For a report: what :func:`read_export_back` returns where it could not be done."""
-    return {"export_check": {"equal": 0, "compared": 0, "said": f"not read back: {why}"}, "sample": None}
+def unchecked(said: str) -> dict[str, Any]:
+    """For a report: what :func:`read_export_back` returns, where it could not be done or failed."""
+    return {"export_check": {"equal": 0, "compared": 0, "said": said}, "sample": None}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def read_export_back(
         available = min(available, torch.cuda.mem_get_info(device)[0])
     needed = sum(math.prod(entry.shape) for entry in export.entries.values()) * dtype.itemsize
     if 1.2 * needed > available:
-        return not_read_back(f"{needed / 1e9:,.1f} GB of weights, {available / 1e9:,.1f} GB of memory free")
+        return unchecked(f"not read back: {needed / 1e9:,.1f} GB of weights, {available / 1e9:,.1f} GB of memory free")
 
     domain = [text for text in corpus.held_out if text.source.role == "domain"]
     length = min(PROMPT_TOKENS, config.train.seq_len // 2)

@@ -260,17 +260,20 @@ def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes this process may still take.
 
     Args:
-        group: folder of its control group (version 2), whose limit counts where it has one.
+        group: where control groups are mounted, version 2 or 1; a limit there, as containers have it, counts.
     """
-    page = os.sysconf("SC_PAGE_SIZE")
+    page, meminfo = os.sysconf("SC_PAGE_SIZE"), Path("/proc/meminfo")
     available = page * os.sysconf("SC_PHYS_PAGES")
-    meminfo, limit = Path("/proc/meminfo"), group / "memory.max"
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = 1024 * int(fields["MemAvailable"].split()[0])
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        used = int((group / "memory.current").read_text())
-        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Pages of files not used lately are given back when memory is asked for.
-        available = min(available, int(text) - used + int(fields["inactive_file"]))
+    for folder, limit, usage, inactive in (
+        (group, "memory.max", "memory.current", "inactive_file"),
+        (group / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if (folder / limit).exists() and (text := (folder / limit).read_text().strip()).isdigit():
+            fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # Pages of files not used lately are given back when memory is asked for.
+            used = int((folder / usage).read_text()) - int(fields[inactive])
+            available = min(available, int(text) - used)
     return available

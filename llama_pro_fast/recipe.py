@@ -218,6 +218,9 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
 
     A plain value that is not there (of a run from before its option) is its default.
     """
+    known = {f.name for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or not values.keys() <= known:
+        raise ValueError(f"{values!r:.60} is not of {', '.join(sorted(known))}")
     built = {}
     for f in dataclasses.fields(cls):
         if f.name not in values and f.default is not dataclasses.MISSING:

@@ -81,14 +81,15 @@ def summarise(run: Path, references: dict[tuple[str, str], dict[str, float]]) ->
 
     Returns:
         Part of ``summary.json``: time and speed and memory, and for each source its first and last evaluation, with
-        these references. Where the held-out text changed on the way, the first is the first of the new text.
+        these references. Where the held-out text changed on the way, the first is the first on the text of the last.
     """
     rows = read_metrics(run)
     results = []
     for source, mine in _by_source(row for row in rows if row["kind"] == "eval").items():
         keep = ("step", "loss", "bits_per_byte", "base_loss", "kl")
-        first = next((row for row in reversed(mine) if row.get("before")), mine[0])
-        before, after = ({key: row.get(key) for key in keep} for row in (first, mine[-1]))
+        last = mine[-1]
+        first = next(row for row in mine if row.get("measured") == last.get("measured"))
+        before, after = ({key: row.get(key) for key in keep} for row in (first, last))
         compared = references.get(source, {})
         results.append({"source": source[1], "role": source[0], "before": before, "after": after, **compared})
     train = [row for row in rows if row["kind"] == "train"]
@@ -101,12 +102,13 @@ def summarise(run: Path, references: dict[tuple[str, str], dict[str, float]]) ->
     }
 
 
-def write_report(run: Path, summary: dict[str, Any]) -> None:
+def write_report(run: Path, summary: dict[str, Any], *, complete: bool = True) -> None:
     """Write ``report/``, its ``summary.json`` last.
 
     Args:
         summary: what :func:`summarise` gave, and what the trainer knows of the run and the metrics do not say (model,
             sizes, folders, what came of reading the export back).
+        complete: the run is; without it there is no ``summary.json``.
 
     Raises:
         UserError: no space is left.
@@ -116,10 +118,11 @@ def write_report(run: Path, summary: dict[str, Any]) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
         draw_loss(read_metrics(run), folder / "loss.png", title=summary["title"])
-        partial = run / (SUMMARY + ".new")
-        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        sync(partial)
-        partial.replace(run / SUMMARY)
+        if complete:
+            partial = run / (SUMMARY + ".new")
+            partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            sync(partial)
+            partial.replace(run / SUMMARY)
 
 
 def _by_source(evaluations: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -25,7 +25,7 @@ from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluate import Meter
 from llama_pro_fast.export import export_run
-from llama_pro_fast.generation import not_read_back, read_export_back
+from llama_pro_fast.generation import read_export_back, unchecked
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.optimizer import Optimizer
@@ -153,7 +153,7 @@ def train(
     meter = Meter(model, corpus, config, metrics, metered)
     log = Log(config, metrics, device, done=done.step, unlogged=info.unlogged)
     if done.step == 0 or measured_anew:
-        meter.measure(done.step, before=True)
+        meter.measure(done.step)
     with StopSignal() as signals:
         while done.step < steps:
             log.start()
@@ -188,7 +188,8 @@ def finish(
     """The trained model as an ordinary checkpoint, read back, and what there is to say about the run.
 
     Raises:
-        UserError: stock transformers does not compute what was trained; the report stands all the same.
+        UserError: the export, or what stock transformers computes from it, is not what was trained (the report stands
+            all the same), or no space is left.
     """
     train, manifest = config.train, Manifest.from_config(folder.raw_config)
     depth, all_train = folder.config.num_hidden_layers, train.parameters == "all"
@@ -213,18 +214,21 @@ def finish(
         "learning_rate": config.optim.lr,
         "export": str(exported),
     }
-    # Until the summary is written the run is not complete, so one that is killed in the check can be resumed into it.
-    results = summarise(output, figures)
+    measured = summarise(output, figures)
+    # To read, should the check be the end of this process; the run is complete, and not to be resumed, after it.
+    write_report(output, facts | unchecked("not read back yet") | measured, complete=False)
     try:
         with waiting("reading the export back ..."):
-            read_back = read_export_back(config, exported, corpus, tokenizer, results["results"])
+            read_back = read_export_back(config, exported, corpus, tokenizer, measured["results"])
     except torch.OutOfMemoryError:
-        read_back = not_read_back("no memory left on the device")
+        read_back = unchecked("not read back: no memory left on the device")
     except UserError as error:
-        write_report(output, facts | results | not_read_back(f"failed: {error}"))
+        write_report(output, facts | unchecked(f"failed: {error}") | measured)
         raise
-    results["peak_memory_gib"] = max(results["peak_memory_gib"], round(peak_memory_gib(torch.device(train.device)), 3))
-    summary = facts | read_back | results
+    measured["peak_memory_gib"] = max(
+        measured["peak_memory_gib"], round(peak_memory_gib(torch.device(train.device)), 3)
+    )
+    summary = facts | read_back | measured
     write_report(output, summary)
     show_end(summary, output, exported)
     return summary

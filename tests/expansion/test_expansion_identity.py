@@ -169,12 +169,21 @@ def test_a_base_that_computes_nan_is_told_from_a_bad_expansion(base, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_what_a_limited_group_has_taken_is_not_available(tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "unlimited", "usage", "inactive"),
+    [
+        ("memory.max", "max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", 2**63 - 4096, "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+    ids=["v2", "v1"],
+)
+def test_what_a_limited_group_has_taken_is_not_available(tmp_path, limit, unlimited, usage, inactive):
     """Containers are limited so; pages of files not in use count as free, since the kernel gives them back."""
     mib = 2**20
-    (tmp_path / "memory.current").write_text(f"{700 * mib}\n")
-    (tmp_path / "memory.stat").write_text(f"anon {500 * mib}\ninactive_file {200 * mib}\n")
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / usage).write_text(f"{700 * mib}\n")
+    (tmp_path / limit).with_name("memory.stat").write_text(f"rss {500 * mib}\n{inactive} {200 * mib}\n")
+    (tmp_path / limit).write_text(f"{unlimited}\n")
     assert identity.available_memory(tmp_path) > 600 * mib, "this machine has too little memory for the test"
-    (tmp_path / "memory.max").write_text(f"{1000 * mib}\n")
+    (tmp_path / limit).write_text(f"{1000 * mib}\n")
     assert identity.available_memory(tmp_path) == 500 * mib

@@ -238,7 +238,7 @@ def test_an_export_that_transformers_reads_otherwise_ends_the_run_as_an_error(ma
     cli.refused(code, err, tmp_path / "run" / "export", "do not use this export")
     # What the run measured stands all the same.
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
-    assert summary["export_check"]["said"].startswith("not read back: failed: ")
+    assert summary["export_check"]["said"].startswith("failed: ")
     assert "do not use this export" in (tmp_path / "run" / "report" / "summary.md").read_text()
     assert summary["sample"] is None
     assert len(summary["results"]) == 2
@@ -281,6 +281,7 @@ def test_a_run_killed_while_its_export_is_read_back_is_resumed_into_that(make_co
         patch.setattr(train, "read_export_back", killed)
         with pytest.raises(KeyboardInterrupt):
             train.run(make_config(train={"steps": 1}))
+    assert "not read back yet" in (tmp_path / "run" / "report" / "summary.md").read_text()
     with pytest.raises(UserError, match="interrupted run, saved at step 1 of 1"):
         first_free(tmp_path / "run")
     summary = train.run(load_config(tmp_path / "run"), resume=True)

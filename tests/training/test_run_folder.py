@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llama_pro_fast import train
 from llama_pro_fast.errors import UserError
@@ -144,7 +145,12 @@ def test_a_run_that_another_process_is_writing_is_not_called_interrupted(put):
     assert "--resume" in refusal(Path("run")), "the other process is gone: now it is interrupted"
 
 
-@pytest.mark.parametrize("content", ["train: [\n", "output: run\n"])
+SECTIONS = ("model", "expand", "data", "optim", "train", "eval")
+WRONG = [yaml.safe_dump(dict.fromkeys(SECTIONS, section) | {"output": "run"}) for section in ("text", {"stepz": 3}, [])]
+"""Nothing is deleted, and nothing resumed, for a file that only looks like a configuration."""
+
+
+@pytest.mark.parametrize("content", ["train: [\n", "output: run\n", *WRONG])
 def test_a_damaged_config_is_said(put, content):
     folder = put("run", without=("report",))
     (folder / "config.yaml").write_text(content)

@@ -24,7 +24,7 @@ from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import load_model
 from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
 from llama_pro_fast.recipe import parse, to_dict
-from llama_pro_fast.report import read_metrics
+from llama_pro_fast.report import read_metrics, summarise
 
 
 def losses(run: Path) -> list[tuple]:
@@ -251,8 +251,28 @@ def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stop
     (result,) = (row for row in summary["results"] if row["role"] == "general")
     assert (result["before"]["step"], result["after"]["step"]) == (2, 3)
     assert result["before"]["base_loss"] == result["after"]["base_loss"]
-    first = next(row for row in read_metrics(tmp_path / "run") if row["kind"] == "eval" and row["role"] == "general")
-    assert (first["step"], first["base_loss"] == result["before"]["base_loss"]) == (0, False)
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "eval" and row["role"] == "general"]
+    assert (rows[0]["step"], rows[0]["base_loss"] == result["before"]["base_loss"]) == (0, False)
+
+    # And of the old one again, had that been put back after the new one was measured.
+    back = [
+        rows[0],
+        rows[1],
+        rows[0] | {"step": 4, "loss": 1.0},
+        {"kind": "train", "tokens_per_second": None, "seconds": 1.0, "peak_memory_gib": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in back))
+    (result,) = summarise(tmp_path, {})["results"]
+    assert (result["before"]["step"], result["after"]["step"]) == (0, 4)
+
+
+def test_metrics_of_a_run_from_before_the_text_was_noted_count_from_their_first(make_config, tmp_path):
+    train.run(make_config(train={"steps": 1}))
+    rows = read_metrics(tmp_path / "run")
+    assert all(row.pop("measured") for row in rows if row["kind"] == "eval")
+    expected = summarise(tmp_path / "run", {})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert summarise(tmp_path, {}) == expected
 
 
 def test_remains_of_a_save_that_died_are_not_read(make_config, tmp_path):
