@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# One part of what a machine with a GPU should run when there is one: bench/suite.sh tests|train|throughput
+# One part of what a machine with a GPU should run when there is one: bench/suite.sh tests|train|throughput|quickstart
 #
 #   tests        the tests of the kernels, natively: pytest kernels
 #   train        train, kill, resume, compare bit for bit
 #   throughput   ours against Hugging Face; on a GPU the sizes 1b and 7b, else tiny
+#   quickstart   `python -m llama_pro_fast.train` without options, by the clock
 #
 # Each part ends within 470 s, needs no network, no installation and no git (say COMMIT=... where there is none), and
 # leaves a few small files in OUT (by default bench/results). PYTHON names the interpreter.
@@ -11,9 +12,9 @@ set -euo pipefail
 
 part=${1:-}
 case $part in
-    tests | train | throughput) ;;
+    tests | train | throughput | quickstart) ;;
     *)
-        echo "usage: bench/suite.sh tests|train|throughput" >&2
+        echo "usage: bench/suite.sh tests|train|throughput|quickstart" >&2
         exit 2
         ;;
 esac
@@ -46,5 +47,8 @@ case $part in
         for size in $sizes; do
             "$python" bench/throughput.py --size "$size" --out "$OUT/throughput-$size.json"
         done
+        ;;
+    quickstart)
+        "$python" bench/quickstart.py --out "$OUT/quickstart.json"
         ;;
 esac
