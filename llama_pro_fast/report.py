@@ -88,7 +88,8 @@ def summarise(run: Path, references: dict[tuple[str, str], dict[str, float]]) ->
     for source, mine in _by_source(row for row in rows if row["kind"] == "eval").items():
         keep = ("step", "loss", "bits_per_byte", "base_loss", "kl")
         last = mine[-1]
-        first = next(row for row in mine if row.get("measured") == last.get("measured"))
+        text = last.get("measured")  # rows of older versions do not say it
+        first = next(row for row in mine if row.get("measured", text) == text)
         before, after = ({key: row.get(key) for key in keep} for row in (first, last))
         compared = references.get(source, {})
         results.append({"source": source[1], "role": source[0], "before": before, "after": after, **compared})
