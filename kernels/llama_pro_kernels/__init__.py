@@ -29,6 +29,7 @@ from .linear_cross_entropy import (
     LinearCrossEntropyOutput,
     linear_cross_entropy,
     linear_cross_entropy_backward,
+    linear_cross_entropy_backward_,
     linear_cross_entropy_forward,
 )
 from .linear_kl import linear_kl
@@ -48,6 +49,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
+    "linear_cross_entropy_backward_",
     "linear_cross_entropy_forward",
     "linear_dbias",
     "linear_dw",

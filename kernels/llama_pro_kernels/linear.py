@@ -26,9 +26,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the input: ``dy`` ``[T, out]``, ``weight`` ``[out, in]`` of one dtype -> ``[T, in]``."""
-    return dy @ weight
+def linear_dx(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient of the input: ``dy`` ``[T, out]``, ``weight`` ``[out, in]`` of one dtype -> ``[T, in]``, written to ``out``
+    where that is given."""
+    return torch.mm(dy, weight, out=out)
 
 
 def linear_dw(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:

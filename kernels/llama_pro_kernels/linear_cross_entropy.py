@@ -2,6 +2,8 @@
 
     per chunk:  logits = x Wᵀ      losses, and logits become dlogits in place      dx = dlogits W      dW += dlogitsᵀ x
 
+The middle one is one kernel: it reads the logits in the products' dtype, computes in fp32 and writes dlogits over them.
+
 The loss is the last thing a model computes, so its gradient is known up to one factor while the logits are still
 there. dX is made then and there and multiplied by the incoming gradient in backward. A frozen head costs two products,
 what a plain head costs in forward plus dX; nothing is recomputed and no [T, V] tensor is ever kept.
@@ -15,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .library import Consumed, implementation, register
 from .linear import linear, linear_dw, linear_dx
-from .reference import compute_dtype, cross_entropy_
+from .reference import compute_dtype
 
 __all__ = [
     "LinearCrossEntropyOutput",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
+    "linear_cross_entropy_backward_",
     "linear_cross_entropy_forward",
     "rows_per_chunk",
 ]
@@ -34,8 +38,12 @@ def rows_per_chunk(vocab_size: int, dtype: torch.dtype) -> int:
 
     Others divide the tokens by ⌈V/H⌉, so that a chunk is as large as the input. That makes chunks of about a hundred
     rows for a narrow model with a large vocabulary, too few to keep a GPU's matrix product busy, and chunks that grow
-    with the batch. A bound in bytes does neither: 2,048 rows at V = 32,000, 512 at 128,256, 256 at 262,144 (fp32),
+    with the batch. A bound in bytes does neither: 4,096 rows at V = 32,000, 1,024 at 128,256, 512 at 262,144 (bf16),
     each thousands of output tiles, and less than a hundredth of the memory a 7B model trains in.
+
+    Args:
+        vocab_size: V.
+        dtype: of the logits, which is that of the hidden states.
     """
     rows = max(1, _CHUNK_BYTES // (vocab_size * dtype.itemsize))
     return 1 << (rows.bit_length() - 1)
@@ -49,12 +57,76 @@ class LinearCrossEntropyOutput(NamedTuple):
         dx: ``[T, H]`` in ``x``'s dtype, d loss / d x; None if not wanted.
         dweight: ``[V, H]`` in the compute dtype, d loss / d weight; None if not wanted.
         token_losses: ``[T]`` in the compute dtype, nats, unscaled, 0 at ignored labels; None without ``per_token``.
+        token_correct: ``[T]`` bool, whether the label is the prediction, the first of the largest logits; False at
+            ignored labels; its sum is the count of right predictions. None without ``per_token``.
     """
 
     loss: Tensor
     dx: Tensor | None
     dweight: Tensor | None
     token_losses: Tensor | None
+    token_correct: Tensor | None
+
+
+def _empty_outputs(
+    x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, need_dx: bool, need_dweight: bool, ignore_index: int,
+    chunk_size: int | None, per_token: bool,
+) -> list[Tensor]:  # fmt: skip
+    dtype = compute_dtype(x.dtype)
+    outputs = [x.new_empty((), dtype=dtype)]
+    if need_dx:
+        outputs.append(x.new_empty(x.shape))
+    if need_dweight:
+        outputs.append(x.new_empty(weight.shape, dtype=dtype))
+    if per_token:
+        outputs += [x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=torch.bool)]
+    return outputs
+
+
+def _count_flops(
+    x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, need_dx: bool, need_dweight: bool, *_: Any
+) -> int:
+    return 2 * x.numel() * weight.shape[0] * (1 + need_dx + need_dweight)
+
+
+@register(
+    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor labels, Tensor scale, bool need_dx,"
+    " bool need_dweight, int ignore_index, int? chunk_size, bool per_token) -> Tensor[]",
+    fake=_empty_outputs,
+    flops=_count_flops,
+)
+def _linear_cross_entropy_forward(
+    x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, need_dx: bool, need_dweight: bool, ignore_index: int,
+    chunk_size: int | None, per_token: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The outputs that are wanted, in the order of :class:`LinearCrossEntropyOutput`."""
+    cross_entropy_ = implementation(x).cross_entropy_
+    dtype = compute_dtype(x.dtype)
+    chunk_size = chunk_size or rows_per_chunk(len(weight), x.dtype)
+    scale = scale.to(device=x.device, dtype=dtype)
+    token_losses = torch.empty(len(x), dtype=dtype, device=x.device)
+    token_correct = torch.empty(len(x), dtype=torch.bool, device=x.device) if per_token else None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
+    dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device) if need_dweight else None
+
+    for start in range(0, len(x), chunk_size):
+        rows = slice(start, start + chunk_size)
+        logits = linear(x[rows], weight)
+        token_losses[rows], correct = cross_entropy_(
+            logits, labels[rows], scale, ignore_index=ignore_index, need_dlogits=need_dx or need_dweight,
+            need_correct=per_token,
+        )  # fmt: skip
+        if per_token:
+            token_correct[rows] = correct
+        if need_dx:
+            linear_dx(logits, weight, out=dx[rows])
+        if need_dweight:
+            linear_dw(logits, x[rows], out=dweight)
+
+    # Scaled before the sum: with no valid label the scale may be infinite, and 0 · inf is not 0.
+    loss = torch.where(labels != ignore_index, token_losses * scale, 0).sum()
+    outputs = [loss, dx, dweight, *((token_losses, token_correct) if per_token else ())]
+    return [output for output in outputs if output is not None]
 
 
 def linear_cross_entropy_forward(
@@ -74,7 +146,8 @@ def linear_cross_entropy_forward(
     Args:
         x: ``[T, H]``, normed final hidden states.
         weight: ``[V, H]``, the head, in ``x``'s dtype.
-        labels: ``[T]`` int64, already shifted.
+        labels: ``[T]`` int64, already shifted; one outside the vocabulary is an IndexError on a CPU and makes NaN of
+            its token's loss and gradient in Triton.
         scale: scalar tensor, factor on the summed loss: 1 / valid tokens of the global step. A tensor, known before
             the step, so that nobody waits for a count.
         need_dx: whether ``dx`` is made, one product.
@@ -82,34 +155,18 @@ def linear_cross_entropy_forward(
         ignore_index: label that counts for nothing. With no valid label the loss and the gradients are exactly 0,
             whatever the scale.
         chunk_size: tokens whose logits exist at one time; by default :func:`rows_per_chunk`.
-        per_token: also return each token's loss, for evaluation.
+        per_token: also return each token's loss and whether it was predicted, for evaluation.
 
-    Logits are rounded to ``x``'s dtype by their product, as in a plain head; from there on all is in the compute dtype
-    until dlogits enter the next product. NaN and infinities reach the loss and the gradients.
+    Logits, and then dlogits, are rounded to ``x``'s dtype by and for their products, as in a plain head; between the
+    products all is in the compute dtype. NaN and infinities reach the loss and the gradients.
     """
-    dtype = compute_dtype(x.dtype)
-    chunk_size = chunk_size or rows_per_chunk(len(weight), dtype)
-    scale = scale.to(device=x.device, dtype=dtype)
-    token_losses = torch.empty(len(x), dtype=dtype, device=x.device)
-    dx = torch.empty_like(x) if need_dx else None
-    dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device) if need_dweight else None
-
-    for start in range(0, len(x), chunk_size):
-        rows = slice(start, start + chunk_size)
-        logits = linear(x[rows], weight).to(dtype)
-        token_losses[rows] = cross_entropy_(
-            logits, labels[rows], scale, ignore_index=ignore_index, need_dlogits=need_dx or need_dweight
+    outputs = iter(
+        _linear_cross_entropy_forward(
+            x, weight, labels, scale, need_dx, need_dweight, ignore_index, chunk_size, per_token
         )
-        if need_dx or need_dweight:
-            dlogits = logits.to(x.dtype)
-            if need_dx:
-                dx[rows] = linear_dx(dlogits, weight)
-            if need_dweight:
-                linear_dw(dlogits, x[rows], out=dweight)
-
-    # Scaled before the sum: with no valid label the scale may be infinite, and 0 · inf is not 0.
-    loss = torch.where(labels != ignore_index, token_losses * scale, 0).sum()
-    return LinearCrossEntropyOutput(loss, dx, dweight, token_losses if per_token else None)
+    )
+    wanted = (True, need_dx, need_dweight, per_token, per_token)
+    return LinearCrossEntropyOutput(*(next(outputs) if want else None for want in wanted))
 
 
 def linear_cross_entropy_backward(
@@ -119,8 +176,15 @@ def linear_cross_entropy_backward(
     return None if dx is None else dx * dloss, None if dweight is None else dweight * dloss
 
 
+def linear_cross_entropy_backward_(
+    dloss: Tensor, dx: Tensor | None, dweight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`linear_cross_entropy_backward` written over the stored gradients, which are returned."""
+    return None if dx is None else dx.mul_(dloss), None if dweight is None else dweight.mul_(dloss)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Keeps dX, and dW where the head trains; neither x nor the weight."""
+    """Keeps dX, and dW where the head trains; neither x nor the weight. On request backward hands out those very buffers."""
 
     @staticmethod
     def forward(
@@ -132,6 +196,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shadow: Tensor | None,
         ignore_index: int,
         chunk_size: int | None,
+        consume: bool,
     ) -> Tensor:
         need_dx, need_dweight, *_ = ctx.needs_input_grad
         output = linear_cross_entropy_forward(
@@ -146,13 +211,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         ctx.save_for_backward(output.dx, output.dweight)
         ctx.weight_dtype = weight.dtype
+        ctx.consumed = Consumed("linear_cross_entropy") if consume else None
         return output.loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = linear_cross_entropy_backward(dloss, *ctx.saved_tensors)
-        return dx, None if dweight is None else dweight.to(ctx.weight_dtype), None, None, None, None, None
+        if ctx.consumed is None:
+            dx, dweight = linear_cross_entropy_backward(dloss, *ctx.saved_tensors)
+        else:
+            ctx.consumed.once()
+            dx, dweight = linear_cross_entropy_backward_(dloss, *ctx.saved_tensors)
+        return dx, None if dweight is None else dweight.to(ctx.weight_dtype), None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -164,6 +234,7 @@ def linear_cross_entropy(
     shadow: Tensor | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    consume: bool = False,
 ) -> Tensor:
     """Differentiable :func:`linear_cross_entropy_forward`, returning the loss.
 
@@ -171,10 +242,14 @@ def linear_cross_entropy(
         weight: ``[V, H]``, differentiable, possibly an fp32 master; its gradient comes back in its dtype.
         shadow: ``weight`` in ``x``'s dtype, not differentiable, used in its place for the products; by default
             ``weight`` is narrowed for the call.
+        consume: backward multiplies the stored gradients in place and hands them out, which saves a buffer the size of
+            ``x`` when memory is fullest; a second backward raises RuntimeError. Ignored under ``torch.compile``, which
+            reuses buffers itself.
 
     The gradients are made in forward; under ``no_grad`` they are not.
     """
     if not torch.is_grad_enabled():
         # Inside a Function needs_input_grad ignores the grad mode, and evaluation would pay for gradients.
         x, weight = x.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(x, weight, labels, scale, shadow, ignore_index, chunk_size)
+    consume = consume and not torch.compiler.is_compiling()
+    return _LinearCrossEntropy.apply(x, weight, labels, scale, shadow, ignore_index, chunk_size, consume)

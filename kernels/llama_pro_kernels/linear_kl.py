@@ -5,11 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .library import implementation, register
 from .linear import linear
 from .linear_cross_entropy import rows_per_chunk
-from .reference import compute_dtype, kl_divergence
+from .reference import compute_dtype
 
 __all__ = ["linear_kl"]
+
+
+@register(
+    "linear_kl(Tensor x_base, Tensor x_now, Tensor weight, int? chunk_size) -> Tensor",
+    fake=lambda x_base, x_now, weight, chunk_size: x_base.new_empty(
+        x_base.shape[0], dtype=compute_dtype(x_base.dtype)
+    ),
+    flops=lambda x_base, x_now, weight, chunk_size: 2 * 2 * x_base.numel() * weight.shape[0],
+)  # fmt: skip
+def _linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, chunk_size: int | None) -> Tensor:
+    kl_divergence = implementation(x_base).kl_divergence
+    chunk_size = chunk_size or rows_per_chunk(len(weight), x_base.dtype)
+    divergence = torch.empty(len(x_base), dtype=compute_dtype(x_base.dtype), device=x_base.device)
+    for out, base, now in zip(*(t.split(chunk_size) for t in (divergence, x_base, x_now)), strict=True):
+        out.copy_(kl_divergence(linear(base, weight), linear(now, weight)))
+    return divergence
 
 
 @torch.no_grad()
@@ -28,9 +45,4 @@ def linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, *, chunk_size: int 
         ``[T]`` in the compute dtype, nats: exactly 0 where the two states are bit-equal, otherwise at least 0 up to
         rounding, and NaN where a state is.
     """
-    dtype = compute_dtype(x_base.dtype)
-    chunk_size = chunk_size or rows_per_chunk(len(weight), dtype)
-    divergence = torch.empty(len(x_base), dtype=dtype, device=x_base.device)
-    for out, base, now in zip(*(t.split(chunk_size) for t in (divergence, x_base, x_now)), strict=True):
-        out.copy_(kl_divergence(linear(base, weight).to(dtype), linear(now, weight).to(dtype)))
-    return divergence
+    return _linear_kl(x_base, x_now, weight, chunk_size)

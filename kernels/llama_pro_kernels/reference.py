@@ -2,7 +2,8 @@
 
 Precision: arithmetic happens in ``compute_dtype`` of the activations (fp32 for bf16 and fp16, fp64 for fp64) and is
 narrowed once, at the end. Nothing here is chosen for speed on a GPU; temporaries are reused where that costs no
-clarity.
+clarity. Results are contiguous whatever the strides of the inputs. What an op takes and returns is said where it is
+public: rms_norm.py, swiglu.py, rotary.py, linear_cross_entropy.py, attention.py.
 
 Shapes: T tokens, H hidden, I intermediate, N heads, K key/value heads, D head dim, R rotary dim, V vocabulary.
 """
@@ -19,34 +20,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# RMSNorm (Zhang & Sennrich 2019, eq. 4): y = x / sqrt(mean(x²) + eps) · weight
+# RMSNorm
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm over the last dimension.
-
-    Args:
-        x: ``[..., H]``, usually ``[T, H]``; ``[T, N, D]`` for a norm per head.
-        weight: ``[H]``; may be wider than ``x`` (an fp32 master).
-        eps: added to the mean square.
-
-    Returns:
-        ``(y, rstd)``: ``y`` like ``x``; ``rstd`` ``[...]`` in the compute dtype, 1 / root mean square.
-    """
     wide = x.to(compute_dtype(x.dtype))
     rstd = wide.square().mean(-1).add_(eps).rsqrt_()
-    return (wide * rstd[..., None]).mul_(weight).to(x.dtype), rstd
+    y = (wide * rstd[..., None]).mul_(weight).to(x.dtype)
+    return y.contiguous(), rstd.contiguous()
 
 
 def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``s = x + residual`` in ``x``'s dtype, and RMSNorm of that ``s``.
-
-    The norm reads the narrowed sum, because that is what the next block's residual stream carries.
-
-    Returns:
-        ``(y, s, rstd)``, see :func:`rms_norm_forward`.
-    """
-    s = x + residual
+    s = (x + residual).contiguous()
     y, rstd = rms_norm_forward(s, weight, eps)
     return y, s, rstd
 
@@ -54,21 +39,6 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, dresidual: Tensor | None = None, need_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of RMSNorm, with the gradient of a residual branch around it added before the one narrowing.
-
-    With x̂ = x·rstd and g = dy·weight: dx = rstd·(g − x̂·mean(g·x̂)) + dresidual, dweight = Σ_tokens dy·x̂.
-
-    Args:
-        dy: ``[..., H]``, gradient of ``y``.
-        x: ``[..., H]``, what was normalised (``s`` of :func:`add_rms_norm_forward`).
-        weight: ``[H]``.
-        rstd: ``[...]`` from forward.
-        dresidual: ``[..., H]``, gradient that reaches ``x`` by another way.
-        need_dweight: whether ``dweight`` is computed at all.
-
-    Returns:
-        ``(dx, dweight)``: ``dx`` like ``x``; ``dweight`` ``[H]`` in the compute dtype, or None.
-    """
     dtype = compute_dtype(x.dtype)
     normed = x.to(dtype) * rstd[..., None]
     dy = dy.to(dtype)
@@ -78,35 +48,23 @@ def rms_norm_backward(
     dx = g.sub_(normed.mul_(projection)).mul_(rstd[..., None])
     if dresidual is not None:
         dx.add_(dresidual)
-    return dx.to(x.dtype), dweight
+    return dx.to(x.dtype).contiguous(), dweight
 
 
-# SwiGLU (Shazeer 2020, eq. 6): SiLU(gate) · up
+# SwiGLU
 
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
-    """``SiLU(gate) · up`` of packed ``gate_up`` ``[T, 2I]`` (gate first); returns ``[T, I]`` in its dtype."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate.to(compute_dtype(gate.dtype))).mul_(up).to(gate_up.dtype)
+    return F.silu(gate.to(compute_dtype(gate.dtype))).mul_(up).to(gate_up.dtype).contiguous()
 
 
 def swiglu_backward(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Gradient of :func:`swiglu_forward`, and on request its output again.
-
-    Args:
-        dy: ``[T, I]``.
-        gate_up: ``[T, 2I]``, the input of forward.
-        need_product: also recompute ``SiLU(gate) · up``, which the down projection's dW needs and nobody kept.
-
-    Returns:
-        ``(dgate_up, product)``: ``[T, 2I]`` and ``[T, I]`` or None, both in ``gate_up``'s dtype.
-    """
-    dgate_up = torch.empty_like(gate_up)
+    dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     return dgate_up, _swiglu_backward_into(dgate_up, dy, gate_up, need_product)
 
 
 def swiglu_backward_(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) -> tuple[Tensor, Tensor | None]:
-    """:func:`swiglu_backward` written over ``gate_up``, which is returned as ``dgate_up``."""
     return gate_up, _swiglu_backward_into(gate_up, dy, gate_up, need_product)
 
 
@@ -116,7 +74,7 @@ def _swiglu_backward_into(out: Tensor, dy: Tensor, gate_up: Tensor, need_product
     dy = dy.to(dtype)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
-    product = (silu * up).to(gate_up.dtype) if need_product else None
+    product = (silu * up).to(gate_up.dtype).contiguous() if need_product else None
     # SiLU'(g) = σ + SiLU·(1 − σ). Both gradients are complete before the first store: `out` may be `gate_up`.
     dgate = (1 - sigmoid).mul_(silu).add_(sigmoid).mul_(up).mul_(dy)
     dup = silu.mul_(dy)
@@ -126,56 +84,26 @@ def _swiglu_backward_into(out: Tensor, dy: Tensor, gate_up: Tensor, need_product
     return product
 
 
-# Rotary position embedding (Su et al. 2021, eq. 34), half-split: dimension i turns together with i + R/2.
+# Rotary position embedding
 
 
 def rotary_forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, num_heads: int, num_kv_heads: int, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split packed ``qkv`` and rotate q and k.
-
-    Args:
-        qkv: ``[T, (N + 2K)·D]``: the query heads, the key heads, the value heads.
-        cos: ``[P, R/2]`` fp32, R ≤ D even; dimensions from R on pass through.
-        sin: like ``cos``.
-        position_ids: ``[T]`` int64, rows of the tables.
-        num_heads: N.
-        num_kv_heads: K.
-        head_dim: D.
-
-    Returns:
-        ``(q [T, N, D], k [T, K, D], v [T, K, D])`` in ``qkv``'s dtype; ``v`` is a view of ``qkv`` and keeps it alive.
-
-    Raises:
-        IndexError: a position lies beyond the tables (CPU; on CUDA PyTorch's device-side assertion).
-    """
-    qk, v = _split_packed(qkv, num_heads, num_kv_heads, head_dim)
+) -> Tensor:
+    qk, _ = _split_packed(qkv, num_heads, num_kv_heads, head_dim)
     rotated = torch.empty(qk.shape, dtype=qk.dtype, device=qk.device)
     _rotate_into(rotated, qk, cos[position_ids], sin[position_ids])
-    return rotated[:, :num_heads], rotated[:, num_heads:], v
+    return rotated
 
 
 def rotary_forward_(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, num_heads: int, num_kv_heads: int, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`rotary_forward` written over ``qkv``; all three results are views of it."""
-    qk, v = _split_packed(qkv, num_heads, num_kv_heads, head_dim)
+) -> None:
+    qk, _ = _split_packed(qkv, num_heads, num_kv_heads, head_dim)
     _rotate_into(qk, qk, cos[position_ids], sin[position_ids])
-    return qk[:, :num_heads], qk[:, num_heads:], v
 
 
 def rotary_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
-    """Gradient of :func:`rotary_forward`: the conjugate rotation, packed.
-
-    Args:
-        dq: ``[T, N, D]``.
-        dk: ``[T, K, D]``.
-        dv: ``[T, K, D]``.
-        cos, sin, position_ids: as in forward.
-
-    Returns:
-        ``dqkv`` ``[T, (N + 2K)·D]`` in ``dq``'s dtype.
-    """
     num_tokens, num_heads, head_dim = dq.shape
     num_kv_heads = dk.shape[1]
     dqkv = dq.new_empty(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
@@ -210,38 +138,49 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
 # The row-wise halves of the losses: what happens between a chunk's products
 
 
-def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, *, ignore_index: int, need_dlogits: bool) -> Tensor:
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, scale: Tensor, *, ignore_index: int, need_dlogits: bool, need_correct: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Cross entropy of each row; ``logits`` is consumed, and on request becomes its own gradient.
 
     Args:
-        logits: ``[T, V]`` in a compute dtype, overwritten; afterwards ``scale · (softmax − onehot)`` with rows of
-            zeros where the label is ignored (NaN where a logit of the row was not finite: a zero would hide it), or
-            scratch without ``need_dlogits``.
+        logits: ``[T, V]``, overwritten; afterwards ``scale · (softmax − onehot)`` with rows of zeros where the label is
+            ignored (NaN where a logit of the row was not finite: a zero would hide it), or scratch without
+            ``need_dlogits``.
         labels: ``[T]`` int64.
-        scale: scalar on the same device.
+        scale: scalar on the same device, in the compute dtype.
         ignore_index: label that counts for nothing.
         need_dlogits: whether the gradient is wanted.
+        need_correct: whether to tell which labels were the prediction.
 
     Returns:
-        ``[T]`` unscaled loss in nats, 0 at ignored labels.
+        ``(losses, correct)``: ``[T]`` unscaled loss in nats in the compute dtype, 0 at ignored labels; ``[T]`` bool,
+        whether the label has the first of the largest logits (never at ignored labels nor where a logit is NaN or the
+        largest infinite), or None.
     """
     valid = labels != ignore_index
     index = labels.masked_fill(~valid, 0)[:, None]
-    largest = logits.amax(-1, keepdim=True)
-    label_logits = logits.gather(1, index)
-    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    wide = logits.to(compute_dtype(logits.dtype))
+    predicted = (wide == wide.amax(-1, keepdim=True)).int().argmax(-1) if need_correct else None
+    largest = wide.amax(-1, keepdim=True)
+    label_logits = wide.gather(1, index)
+    total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
     losses = total.log().add_(largest).sub_(label_logits).squeeze(1)
+    correct = (predicted == labels) & valid & losses.isfinite() if need_correct else None
     if need_dlogits:
         row_scale = torch.where(valid, scale, 0)[:, None]
-        logits.mul_(row_scale / total)
-        logits.scatter_add_(1, index, -row_scale)
-    return torch.where(valid, losses, 0)
+        wide.mul_(row_scale / total)
+        wide.scatter_add_(1, index, -row_scale)
+        if wide is not logits:
+            logits.copy_(wide)
+    return torch.where(valid, losses, 0), correct
 
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(base_logits) ‖ softmax(logits)) of each row, ``[T, V]`` twice -> ``[T]``, nats."""
-    base_logp = base_logits.log_softmax(-1)
-    difference = base_logp - logits.log_softmax(-1)
+    """KL(softmax(base_logits) ‖ softmax(logits)) of each row, ``[T, V]`` -> ``[T]`` in the compute dtype, nats."""
+    dtype = compute_dtype(base_logits.dtype)
+    base_logp = base_logits.log_softmax(-1, dtype=dtype)
+    difference = base_logp - logits.log_softmax(-1, dtype=dtype)
     return base_logp.exp_().mul_(difference).sum(-1)
 
 

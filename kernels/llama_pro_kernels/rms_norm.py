@@ -1,4 +1,6 @@
-"""RMSNorm, alone or with the residual sum before it.
+"""RMSNorm, alone or with the residual sum before it (Zhang & Sennrich 2019, eq. 4).
+
+    y = x · rstd · weight,  rstd = 1 / sqrt(mean(x²) + eps)
 
 Forward keeps one number a token, ``rstd``; the normed rows are cheap to make again and are never kept.
 """
@@ -11,9 +13,97 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reference import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
+from .library import implementation, register
+from .reference import compute_dtype
 
 __all__ = ["add_rms_norm", "add_rms_norm_forward", "rms_norm", "rms_norm_backward", "rms_norm_forward"]
+
+
+def _empty_rstd(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+
+
+@register(
+    "rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    fake=lambda x, weight, eps: (x.new_empty(x.shape), _empty_rstd(x)),
+)
+def _rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return implementation(x).rms_norm_forward(x, weight, eps)
+
+
+@register(
+    "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape), _empty_rstd(x)),
+)
+def _add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(x).add_rms_norm_forward(x, residual, weight, eps)
+
+
+@register(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual, bool need_dweight)"
+    " -> Tensor[]",
+    fake=lambda dy, x, weight, rstd, dresidual, need_dweight: [
+        x.new_empty(x.shape), *([weight.new_empty(weight.shape, dtype=rstd.dtype)] if need_dweight else [])
+    ],
+)  # fmt: skip
+def _rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None, need_dweight: bool
+) -> list[Tensor]:
+    gradients = implementation(x).rms_norm_backward(
+        dy, x, weight, rstd, dresidual=dresidual, need_dweight=need_dweight
+    )  # fmt: skip
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension.
+
+    Args:
+        x: ``[..., H]``, usually ``[T, H]``; ``[T, N, D]`` for a norm per head.
+        weight: ``[H]``; may be wider than ``x`` (an fp32 master).
+        eps: added to the mean square.
+
+    Returns:
+        ``(y, rstd)``: ``y`` like ``x``; ``rstd`` ``[...]`` in the compute dtype, 1 / root mean square.
+    """
+    return _rms_norm_forward(x, weight, eps)
+
+
+def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``s = x + residual`` in ``x``'s dtype, and RMSNorm of that ``s``.
+
+    The norm reads the narrowed sum, because that is what the next block's residual stream carries.
+
+    Args:
+        x, residual: ``[..., H]``, of one dtype.
+        weight, eps: as in :func:`rms_norm_forward`.
+
+    Returns:
+        ``(y, s, rstd)``, see :func:`rms_norm_forward`.
+    """
+    return _add_rms_norm_forward(x, residual, weight, eps)
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, dresidual: Tensor | None = None, need_dweight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of RMSNorm, with the gradient of a residual branch around it added before the one narrowing.
+
+    With x̂ = x·rstd and g = dy·weight: dx = rstd·(g − x̂·mean(g·x̂)) + dresidual, dweight = Σ_tokens dy·x̂.
+
+    Args:
+        dy: ``[..., H]``, gradient of ``y``.
+        x: ``[..., H]``, what was normalised (``s`` of :func:`add_rms_norm_forward`).
+        weight: ``[H]``.
+        rstd: ``[...]`` from forward.
+        dresidual: ``[..., H]``, gradient that reaches ``x`` by another way.
+        need_dweight: whether ``dweight`` is computed at all.
+
+    Returns:
+        ``(dx, dweight)``: ``dx`` like ``x``; ``dweight`` ``[H]`` in the compute dtype, or None.
+    """
+    dx, *dweight = _rms_norm_backward(dy, x, weight, rstd, dresidual, need_dweight)
+    return dx, dweight[0] if dweight else None
 
 
 class _RMSNorm(torch.autograd.Function):

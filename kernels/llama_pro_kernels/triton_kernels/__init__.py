@@ -1,0 +1,25 @@
+"""The Triton bodies of the ops, under the names and signatures that :mod:`llama_pro_kernels.reference` has.
+
+Imported only where Triton is used. Every kernel widens what it loads to fp32 at once, computes in fp32 and narrows once
+at the store; scalars are fp32; offsets into a tensor are 64-bit from the row on, so tensors may hold more than 2³¹
+elements. What cannot be addressed by strides is made contiguous first, never read wrongly.
+"""
+
+from .losses import cross_entropy_, kl_divergence
+from .rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
+from .rotary import rotary_backward, rotary_forward, rotary_forward_
+from .swiglu import swiglu_backward, swiglu_backward_, swiglu_forward
+
+__all__ = [
+    "add_rms_norm_forward",
+    "cross_entropy_",
+    "kl_divergence",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rotary_backward",
+    "rotary_forward",
+    "rotary_forward_",
+    "swiglu_backward",
+    "swiglu_backward_",
+    "swiglu_forward",
+]

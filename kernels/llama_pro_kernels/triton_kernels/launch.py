@@ -1,0 +1,69 @@
+"""The one place where a kernel is started, and where what would be started can be recorded instead."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Launch", "launch", "recorded_launches"]
+
+# Set, because Triton changes its default: contracting a·b + c to one rounding is faster and no less exact.
+_FP_FUSION = True
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as it would have been started: ``kernel[grid](*arguments, **options)``."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def compile(self) -> Any:
+        """Compile for the active driver's target from the arguments' types and alignment alone; start nothing."""
+        return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+
+
+_recorder: list[Launch] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start ``kernel`` on the device of its first tensor; nothing to do, nothing started.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: number of programs along each axis.
+        arguments: tensors and numbers, in the kernel's order.
+        options: ``num_warps`` and the kernel's ``constexpr`` parameters.
+    """
+    if 0 in grid:
+        return
+    options["enable_fp_fusion"] = _FP_FUSION
+    if _recorder is not None:
+        _recorder.append(Launch(kernel, grid, arguments, options))
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    # Triton starts on the current device, whatever its arguments live on.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **options)
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Within it launches are appended to the list it yields and nothing runs; meta tensors serve as arguments."""
+    global _recorder
+    before, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = before

@@ -1,0 +1,144 @@
+"""The row-wise halves of the losses in Triton: what happens between a chunk's products.
+
+One program a row of V logits. Cross entropy reads the row once to find maximum and sum together (online softmax,
+Milakov & Gimelshein 2018) and, where the gradient is wanted, once more to write it over the logits; the second reading
+mostly finds the row in the L2 cache. The KL divergence reads both rows twice: one pass would have to subtract two large
+sums where the meter wants their small difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+
+
+@dataclass(frozen=True)
+class RowLossConfig:
+    """How a row of logits is walked.
+
+    Attributes:
+        block: logits at one time. 4,096 over 8 warps are 16 a thread, two 16-byte accesses of bf16; a reduction over
+            the warps then comes once in 4,096 logits.
+        num_warps: 8; eight such programs fill a multiprocessor.
+    """
+
+    block: int = 4096
+    num_warps: int = 8
+
+    def cut(self, vocab_size: int) -> dict[str, int]:
+        """Options of a launch for rows of ``vocab_size``."""
+        return {"BLOCK": min(self.block, triton.next_power_of_2(vocab_size)), "num_warps": self.num_warps}
+
+
+CONFIG = RowLossConfig()
+
+
+@triton.jit
+def _log_sum_exp(row_ptr, V, BLOCK: tl.constexpr):
+    """(shift, sum of exp(row − shift)), online; shift is the row's maximum, or 0 where that is −∞."""
+    columns = tl.arange(0, BLOCK)
+    largest = tl.full((), float("-inf"), tl.float32)
+    shift = tl.full((), 0.0, tl.float32)
+    totals = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        logits = tl.load(row_ptr + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
+        before = largest
+        largest = tl.maximum(largest, tl.max(logits, axis=0))
+        # So far all −∞: any finite shift will do, and −∞ would make NaN of it.
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        totals = totals * tl.exp(before - shift) + tl.exp(logits - shift)
+    return shift, tl.sum(totals, axis=0)
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, label_ptr, scale_ptr, loss_ptr, correct_ptr,
+    logits_stride, label_stride, V, ignore_index,
+    NEED_DLOGITS: tl.constexpr, NEED_CORRECT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_stride
+    columns = tl.arange(0, BLOCK)
+    label = tl.load(label_ptr + row * label_stride)
+    valid = label != ignore_index
+    # A label outside the vocabulary makes NaN of its row's loss and gradient; it never reads outside the row.
+    inside = (label >= 0) & (label < V)
+    label_logit = tl.load(row_ptr + label, mask=valid & inside, other=float("nan")).to(tl.float32)
+
+    shift, total = _log_sum_exp(row_ptr, V, BLOCK)
+    loss = tl.log(total) + (shift - label_logit)
+    tl.store(loss_ptr + row, tl.where(valid, loss, 0.0))
+
+    if NEED_CORRECT:
+        beaten = tl.zeros((BLOCK,), dtype=tl.int32)
+        for start in range(0, V, BLOCK):
+            at = start + columns
+            logits = tl.load(row_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
+            beats = (logits > label_logit) | ((logits == label_logit) & (at < label))
+            beaten = beaten | beats.to(tl.int32)
+        # total is NaN where a logit was, or where the largest is infinite.
+        correct = valid & inside & (total == total) & (tl.max(beaten, axis=0) == 0)
+        tl.store(correct_ptr + row, correct.to(tl.int8))
+
+    if NEED_DLOGITS:
+        # Ignored: 0 times whatever is finite, and NaN if the row was not, which a zero would hide.
+        row_scale = tl.where(valid, tl.load(scale_ptr).to(tl.float32), 0.0)
+        row_scale = tl.where(valid & (inside == 0), float("nan"), row_scale)
+        factor = row_scale / total
+        for start in range(0, V, BLOCK):
+            at = start + columns
+            logits = tl.load(row_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
+            dlogits = tl.exp(logits - shift) * factor - tl.where(at == label, row_scale, 0.0)
+            tl.store(row_ptr + at, dlogits.to(logits_ptr.dtype.element_ty), mask=at < V)
+
+
+@triton.jit
+def _kl_kernel(base_ptr, now_ptr, out_ptr, base_stride, now_stride, V, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    base_ptr += row * base_stride
+    now_ptr += row * now_stride
+    columns = tl.arange(0, BLOCK)
+    base_shift, base_total = _log_sum_exp(base_ptr, V, BLOCK)
+    now_shift, now_total = _log_sum_exp(now_ptr, V, BLOCK)
+    base_lse = base_shift + tl.log(base_total)
+    now_lse = now_shift + tl.log(now_total)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        mask = start + columns < V
+        base = tl.load(base_ptr + start + columns, mask=mask, other=0.0).to(tl.float32) - base_lse
+        now = tl.load(now_ptr + start + columns, mask=mask, other=0.0).to(tl.float32) - now_lse
+        sums += tl.where(mask, tl.exp(base) * (base - now), 0.0)
+    tl.store(out_ptr + row, tl.sum(sums, axis=0))
+
+
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, scale: Tensor, *, ignore_index: int, need_dlogits: bool, need_correct: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    assert logits.stride(-1) == 1, "logits of a product are dense; in place, a copy would not do"
+    num_tokens, vocab_size = logits.shape
+    losses = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
+    correct = torch.empty(num_tokens, dtype=torch.bool, device=logits.device) if need_correct else None
+    launch(
+        _cross_entropy_kernel, (num_tokens,),
+        logits, labels, scale, losses, None if correct is None else correct.view(torch.int8),
+        logits.stride(0), labels.stride(0), vocab_size, ignore_index,
+        NEED_DLOGITS=need_dlogits, NEED_CORRECT=need_correct, **CONFIG.cut(vocab_size),
+    )  # fmt: skip
+    return losses, correct
+
+
+def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
+    base_logits, logits = (x if x.stride(-1) == 1 else x.contiguous() for x in (base_logits, logits))
+    num_tokens, vocab_size = logits.shape
+    divergence = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
+    launch(
+        _kl_kernel, (num_tokens,), base_logits, logits, divergence, base_logits.stride(0), logits.stride(0), vocab_size,
+        **CONFIG.cut(vocab_size),
+    )  # fmt: skip
+    return divergence
