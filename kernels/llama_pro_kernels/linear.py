@@ -27,8 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_dx(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """Gradient of the input: ``dy`` ``[T, out]``, ``weight`` ``[out, in]`` of one dtype -> ``[T, in]``, written to ``out``
-    where that is given."""
+    """Gradient of the input: ``dy`` ``[T, out]``, ``weight`` ``[out, in]`` -> ``[T, in]``, in ``out`` where given."""
     return torch.mm(dy, weight, out=out)
 
 

@@ -184,7 +184,7 @@ def linear_cross_entropy_backward_(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Keeps dX, and dW where the head trains; neither x nor the weight. On request backward hands out those very buffers."""
+    """Keeps dX, and dW where the head trains; neither x nor the weight. On request backward hands out those buffers."""
 
     @staticmethod
     def forward(

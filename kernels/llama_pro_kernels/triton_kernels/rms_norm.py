@@ -31,8 +31,9 @@ class RMSNormConfig:
             several at a time, so that every thread has at least one 16-byte access.
         elements_per_thread: 16 make two 16-byte loads of bf16 per stream; backward with dW holds five streams of them
             in registers.
-        max_warps: 16, because 32 leave a thread 64 registers; a row of 16,384 then has 32 elements a thread.
-        programs_per_sm: programs that sum a weight gradient on one multiprocessor; as many as its registers hold.
+        max_warps: 16, because 32 leave a thread 64 registers. A row of 16,384 then has 32 elements a thread, and the
+            backward with dW spills a few of them; up to 8,192 nothing spills.
+        programs_per_sm: programs that sum a weight gradient on one multiprocessor: 3 of 256 threads and 80 registers.
         reduce_rows, reduce_columns: the tile of the second kernel; 32 columns make as many programs as there are
             multiprocessors at H = 4,096.
     """
@@ -40,7 +41,7 @@ class RMSNormConfig:
     tile: int = 4096
     elements_per_thread: int = 16
     max_warps: int = 16
-    programs_per_sm: int = 2
+    programs_per_sm: int = 3
     reduce_rows: int = 64
     reduce_columns: int = 32
 
@@ -63,7 +64,7 @@ def _row_offsets(rows, stride_token, stride_head, HEADS: tl.constexpr):
     return (rows // HEADS).to(tl.int64) * stride_token + (rows % HEADS).to(tl.int64) * stride_head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
     num_rows, x_stride, x_head_stride, residual_stride, eps,
@@ -91,7 +92,7 @@ def _rms_norm_forward_kernel(
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, partial_ptr,
     num_rows, dy_stride, dy_head_stride, x_stride, x_head_stride, dresidual_stride, dresidual_head_stride,
@@ -128,7 +129,7 @@ def _rms_norm_backward_kernel(
         tl.store(partial, tl.sum(dweight, axis=0), mask=columns < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_rows_kernel(partial_ptr, out_ptr, num_rows, H, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     columns = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_ROWS, BLOCK_H), dtype=tl.float32)

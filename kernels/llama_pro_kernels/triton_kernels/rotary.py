@@ -77,7 +77,7 @@ def _turn(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions"])
 def _rotary_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride, position_stride,
@@ -90,7 +90,7 @@ def _rotary_kernel(
     columns = tl.arange(0, BLOCK_HALF)
     position = tl.load(position_ptr + token * position_stride)
     # A position without a row in the tables turns into NaN, not into somebody else's memory.
-    mask = (columns < HALF) & (position >= 0) & (position < num_positions)
+    mask = columns < tl.where((position >= 0) & (position < num_positions), HALF, 0)
     angles = position * HALF + columns
     cos = tl.load(cos_ptr + angles, mask=mask, other=float("nan")).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + angles, mask=mask, other=float("nan")).to(tl.float32)[None, :]
