@@ -23,7 +23,8 @@ wider than the activations (an fp32 master beside bf16); its gradient comes back
 the way. Names that end in an underscore write over an input. The autograd ops are differentiable once.
 """
 
-from .attention import attention, attention_backward, attention_forward, select_attention_backend
+from .attention import attention, attention_backward, attention_forward
+from .attention_selection import select_attention_backend
 from .linear import linear, linear_dbias, linear_dw, linear_dx, trainable_linear
 from .linear_cross_entropy import (
     LinearCrossEntropyOutput,

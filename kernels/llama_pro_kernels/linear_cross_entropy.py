@@ -89,13 +89,7 @@ def _count_flops(
     return 2 * x.numel() * weight.shape[0] * (1 + need_dx + need_dweight)
 
 
-@register(
-    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor labels, Tensor scale, bool need_dx,"
-    " bool need_dweight, int ignore_index, int? chunk_size, bool per_token) -> Tensor[]",
-    fake=_empty_outputs,
-    flops=_count_flops,
-)
-def _linear_cross_entropy_forward(
+def linear_cross_entropy_outputs(
     x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, need_dx: bool, need_dweight: bool, ignore_index: int,
     chunk_size: int | None, per_token: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -127,6 +121,14 @@ def _linear_cross_entropy_forward(
     loss = torch.where(labels != ignore_index, token_losses * scale, 0).sum()
     outputs = [loss, dx, dweight, *((token_losses, token_correct) if per_token else ())]
     return [output for output in outputs if output is not None]
+
+
+_linear_cross_entropy_forward = register(
+    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor labels, Tensor scale, bool need_dx,"
+    " bool need_dweight, int ignore_index, int? chunk_size, bool per_token) -> Tensor[]",
+    fake=_empty_outputs,
+    flops=_count_flops,
+)(linear_cross_entropy_outputs)
 
 
 def linear_cross_entropy_forward(

@@ -72,8 +72,7 @@ def _swiglu_backward_into(out: Tensor, dy: Tensor, gate_up: Tensor, need_product
     dtype = compute_dtype(gate_up.dtype)
     gate, up = gate_up.to(dtype).chunk(2, dim=-1)
     dy = dy.to(dtype)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
+    sigmoid, silu = gate.sigmoid(), F.silu(gate)
     product = (silu * up).to(gate_up.dtype).contiguous() if need_product else None
     # SiLU'(g) = σ + SiLU·(1 − σ). Both gradients are complete before the first store: `out` may be `gate_up`.
     dgate = (1 - sigmoid).mul_(silu).add_(sigmoid).mul_(up).mul_(dy)

@@ -62,7 +62,7 @@ def rotary_forward(
         IndexError: a position lies beyond the tables (CPU; in Triton its token's q and k become NaN).
     """
     rotated = _rotary_forward(qkv, cos, sin, position_ids, num_heads, num_kv_heads, head_dim)
-    v = qkv.unflatten(-1, (-1, head_dim))[:, num_heads + num_kv_heads :]
+    v = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_dim)[:, num_heads + num_kv_heads :]
     return rotated[:, :num_heads], rotated[:, num_heads:], v
 
 
@@ -71,7 +71,8 @@ def rotary_forward_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`rotary_forward` written over ``qkv``; all three results are views of it."""
     implementation(qkv).rotary_forward_(qkv, cos, sin, position_ids, num_heads, num_kv_heads, head_dim)
-    return qkv.unflatten(-1, (-1, head_dim)).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
+    return heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
 
 
 def rotary_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:

@@ -1,10 +1,16 @@
-"""What the tests of the ops share: devices, the 2× rule, a look at what autograd keeps."""
+"""What the tests of the ops share: devices, the 2× rule, a look at what autograd keeps.
+
+The same tests run on the reference, natively on a GPU, and through Triton's interpreter in a child process with
+TRITON_INTERPRET=1 (test_interpreted.py).
+"""
 
 import contextlib
+import os
 
 import pytest
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -18,12 +24,21 @@ def device(request):
 
 @pytest.fixture
 def assert_twice_as_good():
-    """The rule for narrow dtypes: error at most 2× that of plain PyTorch in the same dtype, plus a small atol."""
+    """The rule: error at most 2× that of plain PyTorch in the same dtype, plus a small atol.
+
+    Triton's interpreter cuts bf16 off instead of rounding it, so there one step of 2⁻⁷ is allowed.
+    """
 
     def check(ours, plain, exact, atol=1e-5):
         assert ours.dtype == plain.dtype
-        error = (ours.double() - exact.double()).abs().max()
-        allowed = 2 * (plain.double() - exact.double()).abs().max() + atol
+        assert ours.shape == exact.shape
+        if not exact.numel():
+            return
+        exact = exact.double()
+        error = (ours.double() - exact).abs().max()
+        allowed = 2 * (plain.double() - exact).abs().max() + atol
+        if INTERPRETED and ours.dtype == torch.bfloat16:
+            allowed = torch.maximum(allowed, exact.abs().max() * 2**-7)
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
     return check

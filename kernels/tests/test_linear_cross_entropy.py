@@ -5,8 +5,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_pro_kernels import linear_cross_entropy, linear_cross_entropy_backward, linear_cross_entropy_forward
-from llama_pro_kernels.linear_cross_entropy import rows_per_chunk
+from llama_pro_kernels import (
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+    linear_cross_entropy_backward_,
+    linear_cross_entropy_forward,
+    reference,
+)
+from llama_pro_kernels.library import implementation
+from llama_pro_kernels.linear_cross_entropy import linear_cross_entropy_outputs, rows_per_chunk
 
 fp64 = torch.float64
 T, H, V = 11, 6, 17
@@ -41,6 +48,10 @@ def test_loss_and_gradients_are_autograd_of_the_formula(chunk_size):
     dloss = torch.tensor(2.5)
     dx, dweight = linear_cross_entropy_backward(dloss, output.dx, output.dweight)
     torch.testing.assert_close((dx, dweight), tuple(2.5 * g for g in gradients), rtol=0, atol=1e-10)
+    in_place = linear_cross_entropy_backward_(dloss, output.dx, output.dweight)
+    assert in_place[0] is output.dx
+    assert in_place[1] is output.dweight
+    assert all(map(torch.equal, in_place, (dx, dweight)))
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -83,6 +94,18 @@ def test_a_frozen_head_costs_two_products(need_dx, need_dweight, products, chunk
         )
     assert flops.get_total_flops() == products * 2 * T * H * V
     assert (output.dx is not None, output.dweight is not None) == (need_dx, need_dweight)
+
+
+@pytest.mark.parametrize(("need_dx", "need_dweight", "products"), [(0, 0, 1), (1, 0, 2), (0, 1, 2), (1, 1, 3)])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_the_products_counted_are_the_products_made(need_dx, need_dweight, products, chunk_size):
+    """The registered op is counted by its formula; here its body is counted from within."""
+    x, weight, labels, scale = problem(torch.float32)
+    with FlopCounterMode(display=False) as flops:
+        linear_cross_entropy_outputs(
+            x, weight, labels, scale, bool(need_dx), bool(need_dweight), -100, chunk_size, False
+        )
+    assert flops.get_total_flops() == products * 2 * T * H * V
 
 
 def test_autograd_op_keeps_dx_only_and_backward_makes_no_product(kept):
@@ -141,6 +164,23 @@ def test_what_is_not_finite_shows(bad):
     assert output.loss.isnan()
     assert output.dx.isnan().any(-1).tolist() == [True] + [False] * (T - 1)
     assert output.dweight.isnan().all()
+
+
+@pytest.mark.parametrize("label", [V, 2**40, -1, -(2**40)])
+def test_a_label_outside_the_vocabulary_shows(label):
+    """As an error, or in Triton, which cannot raise one, as NaN; never as somebody else's memory."""
+    x, weight, labels, scale = problem(torch.float32)
+    labels[2] = label
+    options = {"need_dx": True, "need_dweight": False, "chunk_size": 4, "per_token": True}
+    if implementation(x) is reference:
+        with pytest.raises((IndexError, RuntimeError)):
+            linear_cross_entropy_forward(x, weight, labels, scale, **options)
+        return
+    output = linear_cross_entropy_forward(x, weight, labels, scale, **options)
+    assert output.loss.isnan()
+    assert output.token_losses.isnan().nonzero().tolist() == [[2]]
+    assert output.dx.isnan().any(-1).nonzero().tolist() == [[2]]
+    assert not output.token_correct[2]
 
 
 def test_huge_logits_do_not_overflow():

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from llama_pro_kernels import rotary, rotary_backward, rotary_forward, rotary_forward_
+from llama_pro_kernels import reference, rotary, rotary_backward, rotary_forward, rotary_forward_
+from llama_pro_kernels.library import implementation
 
 fp64 = torch.float64
 N, K, D, T = 4, 2, 8, 9
@@ -103,12 +104,20 @@ def test_strides_do_not_matter(op):
     )
 
 
-def test_a_position_beyond_the_table_is_an_error(device):
-    if device == "cuda":
-        pytest.skip("a device-side assertion ends the process")
-    cos, sin = tables(D, positions=8)
-    with pytest.raises(IndexError):
-        rotary_forward(torch.randn(T, (N + 2 * K) * D), cos, sin, positions(), N, K, D)
+def test_a_position_beyond_the_table_shows():
+    """As an error, or in Triton, which cannot raise one, as NaN; never as somebody else's memory."""
+    qkv, (cos, sin) = torch.randn(T, (N + 2 * K) * D), tables(D, positions=8)
+    if implementation(qkv) is reference:
+        with pytest.raises(IndexError):
+            rotary_forward(qkv, cos, sin, positions(), N, K, D)
+        return
+    for beyond in (positions(), positions().neg() - 1):
+        q, k, v = rotary_forward(qkv, cos, sin, beyond, N, K, D)
+        outside = (beyond < 0) | (beyond >= 8)
+        for turned in (q, k):
+            assert torch.equal(turned.isnan().all((1, 2)), outside)
+            assert torch.equal(turned.isnan().any((1, 2)), outside)
+        assert v.isfinite().all()
 
 
 def test_nan_stays_in_its_head():

@@ -1,0 +1,145 @@
+"""What a frozen weight costs, counted: kernels started and memory asked for. On meta tensors: nothing runs."""
+
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from llama_pro_kernels import triton_kernels as ops
+from llama_pro_kernels.linear_cross_entropy import linear_cross_entropy_outputs
+from llama_pro_kernels.triton_kernels.launch import recorded_launches
+
+T, H, I, V = 1024, 512, 1408, 32000
+bf16, fp32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def device():
+    with torch.device("meta"):
+        yield "meta"
+
+
+class Allocations(TorchDispatchMode):
+    """Shape and dtype of every tensor with memory of its own that is made within."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and isinstance(result, torch.Tensor):
+            self.made.append((tuple(result.shape), result.dtype))
+        return result
+
+
+def count(call):
+    """(names of the kernels started, tensors made) by ``call``, whose own tensors are made before."""
+    with recorded_launches() as launches, Allocations() as allocations:
+        call()
+    return [launch.name for launch in launches], allocations.made
+
+
+def rows(width=H, dtype=bf16):
+    return torch.empty(T, width, dtype=dtype)
+
+
+def test_a_norm_is_one_kernel_and_makes_its_results_only():
+    x, residual, weight = rows(), rows(), torch.empty(H, dtype=bf16)
+    assert count(lambda: ops.rms_norm_forward(x, weight, 1e-5)) == (
+        ["_rms_norm_forward_kernel"], [((T, H), bf16), ((T,), fp32)],
+    )  # fmt: skip
+    assert count(lambda: ops.add_rms_norm_forward(x, residual, weight, 1e-5)) == (
+        ["_rms_norm_forward_kernel"], [((T, H), bf16), ((T, H), bf16), ((T,), fp32)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_a_frozen_norm_launches_no_dweight_work_and_allocates_none(with_residual):
+    dy, x, ds, weight, rstd = rows(), rows(), rows(), torch.empty(H, dtype=bf16), torch.empty(T)
+
+    def backward(need_dweight):
+        return count(
+            lambda: ops.rms_norm_backward(
+                dy, x, weight, rstd, dresidual=ds if with_residual else None, need_dweight=need_dweight
+            )
+        )
+
+    assert backward(need_dweight=False) == (["_rms_norm_backward_kernel"], [((T, H), bf16)])
+    launches, made = backward(need_dweight=True)
+    assert launches == ["_rms_norm_backward_kernel", "_sum_rows_kernel"]
+    (partial, partial_dtype), *rest = made[1:]
+    assert made[0] == ((T, H), bf16)
+    assert partial[1:] == (H,)
+    assert partial[0] < T // 8
+    assert partial_dtype == fp32
+    assert rest == [((H,), fp32)]
+
+
+def test_the_frozen_kernel_has_no_accumulation_in_it():
+    """Not only no buffer: the loop that would fill it is not compiled in either."""
+    dy, x, weight, rstd = rows(), rows(), torch.empty(H, dtype=bf16), torch.empty(T)
+    with recorded_launches() as launches:
+        ops.rms_norm_backward(dy, x, weight, rstd, need_dweight=False)
+        ops.rms_norm_backward(dy, x, weight, rstd, need_dweight=True)
+    frozen, trained, _ = launches
+    assert frozen.options["NEED_DWEIGHT"] is False
+    assert trained.options["NEED_DWEIGHT"] is True
+    # A program for every tile of rows, against few that walk.
+    assert frozen.grid[0] == T // frozen.options["ROWS"]
+    assert trained.grid[0] < frozen.grid[0]
+
+
+@pytest.mark.parametrize("need_product", [False, True])
+def test_swiglu_backward_writes_over_its_input_in_one_kernel(need_product):
+    dy, gate_up = rows(I), rows(2 * I)
+    launches, made = count(lambda: ops.swiglu_backward_(dy, gate_up, need_product=need_product))
+    assert launches == ["_swiglu_backward_kernel"]
+    assert made == ([((T, I), bf16)] if need_product else [])
+
+
+def test_q_and_k_turn_in_one_kernel_and_so_do_their_gradients():
+    heads, kv_heads, head_dim = 8, 2, 64
+    qkv = rows((heads + 2 * kv_heads) * head_dim)
+    tables = torch.empty(T, 32), torch.empty(T, 32), torch.empty(T, dtype=torch.int64)
+    dq, dk, dv = (torch.empty(T, n, head_dim, dtype=bf16) for n in (heads, kv_heads, kv_heads))
+    launches, made = count(lambda: ops.rotary_forward(qkv, *tables, heads, kv_heads, head_dim))
+    assert (launches, made) == (["_rotary_kernel"], [((T, heads + kv_heads, head_dim), bf16)])
+    launches, made = count(lambda: ops.rotary_forward_(qkv, *tables, heads, kv_heads, head_dim))
+    assert (launches, made) == (["_rotary_kernel"], [])
+    launches, made = count(lambda: ops.rotary_backward(dq, dk, dv, *tables))
+    assert (launches, made) == (["_rotary_kernel"], [((T, (heads + 2 * kv_heads) * head_dim), bf16)])
+
+
+def test_logits_become_their_gradient_in_one_kernel_without_a_second_buffer():
+    logits, labels, scale = rows(V), torch.empty(T, dtype=torch.int64), torch.empty(())
+    options = {"ignore_index": -100, "need_dlogits": True}
+    assert count(lambda: ops.cross_entropy_(logits, labels, scale, **options)) == (
+        ["_cross_entropy_kernel"], [((T,), fp32)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("need_dweight", [False, True])
+def test_a_frozen_head_makes_no_dweight(need_dweight, monkeypatch):
+    monkeypatch.setattr(sys.modules[linear_cross_entropy_outputs.__module__], "implementation", lambda x: ops)
+    x, weight, labels, scale = rows(), torch.empty(V, H, dtype=bf16), torch.empty(T, dtype=torch.int64), torch.empty(())
+    chunks = 4
+    launches, made = count(
+        lambda: linear_cross_entropy_outputs(x, weight, labels, scale, True, need_dweight, -100, T // chunks, False)
+    )
+    assert launches == ["_cross_entropy_kernel"] * chunks
+    assert made.count(((T // chunks, V), bf16)) == chunks
+    assert (((V, H), fp32) in made) == need_dweight
+    assert max((shape for shape, _ in made if shape != (V, H)), key=lambda s: torch.Size(s).numel()) == (T // chunks, V)
+
+
+def test_nothing_to_do_starts_nothing():
+    x, weight = torch.empty(0, H, dtype=bf16), torch.empty(H, dtype=bf16)
+    assert count(lambda: ops.rms_norm_forward(x, weight, 1e-5))[0] == []
+    assert count(lambda: ops.swiglu_forward(torch.empty(0, 2 * I, dtype=bf16)))[0] == []
+    # The sum over no rows is zero, and somebody has to write that down.
+    launches, _ = count(lambda: ops.rms_norm_backward(x, x, weight, torch.empty(0), need_dweight=True))
+    assert launches == ["_sum_rows_kernel"]

@@ -1,0 +1,140 @@
+"""The ops as PyTorch sees them: registered without a lie, compiled without a break, backward once where buffers go."""
+
+import pytest
+import torch
+
+from llama_pro_kernels import (
+    add_rms_norm,
+    attention,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+    select_attention_backend,
+    swiglu,
+    trainable_linear,
+)
+
+T, H, N, K, D = 6, 24, 3, 1, 8
+
+
+def tables():
+    return torch.rand(9, D // 2), torch.rand(9, D // 2), torch.arange(T)
+
+
+def inputs():
+    """Arguments of every registered op, some with a choice."""
+    x, weight, rstd = torch.randn(T, H), torch.randn(H), torch.rand(T)
+    gate_up, dy = torch.randn(T, 2 * H), torch.randn(T, H)
+    q, k, v = torch.randn(T, N, D), torch.randn(T, K, D), torch.randn(T, K, D)
+    labels, scale, head = torch.randint(9, (T,)), torch.tensor(0.5), torch.randn(9, H)
+    cu_seqlens = torch.tensor([0, 2, 2, T, T], dtype=torch.int32)
+    backend = select_attention_backend(x.device, x.dtype)
+    o, lse = torch.ops.llama_pro_kernels.attention_forward(q, k, v, cu_seqlens, T, 0.3, None, backend)
+    yield "rms_norm_forward", (x, weight, 1e-5)
+    yield "rms_norm_forward", (torch.randn(2, 3, H).transpose(0, 1), weight, 1e-5)
+    yield "add_rms_norm_forward", (x, dy, weight, 1e-5)
+    yield "rms_norm_backward", (dy, x, weight, rstd, None, False)
+    yield "rms_norm_backward", (dy, x, weight, rstd, dy, True)
+    yield "swiglu_forward", (gate_up,)
+    yield "swiglu_forward", (gate_up.t().contiguous().t(),)
+    yield "swiglu_backward", (dy, gate_up, False)
+    yield "swiglu_backward", (dy, gate_up, True)
+    yield "rotary_forward", (torch.randn(T, (N + 2 * K) * D), *tables(), N, K, D)
+    yield "rotary_backward", (q, k, v, *tables())
+    for wanted in ((False, False), (True, False), (False, True), (True, True)):
+        yield "linear_cross_entropy_forward", (x, head, labels, scale, *wanted, -100, None, wanted[0])
+    yield "linear_kl", (x, dy, head, None)
+    yield "attention_forward", (q, k, v, cu_seqlens, T, 0.3, None, backend)
+    yield "attention_backward", (q, q, k, v, o, lse, cu_seqlens, T, 0.3, None, backend)
+
+
+def test_every_registered_op_passes_opcheck():
+    seen = set()
+    for name, arguments in inputs():
+        torch.library.opcheck(getattr(torch.ops.llama_pro_kernels, name).default, arguments)
+        seen.add(name)
+    registered = {op for op in torch._C._dispatch_get_all_op_names() if op.startswith("llama_pro_kernels::")}
+    assert {f"llama_pro_kernels::{name}" for name in seen} == registered
+
+
+def decoder(x, weights, norm, head, labels, scale, angles, cu_seqlens, backend):
+    normed = rms_norm(x, norm, 1e-5)
+    q, k, v = rotary(trainable_linear(normed, weights["qkv"]), *angles, N, K, D)
+    o = attention(q, k, v, cu_seqlens, T, scale=0.3, backend=backend)
+    normed, s = add_rms_norm(trainable_linear(o.flatten(1), weights["o"]), x, norm, 1e-5)
+    x = s + trainable_linear(swiglu(trainable_linear(normed, weights["gate_up"]), consume=True), weights["down"])
+    return linear_cross_entropy(rms_norm(x, norm, 1e-5), head, labels, scale, consume=True)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_decoder_compiles_without_a_break_and_computes_the_same(trained):
+    shapes = {"qkv": ((N + 2 * K) * D, H), "o": (H, N * D), "gate_up": (4 * H, H), "down": (H, 2 * H)}
+    weights = {name: (0.2 * torch.randn(shape)).requires_grad_(trained) for name, shape in shapes.items()}
+    norm, head = torch.rand(H).requires_grad_(trained), torch.randn(9, H)
+    x = torch.randn(T, H, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 2, 2, T, T], dtype=torch.int32)
+    backend = select_attention_backend(x.device, x.dtype)
+    rest = (head, torch.randint(9, (T,)), torch.tensor(0.5), tables(), cu_seqlens, backend)
+    leaves = [x, *([norm, *weights.values()] if trained else [])]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    expected, got = (function(x, weights, norm, *rest) for function in (decoder, compiled))
+    torch.testing.assert_close(got, expected)
+    gradients = [torch.autograd.grad(loss, leaves) for loss in (expected, got)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def consuming():
+    """Per op whose backward may write over what forward kept: a function from leaf to loss."""
+    labels, head, scale = torch.randint(9, (T,)), torch.randn(9, H), torch.tensor(0.5)
+    return {
+        # The leaf is somebody else's; what is consumed is a product of it, as in a block.
+        "swiglu": lambda x, consume: swiglu(x * 2, consume=consume).sum(),
+        "linear_cross_entropy": lambda x, consume: linear_cross_entropy(x, head, labels, scale, consume=consume),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("op", ["swiglu", "linear_cross_entropy"])
+def test_a_second_backward_through_consumed_buffers_raises_and_never_lies(op, hooks, dtype):
+    function = consuming()[op]
+    x = torch.randn(T, H, dtype=torch.float32)
+    if op == "linear_cross_entropy":
+        dtype = torch.float32
+    x = x.to(dtype).requires_grad_()
+    expected = torch.autograd.grad(function(x, False), x)[0]
+    pack, unpack = (torch.clone, torch.clone) if hooks else (lambda t: t, lambda t: t)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = function(x, True)
+    got = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    assert torch.equal(got, expected)
+    with pytest.raises(RuntimeError, match=f"{op}: backward ran a second time"):
+        torch.autograd.grad(loss, x, retain_graph=True)
+
+
+@pytest.mark.parametrize("op", ["swiglu", "linear_cross_entropy"])
+def test_without_consume_backward_runs_as_often_as_one_likes(op):
+    function = consuming()[op]
+    x = torch.randn(T, H, requires_grad=True)
+    loss = function(x, False)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_consume_writes_the_gradient_over_the_buffer(kept, same_storage):
+    x = torch.randn(T, H, requires_grad=True)
+    with kept() as tensors:
+        y = swiglu(x * 2, consume=True)
+    gate_up = next(tensor for tensor in tensors if tensor.shape == (T, H) and not same_storage(tensor, x))
+    before = gate_up.clone()
+    y.sum().backward()
+    assert not torch.equal(gate_up, before)
+    assert torch.equal(gate_up * 2, x.grad)
+
+
+def test_an_explicit_op_is_not_silently_cut_from_the_graph():
+    x = torch.randn(T, 2 * H, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.ops.llama_pro_kernels.swiglu_forward(x).sum().backward()
