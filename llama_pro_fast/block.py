@@ -204,7 +204,7 @@ class Block(nn.Module):
         normed, s = add_rms_norm(
             self.o_proj(o.flatten(1)), x, self.post_attention_layernorm.weight, self.post_attention_layernorm.eps
         )
-        return s + self.down_proj(swiglu(self.gate_up_proj(normed)))
+        return s + self.down_proj(swiglu(self.gate_up_proj(normed), consume=True))
 
 
 def parameter(tensor: torch.Tensor, *, trained: bool, compute_dtype: torch.dtype) -> nn.Parameter:

@@ -17,6 +17,7 @@ from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import Decoder
 from llama_pro_fast.pretrained import PretrainedFolder
 from llama_pro_fast.run_folder import resume_command, shown
+from llama_pro_kernels import implementation_name
 
 
 def show_start(
@@ -40,6 +41,7 @@ def show_start(
             if text.source.role == "general"
         )
     device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads"
+    kernels = implementation_name(train.device, getattr(torch, train.dtype))
     box(
         f"llama-pro-fast · {Path(config.output).name}",
         [
@@ -52,7 +54,7 @@ def show_start(
                      f"{train.batch_size // train.micro_batch_size} micro-batches; {train.steps:,} steps, "
                      f"{amount(train.steps * train.batch_size * train.seq_len)} tokens"),
             ("rate", f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} steps of warm-up"),
-            ("device", f"{device}; {train.dtype}, attention {train.attention}, kernels pytorch"),
+            ("device", f"{device}; {train.dtype}, attention {train.attention}, kernels {kernels}"),
             ("forgetting", meter),
         ],
     )  # fmt: skip

@@ -94,7 +94,8 @@ class Decoder(nn.Module):
             scale: device scalar; 1 / valid tokens of the whole optimizer step makes the step's loss a mean.
         """
         head = self.lm_head
-        return linear_cross_entropy(self.hidden_states(batch), head.weight, batch.labels, scale, shadow=head.shadow)
+        x = self.hidden_states(batch)
+        return linear_cross_entropy(x, head.weight, batch.labels, scale, shadow=head.shadow, consume=True)
 
     @torch.no_grad()
     def token_losses(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ the way. Names that end in an underscore write over an input. The autograd ops a
 
 from .attention import attention, attention_backward, attention_forward
 from .attention_selection import select_attention_backend
+from .library import implementation_name
 from .linear import linear, linear_dbias, linear_dw, linear_dx, trainable_linear
 from .linear_cross_entropy import (
     LinearCrossEntropyOutput,
@@ -47,6 +48,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "compute_dtype",
+    "implementation_name",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",

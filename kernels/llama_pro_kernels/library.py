@@ -7,6 +7,7 @@ its products. Counted are products only, as PyTorch does it: norms, activations 
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 
-__all__ = ["Consumed", "implementation", "register"]
+__all__ = ["Consumed", "implementation", "implementation_name", "register"]
 
 
 def implementation(x: Tensor) -> ModuleType:
@@ -36,6 +37,14 @@ def implementation(x: Tensor) -> ModuleType:
     except ImportError as error:
         raise ImportError(f"llama_pro_kernels needs Triton for tensors on {x.device}: pip install triton") from error
     return triton_kernels
+
+
+def implementation_name(device: torch.device | str, dtype: torch.dtype) -> str:
+    """What tensors of this kind get, to be printed when a run starts: ``pytorch`` or ``triton`` and its version."""
+    if implementation(torch.empty(0, device=device, dtype=dtype)) is reference:
+        return "pytorch"
+    interpreted = ", interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    return f"triton {importlib.metadata.version('triton')}{interpreted}"
 
 
 def register(

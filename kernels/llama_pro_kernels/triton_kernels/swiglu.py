@@ -19,74 +19,76 @@ from .launch import launch
 
 @dataclass(frozen=True)
 class SwiGLUConfig:
-    """How a row is cut into programs.
+    """How the rows are cut into programs.
 
     Attributes:
-        block: columns of a program. 1,024 over 4 warps are one 16-byte access of bf16 a thread and stream; intermediate
-            sizes are multiples of 256 more often than of anything larger, so wider blocks idle more threads at the end
-            of a row (11,008: 2 % here, 10 % at 2,048).
+        tile: elements of a program and stream. 1,024 over 4 warps are one 16-byte access of bf16 a thread; intermediate
+            sizes are multiples of 256 more often than of anything larger, so wider tiles idle more threads at the end
+            of a row (11,008: 2 % here, 10 % at 2,048). Rows narrower than a tile are taken several at a time.
         num_warps: 4.
     """
 
-    block: int = 1024
+    tile: int = 1024
     num_warps: int = 4
 
     def cut(self, intermediate: int) -> dict[str, int]:
         """Options of a launch for ``intermediate`` columns."""
-        return {"BLOCK": min(self.block, triton.next_power_of_2(intermediate)), "num_warps": self.num_warps}
+        block = min(self.tile, triton.next_power_of_2(intermediate))
+        return {"ROWS": self.tile // block, "BLOCK": block, "num_warps": self.num_warps}
 
 
 CONFIG = SwiGLUConfig()
 
 
 @triton.jit
-def _place(I, BLOCK: tl.constexpr):
-    """64-bit row and columns of this program: rows × blocks of columns lie on one axis, the only one without limit."""
+def _place(num_rows, I, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """64-bit rows, columns and mask of this program; tiles of both lie on one axis, the only one without limit."""
     blocks = tl.cdiv(I, BLOCK)
     program = tl.program_id(0)
-    return (program // blocks).to(tl.int64), (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    rows = ((program // blocks) * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = ((program % blocks) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    return rows.to(tl.int64), columns, (rows < num_rows) & (columns < I)
 
 
-@triton.jit
-def _swiglu_forward_kernel(gate_up_ptr, y_ptr, gate_up_stride, I, BLOCK: tl.constexpr):
-    row, columns = _place(I, BLOCK)
-    mask = columns < I
-    gate_ptr = gate_up_ptr + row * gate_up_stride
-    gate = tl.load(gate_ptr + columns, mask=mask).to(tl.float32)
-    up = tl.load(gate_ptr + I + columns, mask=mask).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
-    tl.store(y_ptr + row * I + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _swiglu_backward_kernel(
-    dy_ptr, gate_up_ptr, out_ptr, product_ptr, dy_stride, gate_up_stride, out_stride, I,
-    NEED_PRODUCT: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows"])
+def _swiglu_forward_kernel(
+    gate_up_ptr, y_ptr, num_rows, gate_up_stride, I, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row, columns = _place(I, BLOCK)
-    mask = columns < I
-    gate_ptr = gate_up_ptr + row * gate_up_stride
-    gate = tl.load(gate_ptr + columns, mask=mask).to(tl.float32)
-    up = tl.load(gate_ptr + I + columns, mask=mask).to(tl.float32)
-    dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask).to(tl.float32)
+    rows, columns, mask = _place(num_rows, I, ROWS, BLOCK)
+    gate_ptr = gate_up_ptr + rows * gate_up_stride + columns
+    gate = tl.load(gate_ptr, mask=mask).to(tl.float32)
+    up = tl.load(gate_ptr + I, mask=mask).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up
+    tl.store(y_ptr + rows * I + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _swiglu_backward_kernel(
+    dy_ptr, gate_up_ptr, out_ptr, product_ptr, num_rows, dy_stride, gate_up_stride, out_stride, I,
+    NEED_PRODUCT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows, columns, mask = _place(num_rows, I, ROWS, BLOCK)
+    gate_ptr = gate_up_ptr + rows * gate_up_stride + columns
+    gate = tl.load(gate_ptr, mask=mask).to(tl.float32)
+    up = tl.load(gate_ptr + I, mask=mask).to(tl.float32)
+    dy = tl.load(dy_ptr + rows * dy_stride + columns, mask=mask).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     dgate = dy * up * (sigmoid + silu * (1.0 - sigmoid))
     dup = dy * silu
-    d_ptr = out_ptr + row * out_stride
-    tl.store(d_ptr + columns, dgate.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(d_ptr + I + columns, dup.to(out_ptr.dtype.element_ty), mask=mask)
+    d_ptr = out_ptr + rows * out_stride + columns
+    tl.store(d_ptr, dgate.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(d_ptr + I, dup.to(out_ptr.dtype.element_ty), mask=mask)
     if NEED_PRODUCT:
-        tl.store(product_ptr + row * I + columns, (silu * up).to(product_ptr.dtype.element_ty), mask=mask)
+        tl.store(product_ptr + rows * I + columns, (silu * up).to(product_ptr.dtype.element_ty), mask=mask)
 
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     gate_up = _dense_rows(gate_up)
     num_tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(num_tokens, intermediate, dtype=gate_up.dtype, device=gate_up.device)
-    options = CONFIG.cut(intermediate)
-    grid = (num_tokens * triton.cdiv(intermediate, options["BLOCK"]),)
-    launch(_swiglu_forward_kernel, grid, gate_up, y, gate_up.stride(0), intermediate, **options)
+    grid, options = _cut(num_tokens, intermediate)
+    launch(_swiglu_forward_kernel, grid, gate_up, y, num_tokens, gate_up.stride(0), intermediate, **options)
     return y
 
 
@@ -107,13 +109,18 @@ def _backward_into(out: Tensor, dy: Tensor, gate_up: Tensor, need_product: bool)
     dy = _dense_rows(dy)
     num_tokens, intermediate = dy.shape
     product = torch.empty(dy.shape, dtype=gate_up.dtype, device=gate_up.device) if need_product else None
-    options = CONFIG.cut(intermediate)
+    grid, options = _cut(num_tokens, intermediate)
     launch(
-        _swiglu_backward_kernel, (num_tokens * triton.cdiv(intermediate, options["BLOCK"]),),
-        dy, gate_up, out, product, dy.stride(0), gate_up.stride(0), out.stride(0), intermediate,
+        _swiglu_backward_kernel, grid,
+        dy, gate_up, out, product, num_tokens, dy.stride(0), gate_up.stride(0), out.stride(0), intermediate,
         NEED_PRODUCT=need_product, **options,
     )  # fmt: skip
     return product
+
+
+def _cut(num_rows: int, intermediate: int) -> tuple[tuple[int], dict[str, int]]:
+    options = CONFIG.cut(intermediate)
+    return (triton.cdiv(num_rows, options["ROWS"]) * triton.cdiv(intermediate, options["BLOCK"]),), options
 
 
 def _dense_rows(x: Tensor) -> Tensor:
