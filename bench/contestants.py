@@ -208,7 +208,7 @@ def build_ours(workload: Workload) -> Runner:
         return Embedding(workload.draw(name, shapes[name]), trained=False, compute_dtype=dtype)
 
     cos, sin = rotary_tables(config, workload.seq)
-    backend = select_attention_backend(device, dtype)
+    backend = select_attention_backend(device, dtype, head_dim=config.head_dim)
     model = Decoder(
         embed_tokens=embedding(EMBEDDING),
         blocks=[block(index) for index in range(config.num_hidden_layers)],

@@ -10,7 +10,7 @@ stack, spilled registers, and how wide each access to a stream is. A stream is a
 none at all (a norm's weight, its gradient) is listed, not judged. A row fails by stack or a spill on sm_90, where the
 kernels are at home, or by a narrow stream anywhere; exit code 1 if one does.
 
-Without the option the kernels are timed on the GPU: see bench/kernel_timing.py.
+Without the option the kernels are timed on the GPU: see kernel_bench/timing.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from typing import Any
 
 import common
 import torch
-from kernel_shapes import MODELS, Case, cases
-from machine_code import MachineCode, compile_for, disassemble
+from kernel_bench import timing
+from kernel_bench.machine_code import MachineCode, compile_for, disassemble
+from kernel_bench.shapes import MODELS, Case, cases
 
 TARGETS = (80, 90, 100)
 HOME = 90
@@ -156,17 +157,19 @@ def compile_only(out: Path | None) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compile-only", action="store_true", help="compile and read the machine code; needs no GPU")
-    parser.add_argument("--out", type=Path, help="where the JSON goes; by default nowhere for --compile-only")
-    arguments, rest = parser.parse_known_args()
-    if arguments.compile_only:
-        if rest:
-            parser.error(f"unknown options: {' '.join(rest)}")
-        return compile_only(arguments.out)
-    import kernel_timing
-
-    return kernel_timing.main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[timing.options()])
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="compile and read the machine code instead; needs no GPU, takes only --out and writes nothing without it",
+    )
+    arguments = parser.parse_args()
+    if not arguments.compile_only:
+        return timing.main(sys.argv[1:])
+    for name, value in vars(timing.options().parse_args([])).items():
+        if name != "out" and getattr(arguments, name) != value:
+            parser.error("--compile-only takes only --out")
+    return compile_only(arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# One part of what a machine with a GPU should run when there is one: bench/suite.sh tests|train|throughput|quickstart
+# One part of what a machine with a GPU should run: bench/suite.sh tests|kernels|train|throughput|quickstart
 #
 #   tests        the tests of the kernels, natively: pytest kernels
+#   kernels      every op by the clock, beside eager PyTorch, torch.compile, and Liger and quack where installed
 #   train        train, kill, resume, compare bit for bit
 #   throughput   ours against Hugging Face; on a GPU the sizes 1b and 7b, else tiny
 #   quickstart   `python -m llama_pro_fast.train` without options, by the clock
@@ -12,9 +13,9 @@ set -euo pipefail
 
 part=${1:-}
 case $part in
-    tests | train | throughput | quickstart) ;;
+    tests | kernels | train | throughput | quickstart) ;;
     *)
-        echo "usage: bench/suite.sh tests|train|throughput|quickstart" >&2
+        echo "usage: bench/suite.sh tests|kernels|train|throughput|quickstart" >&2
         exit 2
         ;;
 esac
@@ -38,6 +39,10 @@ case $part in
             "$python" bench/common.py
             "$python" -m pytest kernels -q -p no:cacheprovider --durations=5
         } 2>&1 | tee "$OUT/tests-kernels.txt"
+        ;;
+    kernels)
+        if [[ $cuda == 1 ]]; then device=cuda; else device=cpu; fi
+        "$python" bench/kernels.py --device "$device" --out "$OUT/kernels.json"
         ;;
     train)
         "$python" bench/train_resume.py --out "$OUT/train-resume.json"

@@ -1,4 +1,4 @@
-"""A run through the Triton kernels, in their interpreter, is the run through plain PyTorch: the same losses, step by step.
+"""A run through the Triton kernels, in their interpreter, has the losses of a run through plain PyTorch, step by step.
 
 The interpreter is for a whole process, so each run is one of its own, started as a user starts it.
 """
