@@ -144,7 +144,7 @@ class TrainConfig:
     """Of the computation: bfloat16 on a GPU, float32 on a CPU. Trained weights are always kept in float32."""
 
     attention: str = "auto"
-    """Attention backend; `auto` takes the fastest the device has."""
+    """Attention backend; `auto` takes the preferred one that is installed and can serve."""
 
     deterministic: bool = False
     """Bit-equal repeats on a GPU, at some cost in speed. A CPU repeats bit for bit anyway."""

@@ -198,7 +198,7 @@ def _prove_blocks(
 ) -> None:
     depth = expanded.config.num_hidden_layers
     tables = rotary_tables(expanded.config, batch.max_seqlen)
-    backend = select_attention_backend("cpu", dtype)
+    backend = select_attention_backend("cpu", dtype, head_dim=expanded.config.head_dim)
     context = BlockContext.for_batch(batch, rotary_tables=tables, attention=backend)
     x = load_embedding(expanded, dtype=dtype)(batch.input_ids)
     for index in range(depth):

@@ -126,7 +126,7 @@ def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None
     return base, None
 
 
-def resolve_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+def resolve_device(config: RunConfig, base: PretrainedFolder) -> tuple[torch.device, torch.dtype]:
     """Fill in device, dtype, attention backend and threads; switch on what `deterministic` needs.
 
     Raises:
@@ -149,7 +149,11 @@ def resolve_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
         torch.use_deterministic_algorithms(True)
     try:
         train.attention = select_attention_backend(
-            device, dtype, requested=train.attention, deterministic=train.deterministic
+            device,
+            dtype,
+            requested=train.attention,
+            head_dim=base.config.head_dim,
+            deterministic=train.deterministic,
         )
     except ValueError as error:
         raise UserError(f"--train.attention {train.attention}: {error}") from error
