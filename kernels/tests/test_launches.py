@@ -143,3 +143,30 @@ def test_nothing_to_do_starts_nothing():
     # The sum over no rows is zero, and somebody has to write that down.
     launches, _ = count(lambda: ops.rms_norm_backward(x, x, weight, torch.empty(0), need_dweight=True))
     assert launches == ["_sum_rows_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda: ops.rms_norm_forward(rows(), torch.empty(H - 1), 1e-5), r"weight has shape \[511\]"),
+        (lambda: ops.add_rms_norm_forward(rows(), rows(64), torch.empty(H), 1e-5), "residual"),
+        (lambda: ops.rms_norm_backward(rows(64), rows(), torch.empty(H), torch.empty(T), need_dweight=False), "dy"),
+        (lambda: ops.rms_norm_backward(rows(), rows(), torch.empty(H), torch.empty(9), need_dweight=True), "rstd"),
+        (lambda: ops.swiglu_forward(rows(7)), "two halves"),
+        (lambda: ops.swiglu_backward_(rows(I - 1), rows(2 * I)), "dy"),
+        (lambda: ops.rotary_forward(rows(24), rows(4), rows(4), torch.empty(T - 1), 1, 1, 8), "position_ids"),
+        (lambda: ops.rotary_forward(rows(24), rows(8), rows(8), torch.empty(T), 1, 1, 8), "cos turns 16 dimensions"),
+        (lambda: ops.rotary_forward(rows(24), rows(4), rows(2), torch.empty(T), 1, 1, 8), "sin"),
+        (
+            lambda: ops.cross_entropy_(
+                rows(V), torch.empty(T - 1), torch.empty(()), ignore_index=-1, need_dlogits=True
+            ),
+            "labels",
+        ),
+        (lambda: ops.kl_divergence(rows(V), rows(V - 1)), "logits"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_and_nothing_starts(call, what):
+    with recorded_launches() as launches, pytest.raises(ValueError, match=what):
+        call()
+    assert launches == []

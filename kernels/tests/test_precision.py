@@ -363,6 +363,30 @@ def test_strides_change_nothing(dtype):
     torch.testing.assert_close(turned, expected)
 
 
+def test_a_write_over_an_input_is_seen_by_autograd():
+    """Whoever else saved the buffer gets an error and not the new numbers."""
+    gate_up, qkv = torch.randn(3, 8), torch.randn(3, 24)
+    tables = torch.rand(9, 2), torch.rand(9, 2), torch.arange(3)
+    for buffer, write in (
+        (gate_up, lambda: swiglu_backward_(torch.randn(3, 4), gate_up)),
+        (qkv, lambda: rotary_forward_(qkv, *tables, 4, 1, 4)),
+    ):
+        leaf = torch.ones_like(buffer).requires_grad_()
+        loss = (leaf * buffer).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_rows_that_share_memory_are_not_written_over():
+    shared = torch.randn(1, 24).expand(3, 24)
+    tables = torch.rand(9, 2), torch.rand(9, 2), torch.arange(3)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        swiglu_backward_(torch.randn(3, 12), shared)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        rotary_forward_(shared, *tables, 4, 1, 4)
+
+
 @pytest.mark.parametrize("rows", [4])
 def test_more_than_2_to_the_31_elements(rows):
     """Rows 2³⁰ elements apart: the last begins beyond what 32 bits count. The gaps are never touched."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import expect, launch, overwritten, writable_rows
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ def _kl_kernel(base_ptr, now_ptr, out_ptr, base_stride, now_stride, V, BLOCK: tl
 def cross_entropy_(
     logits: Tensor, labels: Tensor, scale: Tensor, *, ignore_index: int, need_dlogits: bool, need_correct: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    assert logits.stride(-1) == 1, "logits of a product are dense; in place, a copy would not do"
+    assert writable_rows(logits), "logits of a product are dense rows; in place, a copy would not do"
     num_tokens, vocab_size = logits.shape
+    expect(labels=(labels, (num_tokens,)), scale=(scale, ()))
     losses = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
     correct = torch.empty(num_tokens, dtype=torch.bool, device=logits.device) if need_correct else None
     launch(
@@ -130,10 +131,13 @@ def cross_entropy_(
         logits.stride(0), labels.stride(0), vocab_size, ignore_index,
         NEED_DLOGITS=need_dlogits, NEED_CORRECT=need_correct, **CONFIG.cut(vocab_size),
     )  # fmt: skip
+    if need_dlogits:
+        overwritten(logits)
     return losses, correct
 
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
+    expect(logits=(logits, base_logits.shape))
     base_logits, logits = (x if x.stride(-1) == 1 else x.contiguous() for x in (base_logits, logits))
     num_tokens, vocab_size = logits.shape
     divergence = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import expect, launch
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
     shape, add = x.shape, residual is not None
-    x, heads, x_strides = _rows(x, collapse=add)
+    expect(weight=(weight, shape[-1:]), residual=(residual, shape))
+    x, heads, x_strides = _rows(x, collapse=add or _collapsible(x))
     residual_stride = 0
     if add:
         residual, _, (residual_stride, _) = _rows(residual, collapse=True)
@@ -171,9 +172,10 @@ def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, dresidual: Tensor | None = None, need_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
     shape, width = x.shape, x.shape[-1]
+    expect(dy=(dy, shape), weight=(weight, shape[-1:]), rstd=(rstd, shape[:-1]), dresidual=(dresidual, shape))
     streams = [dy, x] if dresidual is None else [dy, x, dresidual]
     # One addressing for all: by head only if all can be, and some must be.
-    collapse = x.dim() != 3 or all(_collapsible(stream) for stream in streams)
+    collapse = all(_collapsible(stream) for stream in streams)
     streams = [_rows(stream, collapse=collapse) for stream in streams]
     heads = streams[0][1]
     (dy, _, dy_strides), (x, _, x_strides) = streams[:2]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import expect, launch, overwritten, writable_rows
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,11 @@ def rotary_forward_(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
     q, k = _query_and_key(qkv, num_heads, num_kv_heads, head_dim)
-    if qkv.stride(-1) == 1:
+    if writable_rows(qkv):
         _rotate(qkv, q, k, None, cos, sin, position_ids, in_place=True)
+        overwritten(qkv)
     else:
-        # Nothing to gain here: q and k are turned elsewhere and brought back.
+        # Nothing to gain here: q and k are turned elsewhere and brought back, or PyTorch refuses.
         rotated = rotary_forward(qkv, cos, sin, position_ids, num_heads, num_kv_heads, head_dim)
         q.copy_(rotated[:, :num_heads])
         k.copy_(rotated[:, num_heads:])
@@ -150,16 +151,21 @@ def _rotate(
     *, conjugate: bool = False, in_place: bool = False,
 ) -> None:  # fmt: skip
     """Turn ``q`` and ``k`` ``[T, heads, D]`` into ``out``, whose tokens lie ``out.stride(0)`` apart, and copy ``v``."""
-    q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    head_dim, half = q.shape[-1], cos.shape[-1]
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, half = k.shape[1], cos.shape[-1]
+    kv_shape = (num_tokens, num_kv_heads, head_dim)
+    expect(k=(k, kv_shape), v=(v, kv_shape), sin=(sin, cos.shape), position_ids=(position_ids, (num_tokens,)))
     rest = head_dim - 2 * half
+    if rest < 0:
+        raise ValueError(f"cos turns {2 * half} dimensions, a head has {head_dim}")
+    q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     launch(
-        _rotary_kernel, (len(q),),
+        _rotary_kernel, (num_tokens,),
         q, k, v, out, cos.contiguous(), sin.contiguous(), position_ids,
         *q.stride()[:2], *k.stride()[:2], *(v.stride()[:2] if v is not None else (0, 0)),
         out.stride(0), position_ids.stride(0), len(cos),
         CONJUGATE=conjugate, COPY_V=v is not None,
-        NUM_HEADS=q.shape[1], NUM_KV_HEADS=k.shape[1], HEAD_DIM=head_dim, HALF=half,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=half,
         BLOCK_REST=0 if in_place or not rest else triton.next_power_of_2(rest),
         BLOCK_DIM=triton.next_power_of_2(head_dim), **CONFIG.cut(half),
     )  # fmt: skip

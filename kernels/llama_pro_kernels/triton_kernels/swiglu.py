@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import expect, launch, overwritten, writable_rows
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _swiglu_backward_kernel(
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     gate_up = _dense_rows(gate_up)
-    num_tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
+    num_tokens, intermediate = _sizes(gate_up)
     y = torch.empty(num_tokens, intermediate, dtype=gate_up.dtype, device=gate_up.device)
     grid, options = _cut(num_tokens, intermediate)
     launch(_swiglu_forward_kernel, grid, gate_up, y, num_tokens, gate_up.stride(0), intermediate, **options)
@@ -98,16 +98,18 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) 
 
 
 def swiglu_backward_(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) -> tuple[Tensor, Tensor | None]:
-    if gate_up.stride(-1) != 1:
-        # Nothing to gain here: the gradients are made elsewhere and brought back.
+    if not writable_rows(gate_up):
+        # Nothing to gain here: the gradients are made elsewhere and brought back, or PyTorch refuses.
         dgate_up, product = swiglu_backward(dy, gate_up, need_product=need_product)
         return gate_up.copy_(dgate_up), product
-    return gate_up, _backward_into(gate_up, dy, gate_up, need_product)
+    product = _backward_into(gate_up, dy, gate_up, need_product)
+    return overwritten(gate_up), product
 
 
 def _backward_into(out: Tensor, dy: Tensor, gate_up: Tensor, need_product: bool) -> Tensor | None:
+    num_tokens, intermediate = _sizes(gate_up)
+    expect(dy=(dy, (num_tokens, intermediate)))
     dy = _dense_rows(dy)
-    num_tokens, intermediate = dy.shape
     product = torch.empty(dy.shape, dtype=gate_up.dtype, device=gate_up.device) if need_product else None
     grid, options = _cut(num_tokens, intermediate)
     launch(
@@ -116,6 +118,13 @@ def _backward_into(out: Tensor, dy: Tensor, gate_up: Tensor, need_product: bool)
         NEED_PRODUCT=need_product, **options,
     )  # fmt: skip
     return product
+
+
+def _sizes(gate_up: Tensor) -> tuple[int, int]:
+    num_tokens, packed = gate_up.shape
+    if packed % 2:
+        raise ValueError(f"gate_up has {packed} columns; gate and up are two halves")
+    return num_tokens, packed // 2
 
 
 def _cut(num_rows: int, intermediate: int) -> tuple[tuple[int], dict[str, int]]:
