@@ -7,6 +7,7 @@ import llama_pro_fast.config
 import llama_pro_fast.export
 import llama_pro_fast.train
 import llama_pro_kernels
+import llama_pro_kernels.triton_kernels
 
 here = pathlib.Path.cwd()
 for package in (llama_pro_fast, llama_pro_kernels):
