@@ -27,7 +27,7 @@ FILES = [
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the child")
 def test_every_op_through_the_interpreter(device):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not waits_for_the_device", *FILES]
     # Without a GPU: the interpreter computes on the host.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)

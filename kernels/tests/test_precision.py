@@ -70,7 +70,7 @@ def rms_norm_inputs(rows, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [*WIDTHS, 16384])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("trained", [False, True])
 def test_add_rms_norm(rows, width, dtype, trained, assert_twice_as_good):
@@ -255,6 +255,14 @@ def test_linear_cross_entropy(tokens, vocab, dtype, need_dx, need_dweight, asser
         assert_twice_as_good(output.dweight.to(dtype), plain[2], exact[2])
     predicted = (x @ weight.t()).argmax(-1) if tokens else labels
     assert torch.equal(output.token_correct, (predicted == labels) & (labels != -100))
+
+
+def test_a_vocabulary_of_256k(assert_twice_as_good):
+    x, weight, labels = torch.randn(2, 4), torch.randn(262_144, 4), torch.tensor([262_143, 7])
+    output = linear_cross_entropy_forward(x, weight, labels, torch.tensor(0.5), need_dx=True, need_dweight=True)
+    plain, exact = both(plain_head, x, weight, labels, torch.tensor(0.5))
+    for ours, narrow, wide in zip(output[:3], plain, exact, strict=False):
+        assert_twice_as_good(ours, narrow, wide)
 
 
 @derandomized

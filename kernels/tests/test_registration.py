@@ -85,6 +85,25 @@ def test_a_decoder_compiles_without_a_break_and_computes_the_same(trained):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_decoder_never_waits_for_the_device(device):
+    if device != "cuda":
+        pytest.skip("a CPU waits for nobody")
+    bf16 = torch.bfloat16
+    shapes = {"qkv": ((N + 2 * K) * D, H), "o": (H, N * D), "gate_up": (4 * H, H), "down": (H, 2 * H)}
+    weights = {name: torch.randn(shape, dtype=bf16).requires_grad_() for name, shape in shapes.items()}
+    x, norm, head = torch.randn(T, H, dtype=bf16, requires_grad=True), torch.rand(H), torch.randn(9, H, dtype=bf16)
+    cu_seqlens = torch.tensor([0, 2, 2, T, T], dtype=torch.int32)
+    backend = select_attention_backend("cuda", bf16, head_dim=D)
+    rest = (head, torch.randint(9, (T,)), torch.tensor(0.5), tables(), cu_seqlens, backend)
+    decoder(x, weights, norm, *rest).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoder(x, weights, norm, *rest).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def consuming():
     """Per op whose backward may write over what forward kept: a function from leaf to loss."""
     labels, head, scale = torch.randint(9, (T,)), torch.randn(9, H), torch.tensor(0.5)
