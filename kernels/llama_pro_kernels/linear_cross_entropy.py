@@ -58,7 +58,7 @@ class LinearCrossEntropyOutput(NamedTuple):
         dweight: ``[V, H]`` in the compute dtype, d loss / d weight; None if not wanted.
         token_losses: ``[T]`` in the compute dtype, nats, unscaled, 0 at ignored labels; None without ``per_token``.
         token_correct: ``[T]`` bool, whether the label is the prediction, the first of the largest logits; False at
-            ignored labels; its sum is the count of right predictions. None without ``per_token``.
+            ignored labels; its sum is the count of right predictions. None without ``need_correct``.
     """
 
     loss: Tensor
@@ -70,7 +70,7 @@ class LinearCrossEntropyOutput(NamedTuple):
 
 def _empty_outputs(
     x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, need_dx: bool, need_dweight: bool, ignore_index: int,
-    chunk_size: int | None, per_token: bool,
+    chunk_size: int | None, per_token: bool, need_correct: bool,
 ) -> list[Tensor]:  # fmt: skip
     dtype = compute_dtype(x.dtype)
     outputs = [x.new_empty((), dtype=dtype)]
@@ -79,7 +79,9 @@ def _empty_outputs(
     if need_dweight:
         outputs.append(x.new_empty(weight.shape, dtype=dtype))
     if per_token:
-        outputs += [x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=torch.bool)]
+        outputs.append(x.new_empty(x.shape[0], dtype=dtype))
+    if need_correct:
+        outputs.append(x.new_empty(x.shape[0], dtype=torch.bool))
     return outputs
 
 
@@ -91,7 +93,7 @@ def _count_flops(
 
 def linear_cross_entropy_outputs(
     x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, need_dx: bool, need_dweight: bool, ignore_index: int,
-    chunk_size: int | None, per_token: bool,
+    chunk_size: int | None, per_token: bool, need_correct: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The outputs that are wanted, in the order of :class:`LinearCrossEntropyOutput`."""
     cross_entropy_ = implementation(x).cross_entropy_
@@ -99,7 +101,7 @@ def linear_cross_entropy_outputs(
     chunk_size = chunk_size or rows_per_chunk(len(weight), x.dtype)
     scale = scale.to(device=x.device, dtype=dtype)
     token_losses = torch.empty(len(x), dtype=dtype, device=x.device)
-    token_correct = torch.empty(len(x), dtype=torch.bool, device=x.device) if per_token else None
+    token_correct = torch.empty(len(x), dtype=torch.bool, device=x.device) if need_correct else None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
     dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device) if need_dweight else None
 
@@ -108,9 +110,9 @@ def linear_cross_entropy_outputs(
         logits = linear(x[rows], weight)
         token_losses[rows], correct = cross_entropy_(
             logits, labels[rows], scale, ignore_index=ignore_index, need_dlogits=need_dx or need_dweight,
-            need_correct=per_token,
+            need_correct=need_correct,
         )  # fmt: skip
-        if per_token:
+        if need_correct:
             token_correct[rows] = correct
         if need_dx:
             linear_dx(logits, weight, out=dx[rows])
@@ -119,13 +121,13 @@ def linear_cross_entropy_outputs(
 
     # Scaled before the sum: with no valid label the scale may be infinite, and 0 · inf is not 0.
     loss = torch.where(labels != ignore_index, token_losses * scale, 0).sum()
-    outputs = [loss, dx, dweight, *((token_losses, token_correct) if per_token else ())]
+    outputs = [loss, dx, dweight, token_losses if per_token else None, token_correct]
     return [output for output in outputs if output is not None]
 
 
 _linear_cross_entropy_forward = register(
     "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor labels, Tensor scale, bool need_dx,"
-    " bool need_dweight, int ignore_index, int? chunk_size, bool per_token) -> Tensor[]",
+    " bool need_dweight, int ignore_index, int? chunk_size, bool per_token, bool need_correct) -> Tensor[]",
     fake=_empty_outputs,
     flops=_count_flops,
 )(linear_cross_entropy_outputs)
@@ -142,6 +144,7 @@ def linear_cross_entropy_forward(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     per_token: bool = False,
+    need_correct: bool = False,
 ) -> LinearCrossEntropyOutput:
     """Loss of a linear head, with the gradients that are wanted.
 
@@ -157,17 +160,18 @@ def linear_cross_entropy_forward(
         ignore_index: label that counts for nothing. With no valid label the loss and the gradients are exactly 0,
             whatever the scale.
         chunk_size: tokens whose logits exist at one time; by default :func:`rows_per_chunk`.
-        per_token: also return each token's loss and whether it was predicted, for evaluation.
+        per_token: also return each token's loss, for evaluation.
+        need_correct: also return whether each token was the prediction, one more reading of the logits.
 
     Logits, and then dlogits, are rounded to ``x``'s dtype by and for their products, as in a plain head; between the
     products all is in the compute dtype. NaN and infinities reach the loss and the gradients.
     """
     outputs = iter(
         _linear_cross_entropy_forward(
-            x, weight, labels, scale, need_dx, need_dweight, ignore_index, chunk_size, per_token
+            x, weight, labels, scale, need_dx, need_dweight, ignore_index, chunk_size, per_token, need_correct
         )
     )
-    wanted = (True, need_dx, need_dweight, per_token, per_token)
+    wanted = (True, need_dx, need_dweight, per_token, need_correct)
     return LinearCrossEntropyOutput(*(next(outputs) if want else None for want in wanted))
 
 

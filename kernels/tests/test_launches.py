@@ -128,7 +128,9 @@ def test_a_frozen_head_makes_no_dweight(need_dweight, monkeypatch):
     x, weight, labels, scale = rows(), torch.empty(V, H, dtype=bf16), torch.empty(T, dtype=torch.int64), torch.empty(())
     chunks = 4
     launches, made = count(
-        lambda: linear_cross_entropy_outputs(x, weight, labels, scale, True, need_dweight, -100, T // chunks, False)
+        lambda: linear_cross_entropy_outputs(
+            x, weight, labels, scale, True, need_dweight, -100, T // chunks, False, False
+        )
     )
     assert launches == ["_cross_entropy_kernel"] * chunks
     assert made.count(((T // chunks, V), bf16)) == chunks

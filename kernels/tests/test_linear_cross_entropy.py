@@ -103,7 +103,7 @@ def test_the_products_counted_are_the_products_made(need_dx, need_dweight, produ
     x, weight, labels, scale = problem(torch.float32)
     with FlopCounterMode(display=False) as flops:
         linear_cross_entropy_outputs(
-            x, weight, labels, scale, bool(need_dx), bool(need_dweight), -100, chunk_size, False
+            x, weight, labels, scale, bool(need_dx), bool(need_dweight), -100, chunk_size, False, False
         )
     assert flops.get_total_flops() == products * 2 * T * H * V
 
@@ -151,6 +151,7 @@ def test_without_a_valid_label_all_is_exactly_zero(scale):
         need_dx=True,
         need_dweight=True,
         per_token=True,
+        need_correct=True,
     )
     for tensor in output:
         assert (tensor == 0).all()
@@ -171,7 +172,7 @@ def test_a_label_outside_the_vocabulary_shows(label):
     """As an error, or in Triton, which cannot raise one, as NaN; never as somebody else's memory."""
     x, weight, labels, scale = problem(torch.float32)
     labels[2] = label
-    options = {"need_dx": True, "need_dweight": False, "chunk_size": 4, "per_token": True}
+    options = {"need_dx": True, "need_dweight": False, "chunk_size": 4, "per_token": True, "need_correct": True}
     if implementation(x) is reference:
         with pytest.raises((IndexError, RuntimeError)):
             linear_cross_entropy_forward(x, weight, labels, scale, **options)

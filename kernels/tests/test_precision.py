@@ -245,7 +245,15 @@ def test_linear_cross_entropy(tokens, vocab, dtype, need_dx, need_dweight, asser
     labels[1::3] = -100
     scale = torch.tensor(0.25)
     output = linear_cross_entropy_forward(
-        x, weight, labels, scale, need_dx=need_dx, need_dweight=need_dweight, chunk_size=2, per_token=True
+        x,
+        weight,
+        labels,
+        scale,
+        need_dx=need_dx,
+        need_dweight=need_dweight,
+        chunk_size=2,
+        per_token=True,
+        need_correct=True,
     )
     plain, exact = both(plain_head, x, weight, labels, scale)
     assert_twice_as_good(output.loss, plain[0], exact[0])
@@ -296,7 +304,7 @@ def test_logits_of_minus_infinity_are_words_that_cannot_come(padding):
     """A masked vocabulary; more than one block of it, and at the row's begin, where there is no maximum yet."""
     x, labels = torch.ones(2, 1), torch.tensor([padding, padding + 1])
     weight = torch.cat([torch.full((padding, 1), float("-inf")), torch.tensor([[1.0], [2.0]])])
-    options = {"need_dx": False, "need_dweight": True, "per_token": True}
+    options = {"need_dx": False, "need_dweight": True, "per_token": True, "need_correct": True}
     output = linear_cross_entropy_forward(x, weight, labels, torch.tensor(1.0), **options)
     expected = F.cross_entropy(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([0, 1]), reduction="none")
     torch.testing.assert_close(output.token_losses, expected)
@@ -307,7 +315,7 @@ def test_logits_of_minus_infinity_are_words_that_cannot_come(padding):
 def test_the_first_of_equal_logits_is_the_prediction():
     weight = torch.tensor([[1.0], [3.0], [3.0], [2.0]])
     labels = torch.tensor([1, 2, 3, -100])
-    options = {"need_dx": False, "need_dweight": False, "per_token": True}
+    options = {"need_dx": False, "need_dweight": False, "need_correct": True}
     output = linear_cross_entropy_forward(torch.ones(4, 1), weight, labels, torch.tensor(1.0), **options)
     assert output.token_correct.tolist() == [True, False, False, False]
 
@@ -321,10 +329,12 @@ def test_twice_is_bit_equal():
     x, residual, weight, dy, ds = rms_norm_inputs(rows, width, torch.float16)
     head, labels, scale = torch.randn(1128, width).half(), torch.randint(1128, (rows,)), torch.tensor(0.1)
 
+    everything = {"need_dx": True, "need_dweight": True, "per_token": True, "need_correct": True}
+
     def run():
         y, s, rstd = add_rms_norm_forward(x, residual, weight, EPS)
         dx, dweight = rms_norm_backward(dy, s, weight, rstd, dresidual=ds, need_dweight=True)
-        output = linear_cross_entropy_forward(y, head, labels, scale, need_dx=True, need_dweight=True, per_token=True)
+        output = linear_cross_entropy_forward(y, head, labels, scale, **everything)
         divergence = linear_kl(y, dx, head)
         return [y, s, rstd, dx, dweight, *output, divergence, swiglu_forward(y), *swiglu_backward(y[:, :380], y)[:1]]
 

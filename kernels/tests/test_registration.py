@@ -42,7 +42,7 @@ def inputs():
     yield "rotary_forward", (torch.randn(T, (N + 2 * K) * D), *tables(), N, K, D)
     yield "rotary_backward", (q, k, v, *tables())
     for wanted in ((False, False), (True, False), (False, True), (True, True)):
-        yield "linear_cross_entropy_forward", (x, head, labels, scale, *wanted, -100, None, wanted[0])
+        yield "linear_cross_entropy_forward", (x, head, labels, scale, *wanted, -100, None, *wanted)
     yield "linear_kl", (x, dy, head, None)
     yield "attention_forward", (q, k, v, cu_seqlens, T, 0.3, None, backend)
     yield "attention_backward", (q, q, k, v, o, lse, cu_seqlens, T, 0.3, None, backend)
@@ -114,15 +114,11 @@ def consuming():
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("hooks", [False, True])
 @pytest.mark.parametrize("op", ["swiglu", "linear_cross_entropy"])
-def test_a_second_backward_through_consumed_buffers_raises_and_never_lies(op, hooks, dtype):
+def test_a_second_backward_through_consumed_buffers_raises_and_never_lies(op, hooks):
     function = consuming()[op]
-    x = torch.randn(T, H, dtype=torch.float32)
-    if op == "linear_cross_entropy":
-        dtype = torch.float32
-    x = x.to(dtype).requires_grad_()
+    x = torch.randn(T, H, requires_grad=True)
     expected = torch.autograd.grad(function(x, False), x)[0]
     pack, unpack = (torch.clone, torch.clone) if hooks else (lambda t: t, lambda t: t)
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
