@@ -70,7 +70,10 @@ def compile_for(capability: int, launch: Any) -> Any:
     import triton
 
     triton.runtime.driver.set_active(_Driver(capability))
-    return launch.compile()
+    try:
+        return launch.compile()
+    finally:
+        triton.runtime.driver.set_active(None)  # so that the machine's own is found again when it is asked for
 
 
 def disassemble(compiled: Any) -> MachineCode:
