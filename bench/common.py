@@ -46,8 +46,8 @@ def versions() -> dict[str, str | None]:
         driver = None
     return {
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "triton": _version("triton"),
+        "transformers": version_of("transformers"),
+        "triton": version_of("triton"),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "driver": driver,
@@ -101,7 +101,7 @@ def _output(*arguments: str) -> str:
     return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -5,10 +5,11 @@
 
 `--compile-only` needs no GPU. Every kernel of a training step is compiled for sm_80, sm_90 and sm_100 at the shapes of
 four models in bf16, specialised as Triton would for these very arguments, and its machine code is read: registers,
-stack, spilled registers, and how wide each access to a stream is. A stream is an argument with a row for every token,
-`[T, ·]`; 128 bits are the widest access a thread can make. What has one number a token (rstd, a label, a position) or
-none at all (a norm's weight, its gradient) is listed, not judged. A row fails by stack or a spill on sm_90, where the
-kernels are at home, or by a narrow stream anywhere; exit code 1 if one does.
+stack, spilled registers, and how wide each access to a stream is. A stream is a tensor with a row for every token,
+`[T, ·]`; 128 bits are the widest access a thread can make. Every tensor is held to be one but those named below: what
+has one number a token (rstd, a label, a position) or none at all (a norm's weight, its gradient) is listed, not judged.
+A row fails by stack or a spill on sm_90, where the kernels are at home, or by a narrow stream anywhere; exit code 1 if
+one does.
 
 Without the option the kernels are timed on the GPU: see kernel_bench/timing.py.
 """
@@ -36,8 +37,9 @@ HOME = 90
 
 TOKENS = 4096
 
-PER_ROW = {"rstd_ptr", "label_ptr", "position_ptr", "loss_ptr", "correct_ptr"}
-"""Arguments with one number a row: nothing to make wide."""
+NO_STREAM = {"rstd_ptr", "label_ptr", "position_ptr", "loss_ptr", "correct_ptr", "divergence_ptr", "scale_ptr",
+             "weight_ptr", "dweight_ptr", "partial_ptr"}  # fmt: skip
+"""Arguments with one number a row or fewer: nothing to make wide, or nothing that counts."""
 
 SINGLE = {("_cross_entropy_kernel", "logits_ptr"): 1}
 """Accesses to a stream that are one number a row by nature: the logit of the label."""
@@ -54,19 +56,14 @@ def recorded(case: Case) -> list[Any]:
 
 def streams(launch: Any) -> list[str]:
     """Names of the arguments that hold a row for every token."""
-    return [
-        name
-        for name, argument in zip(launch.kernel.arg_names, launch.arguments, strict=False)
-        if isinstance(argument, torch.Tensor)
-        and argument.dim() > 1
-        and argument.shape[0] == TOKENS
-        and name not in PER_ROW
-    ]
+    arguments = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+    return [name for name, argument in arguments if isinstance(argument, torch.Tensor) and name not in NO_STREAM]
 
 
 def narrow_streams(launch: Any, code: MachineCode) -> list[str]:
+    """Streams with an access below 128 bits, or with none that was seen."""
     allowed = {name: SINGLE.get((launch.name, name), 0) for name in streams(launch)}
-    return [name for name, count in allowed.items() if code.narrow(name) > count]
+    return [name for name, count in allowed.items() if code.narrow(name) > count or name not in code.accesses]
 
 
 def compile_model(model: str) -> list[dict[str, Any]]:

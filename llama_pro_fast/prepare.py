@@ -23,7 +23,7 @@ from llama_pro_fast.identity import IdentityProof, expand_and_prove
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import check_tensors
 from llama_pro_fast.pretrained import PretrainedFolder, no_progress_bars, resolve
-from llama_pro_kernels import select_attention_backend
+from llama_pro_kernels import implementation_name, select_attention_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -156,7 +156,11 @@ def resolve_device(config: RunConfig, base: PretrainedFolder) -> tuple[torch.dev
             deterministic=train.deterministic,
         )
     except ValueError as error:
-        raise UserError(f"--train.attention {train.attention}: {error}") from error
+        raise UserError(f"--train.attention: {error}") from error
+    try:
+        implementation_name(device, dtype)
+    except ImportError as error:
+        raise UserError(f"--train.device {train.device}: {error}") from error
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     train.threads = torch.get_num_threads()

@@ -27,6 +27,9 @@ class CpuClock:
     def replay(self, calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], Any], str]:
         return functools.partial(run_all, calls), "no graphs on a CPU"
 
+    def free_memory(self) -> None:
+        pass
+
     def sample(self, lead: Callable[[], Any], run: Callable[[], Any]) -> float:
         lead()
         start = time.perf_counter()
@@ -49,21 +52,33 @@ class CudaClock:
         self.stream = torch.cuda.Stream()
         # One pool for all graphs: none is replayed while another's results are wanted.
         self.pool = torch.cuda.graph_pool_handle()
+        self.broken = False
 
     def running(self) -> contextlib.AbstractContextManager:
         return torch.cuda.stream(self.stream)
 
     def replay(self, calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], Any], str | None]:
         """What repeats ``calls``, and why it is no graph if it is none. ``calls`` must have been warmed up."""
+        plainly = functools.partial(run_all, calls)
+        if self.broken:
+            return plainly, "a capture before it broke"
         try:
             # A wait for the device would break the capture; found beforehand, it breaks nothing.
             with _waits_forbidden():
                 calls[0]()
+        except Exception as error:
+            return plainly, first_line(error)
+        try:
             return self.capture(calls).replay, None
         except Exception as error:
-            # What a broken capture leaves in its pool is not to be built upon.
-            self.pool = torch.cuda.graph_pool_handle()
-            return functools.partial(run_all, calls), first_line(first_cause(error))
+            # PyTorch's allocator still believes that the capture is under way, and nothing public ends it: there is no
+            # capturing and no emptying of its cache any more.
+            self.broken = True
+            return plainly, first_line(first_cause(error))
+
+    def free_memory(self) -> None:
+        if not self.broken:
+            torch.cuda.empty_cache()
 
     def capture(self, calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

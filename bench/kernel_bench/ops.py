@@ -56,7 +56,7 @@ class Op:
         work: per call, of an ideal kernel.
         count: how ``work`` was counted, in words.
         yardstick: what a contestant's ``share`` is of: the bandwidth of a copy, the speed of the bare products, or the
-            fastest contestant.
+            fastest attention backend of ours.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Op:
     unit: Literal["bytes", "flops"]
     work: int
     count: str
-    yardstick: Literal["copy", "bare products", "fastest"]
+    yardstick: Literal["copy", "bare products", "fastest backend"]
 
 
 @dataclass(frozen=True, kw_only=True)

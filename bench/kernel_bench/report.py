@@ -17,7 +17,7 @@ SHARE_TARGETS = {
     "swiglu": (0.85, "of the copy bandwidth"),
     "rotary": (0.85, "of the copy bandwidth"),
     "linear_cross_entropy": (0.90, "of the speed of its bare products"),
-    "attention": (0.97, "of the speed of the fastest"),
+    "attention": (0.97, "of the speed of the fastest backend"),
 }
 """By the first word of an op's name, the share that ours should have, and of what."""
 
@@ -25,7 +25,7 @@ RIVALS = ("torch.compile", "liger")
 """Whom ours should be ahead of in every row they are in: by the rate of the work each has to do."""
 
 PANELS = {"copy": "% of the copy bandwidth", "bare products": "% of the speed of the bare products",
-          "fastest": "% of the speed of the fastest"}  # fmt: skip
+          "fastest backend": "% of the speed of the fastest backend"}  # fmt: skip
 
 COLORS = {"ours": "C0", "eager": "0.75", "torch.compile": "C1", "liger": "C2", "quack": "C4", "bare products": "0.45"}
 OTHERS = ("C5", "C6", "C8", "C9", "C3", "C7")
@@ -67,7 +67,7 @@ def judge(rows: list[Row]) -> list[dict[str, Any]]:
             ahead = rate(ours) and rival and round(rate(ours) / rival, 4)
             reached = None if rival is None else ahead is not None and ahead > 1
             targets.append(
-                {"model": model, "op": op, "target": f"ahead of {name}", "reached": reached, "measured": ahead}
+                {"model": model, "op": op, "target": f"ahead of {name} by rate", "reached": reached, "measured": ahead}
             )
     return targets
 
@@ -116,12 +116,12 @@ def table(rows: list[Row]) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """All tables, and the targets."""
+    lines = ["", table(result["rows"]), ""]
+    if result["device"].startswith("cpu"):
+        return "\n".join([*lines, "a CPU runs the reference and not the kernels: no target is judged"])
     judged = [target for target in result["targets"] if target["reached"] is not None]
     missed = [target for target in judged if not target["reached"]]
     unknown = len(result["targets"]) - len(judged)
-    lines = ["", table(result["rows"]), ""]
-    if result["device"].startswith("cpu"):
-        lines.append("a CPU runs the reference and not the kernels: the targets below are for a GPU")
     lines.append(
         f"targets reached {len(judged) - len(missed)} of {len(judged)}"
         + (f"; {unknown} more could not be judged" if unknown else "")

@@ -182,7 +182,9 @@ def make_rows(op: Op, model: str, entries: dict[str, Entry], copy_rate: float) -
     timed = {name: entry for name, entry in entries.items() if entry.status == "ok"}
     median = {name: float(np.median(entry.seconds)) for name, entry in timed.items()}
     work = {name: op.work if entry.runs[0].work is None else entry.runs[0].work for name, entry in timed.items()}
-    best = {"bare products": median.get("bare products"), "fastest": min(median.values(), default=None)}
+    # Dense attention by eager PyTorch does not serve packed rows, so it is no backend.
+    backends = [median[name] for name in median if name != "eager"]
+    best = {"bare products": median.get("bare products"), "fastest backend": min(backends, default=None)}
 
     def share(name: str) -> float | None:
         if op.yardstick == "copy":
@@ -251,7 +253,7 @@ def run(options: argparse.Namespace, clock: Clock, out: Path) -> dict[str, Any]:
         "copy_GBps": round(copy_rate, 2),
         "product_TFLOPs": round(product_rate, 4),
         "commit": common.commit(),
-        "versions": common.versions(),
+        "versions": common.versions() | rival_versions(),
         "command": common.command(),
         "rows": [],
         "targets": [],
@@ -276,9 +278,14 @@ def run(options: argparse.Namespace, clock: Clock, out: Path) -> dict[str, Any]:
             gc.collect()
             if options.compile:
                 torch.compiler.reset()
-            if clock.device.type == "cuda":
-                torch.cuda.empty_cache()
+            clock.free_memory()
     return result
+
+
+def rival_versions() -> dict[str, str | None]:
+    """Of what competes, where it is installed."""
+    packages = ("liger-kernel", "quack-kernels", "flash-attn", "flash-attn-4")
+    return {name: common.version_of(name) for name in packages} | {"cudnn": torch.backends.cudnn.version()}
 
 
 def row_length(tokens: int) -> int:
@@ -344,8 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with clock.running():
             result = run(arguments, clock, out)
         print(f"written to {out}")
+    print(report.summary(result))
     picture = arguments.picture or out.with_suffix(".png")
     report.draw(result, picture)
     print(f"drawn in {picture}")
-    print(report.summary(result))
     return 0

@@ -52,7 +52,7 @@ def _dense_heads(x: Tensor) -> Tensor:
 def _visible_pairs(cu_seqlens: Tensor, max_seqlen: int, window: int | None, num_tokens: int) -> int:
     """How many pairs of a query and a key that it sees a batch has."""
     if isinstance(cu_seqlens, FakeTensor) or cu_seqlens.is_meta:
-        full, rest = divmod(num_tokens, max_seqlen)
+        full, rest = divmod(num_tokens, max(max_seqlen, 1))
         lengths = [max_seqlen] * full + [rest]
     else:
         lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist())]

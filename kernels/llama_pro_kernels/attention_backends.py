@@ -59,13 +59,19 @@ def _flash_window(window: int | None) -> dict[str, int]:
     return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
+def _at_least_two(max_seqlen: int) -> int:
+    """An upper bound that is no 1: the kernel would take that for decoding, and an empty document for a sequence."""
+    return max(max_seqlen, 2)
+
+
 def _flash_forward(
     implementation: str | None, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _activate(implementation)
+    longest = _at_least_two(max_seqlen)
     o, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, window is None, False,
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, window is None, False,
         scale=scale, **_flash_window(window),
     )  # fmt: skip
     return o, lse
@@ -79,8 +85,9 @@ def _flash_backward(
     # Without dropout the kernel reads neither the generator's state nor the tensor its signature calls unused.
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
+    longest = _at_least_two(max_seqlen)
     return torch.ops.aten._flash_attention_backward(
-        do, q, k, v, o, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, window is None,
+        do, q, k, v, o, lse, cu_seqlens, cu_seqlens, longest, longest, 0.0, window is None,
         rng_state, unused, scale=scale, **_flash_window(window),
     )  # fmt: skip
 

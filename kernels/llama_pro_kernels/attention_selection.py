@@ -198,7 +198,12 @@ BACKENDS = {
             # (pytorch pull request 186142), and lse had another layout.
             _torch("2.14"),
             # Before, an empty document spoilt its neighbours' results with NaN (cudnn-frontend issue 943).
-            Requirement(what="cuDNN", found=_cudnn_version, minimum="9.25", remedy="pip install -U nvidia-cudnn-cu13"),
+            Requirement(
+                what="cuDNN",
+                found=_cudnn_version,
+                minimum="9.25",
+                remedy="pip install -U nvidia-cudnn-cu12 or -cu13, as PyTorch's CUDA",
+            ),
         ),
     ),
     "cpu_flash": Backend(device="cpu", window=False),

@@ -37,13 +37,14 @@ def linear_dw(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         dy: gradient of the output.
         x: the input of forward, in ``dy``'s dtype.
-        out: ``[out, in]`` in the compute dtype; the gradient is added to it and it is returned.
+        out: ``[out, in]`` in the compute dtype; the gradient is added to it, within the product, and it is returned.
     """
     dtype = compute_dtype(dy.dtype)
     if dy.is_cuda and dy.dtype != dtype:
         # Tensor cores accumulate in fp32 anyway; this keeps cuBLAS from narrowing the result.
-        dweight = torch.mm(dy.t(), x, out_dtype=dtype)
-        return dweight if out is None else out.add_(dweight)
+        if out is None:
+            return torch.mm(dy.t(), x, out_dtype=dtype)
+        return torch.addmm(out, dy.t(), x, out_dtype=dtype, out=out)
     dy, x = dy.to(dtype), x.to(dtype)
     # Not addmm_: PyTorch's FLOP counter has no formula for the method.
     return torch.mm(dy.t(), x) if out is None else torch.addmm(out, dy.t(), x, out=out)

@@ -31,22 +31,30 @@ __all__ = [
 ]
 
 _CHUNK_BYTES = 1 << 28
+_MIN_ROWS = 1024
+_ROW_MULTIPLE = 256
 
 
 def rows_per_chunk(vocab_size: int, dtype: torch.dtype) -> int:
-    """How many tokens' logits are made at one time: the largest power of two whose buffer stays within 256 MiB.
+    """How many tokens' logits are made at one time: what 256 MiB hold, in multiples of 256, and never below 1,024.
 
     Others divide the tokens by ⌈V/H⌉, so that a chunk is as large as the input. That makes chunks of about a hundred
-    rows for a narrow model with a large vocabulary, too few to keep a GPU's matrix product busy, and chunks that grow
-    with the batch. A bound in bytes does neither: 4,096 rows at V = 32,000, 1,024 at 128,256, 512 at 262,144 (bf16),
-    each thousands of output tiles, and less than a hundredth of the memory a 7B model trains in.
+    rows for a narrow model with a large vocabulary, and chunks that grow with the batch. A bound in bytes does neither.
+    The least is there for dX, whose ``[rows, H]`` must be tiles enough for a GPU: 1,024 × 4,096 are 128 of 128 × 256.
+    In bf16: 4,096 rows at V = 32,000, and 1,024 at 128,256, 151,936 (297 MiB) and 262,144 (512 MiB).
 
     Args:
         vocab_size: V.
         dtype: of the logits, which is that of the hidden states.
     """
-    rows = max(1, _CHUNK_BYTES // (vocab_size * dtype.itemsize))
-    return 1 << (rows.bit_length() - 1)
+    rows = _CHUNK_BYTES // (vocab_size * dtype.itemsize)
+    return max(_MIN_ROWS, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise ValueError if ``chunk_size`` is no number of tokens."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None")
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -96,6 +104,12 @@ def linear_cross_entropy_outputs(
     chunk_size: int | None, per_token: bool, need_correct: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The outputs that are wanted, in the order of :class:`LinearCrossEntropyOutput`."""
+    if labels.shape != x.shape[:1] or scale.dim() != 0:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)} and scale {list(scale.shape)}, for x {list(x.shape)} they must "
+            f"have [{len(x)}] and []"
+        )
+    check_chunk_size(chunk_size)
     cross_entropy_ = implementation(x).cross_entropy_
     dtype = compute_dtype(x.dtype)
     chunk_size = chunk_size or rows_per_chunk(len(weight), x.dtype)
@@ -103,7 +117,7 @@ def linear_cross_entropy_outputs(
     token_losses = torch.empty(len(x), dtype=dtype, device=x.device)
     token_correct = torch.empty(len(x), dtype=torch.bool, device=x.device) if need_correct else None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-    dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device) if need_dweight else None
+    dweight = None
 
     for start in range(0, len(x), chunk_size):
         rows = slice(start, start + chunk_size)
@@ -117,8 +131,11 @@ def linear_cross_entropy_outputs(
         if need_dx:
             linear_dx(logits, weight, out=dx[rows])
         if need_dweight:
-            linear_dw(logits, x[rows], out=dweight)
+            dweight = linear_dw(logits, x[rows], out=dweight)
+        del logits  # before the next chunk's are made
 
+    if need_dweight and dweight is None:
+        dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device)
     # Scaled before the sum: with no valid label the scale may be infinite, and 0 · inf is not 0.
     loss = torch.where(labels != ignore_index, token_losses * scale, 0).sum()
     outputs = [loss, dx, dweight, token_losses if per_token else None, token_correct]
@@ -159,12 +176,16 @@ def linear_cross_entropy_forward(
         need_dweight: whether ``dweight`` is made, one more product and a ``[V, H]`` buffer.
         ignore_index: label that counts for nothing. With no valid label the loss and the gradients are exactly 0,
             whatever the scale.
-        chunk_size: tokens whose logits exist at one time; by default :func:`rows_per_chunk`.
+        chunk_size: tokens whose logits exist at one time, at least 1; by default :func:`rows_per_chunk`.
         per_token: also return each token's loss, for evaluation.
         need_correct: also return whether each token was the prediction, one more reading of the logits.
 
     Logits, and then dlogits, are rounded to ``x``'s dtype by and for their products, as in a plain head; between the
-    products all is in the compute dtype. NaN and infinities reach the loss and the gradients.
+    products all is in the compute dtype. NaN and infinities reach the loss and the gradients. fp16 has too few small
+    numbers for dlogits at a scale of 1 / thousands: there a loss scale belongs into ``scale``.
+
+    Raises:
+        ValueError: shapes that do not fit, a ``chunk_size`` below 1.
     """
     outputs = iter(
         _linear_cross_entropy_forward(

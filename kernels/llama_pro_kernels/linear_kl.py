@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .library import implementation, register
 from .linear import linear
-from .linear_cross_entropy import rows_per_chunk
+from .linear_cross_entropy import check_chunk_size, rows_per_chunk
 from .reference import compute_dtype
 
 __all__ = ["linear_kl"]
@@ -21,6 +21,9 @@ __all__ = ["linear_kl"]
     flops=lambda x_base, x_now, weight, chunk_size: 2 * 2 * x_base.numel() * weight.shape[0],
 )  # fmt: skip
 def _linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, chunk_size: int | None) -> Tensor:
+    if x_base.shape != x_now.shape:
+        raise ValueError(f"x_base has shape {list(x_base.shape)}, x_now {list(x_now.shape)}")
+    check_chunk_size(chunk_size)
     kl_divergence = implementation(x_base).kl_divergence
     chunk_size = chunk_size or rows_per_chunk(len(weight), x_base.dtype)
     divergence = torch.empty(len(x_base), dtype=compute_dtype(x_base.dtype), device=x_base.device)
@@ -44,5 +47,8 @@ def linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, *, chunk_size: int 
     Returns:
         ``[T]`` in the compute dtype, nats: exactly 0 where the two states are bit-equal, otherwise at least 0 up to
         rounding, and NaN where a state is.
+
+    Raises:
+        ValueError: states of different shapes, a ``chunk_size`` below 1.
     """
     return _linear_kl(x_base, x_now, weight, chunk_size)

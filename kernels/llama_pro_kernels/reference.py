@@ -144,8 +144,8 @@ def cross_entropy_(
 
     Args:
         logits: ``[T, V]``, overwritten; afterwards ``scale · (softmax − onehot)`` with rows of zeros where the label is
-            ignored (NaN where a logit of the row was not finite: a zero would hide it), or scratch without
-            ``need_dlogits``.
+            ignored (NaN where a logit of the row was NaN or the largest infinite: a zero would hide it), or scratch
+            without ``need_dlogits``.
         labels: ``[T]`` int64.
         scale: scalar on the same device, in the compute dtype.
         ignore_index: label that counts for nothing.

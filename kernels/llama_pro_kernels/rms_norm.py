@@ -80,7 +80,12 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float
 
     Returns:
         ``(y, s, rstd)``, see :func:`rms_norm_forward`.
+
+    Raises:
+        ValueError: the addends differ in dtype.
     """
+    if x.dtype != residual.dtype:
+        raise ValueError(f"x is {x.dtype}, residual {residual.dtype}; their sum must have one dtype")
     return _add_rms_norm_forward(x, residual, weight, eps)
 
 
@@ -130,11 +135,14 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, s, rstd = add_rms_norm_forward(x, residual, weight, eps)
         ctx.save_for_backward(s, weight, rstd)
+        ctx.set_materialize_grads(False)  # zeros for an unused sum would be made, read and added
         return y, s
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return ds, ds, None, None
         s, weight, rstd = ctx.saved_tensors
         dx, dweight = rms_norm_backward(dy, s, weight, rstd, dresidual=ds, need_dweight=ctx.needs_input_grad[2])
         return dx, dx, None if dweight is None else dweight.to(weight.dtype), None

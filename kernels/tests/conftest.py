@@ -24,21 +24,23 @@ def device(request):
 
 @pytest.fixture
 def assert_twice_as_good():
-    """The rule: error at most 2× that of plain PyTorch in the same dtype, plus a small atol.
+    """The rule: error at most 2× that of plain PyTorch in the same dtype, plus eight roundings of fp32.
 
+    The latter is for where plain PyTorch happens to be exact; ``atol`` is for what is made of larger numbers.
     Triton's interpreter cuts bf16 off instead of rounding it, so there one step of 2⁻⁷ is allowed.
     """
 
-    def check(ours, plain, exact, atol=1e-5):
+    def check(ours, plain, exact, atol=0.0):
         assert ours.dtype == plain.dtype
         assert ours.shape == exact.shape
         if not exact.numel():
             return
         exact = exact.double()
         error = (ours.double() - exact).abs().max()
-        allowed = 2 * (plain.double() - exact).abs().max() + atol
+        largest = exact.abs().max()
+        allowed = 2 * (plain.double() - exact).abs().max() + 8 * 2**-24 * largest + atol
         if INTERPRETED and ours.dtype == torch.bfloat16:
-            allowed = torch.maximum(allowed, exact.abs().max() * 2**-7)
+            allowed = torch.maximum(allowed, largest * 2**-7)
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
     return check

@@ -138,6 +138,12 @@ def test_a_frozen_head_makes_no_dweight(need_dweight, monkeypatch):
     assert max((shape for shape, _ in made if shape != (V, H)), key=lambda s: torch.Size(s).numel()) == (T // chunks, V)
 
 
+def test_floating_point_contraction_is_said_and_not_left_to_a_default():
+    with recorded_launches() as launches:
+        ops.rms_norm_forward(rows(), torch.empty(H, dtype=bf16), 1e-5)
+    assert launches[0].options["enable_fp_fusion"] is True
+
+
 def test_nothing_to_do_starts_nothing():
     x, weight = torch.empty(0, H, dtype=bf16), torch.empty(H, dtype=bf16)
     assert count(lambda: ops.rms_norm_forward(x, weight, 1e-5))[0] == []

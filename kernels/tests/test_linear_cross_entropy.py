@@ -1,3 +1,6 @@
+import sys
+import weakref
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -225,8 +228,54 @@ def test_a_scale_on_the_host_serves():
     assert torch.equal(on_host.loss, linear_cross_entropy_forward(x, weight, labels, torch.tensor(0.5), **options).loss)
 
 
-def test_chunk_rule_bounds_the_buffer_and_fills_a_gpu():
-    for vocab in (256, 32_000, 128_256, 151_936, 262_144):
-        rows = rows_per_chunk(vocab, torch.float32)
-        assert rows * vocab * 4 <= 2**28 < 2 * rows * vocab * 4
-        assert rows >= 256
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [256, 32_000, 128_256, 151_936, 262_144])
+def test_chunk_rule_bounds_the_buffer_and_fills_a_gpu(vocab, dtype):
+    rows, row = rows_per_chunk(vocab, dtype), vocab * dtype.itemsize
+    assert rows % 256 == 0
+    assert rows >= 1024
+    assert rows == 1024 or rows * row <= 2**28 < (rows + 256) * row
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"chunk_size": -1}, "chunk_size is -1"),
+        ({"labels": torch.zeros(5, dtype=torch.int64, device="cpu")}, r"labels have shape \[5\]"),
+        ({"scale": torch.ones(1, device="cpu")}, r"scale \[1\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    x, weight, labels, scale = problem(torch.float32)
+    arguments = {"x": x, "weight": weight, "labels": labels, "scale": scale, "need_dx": True, "need_dweight": False}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy_forward(**arguments | change)
+
+
+@pytest.mark.parametrize("need_dweight", [False, True])
+def test_logits_exist_for_one_chunk_at_a_time(need_dweight, monkeypatch):
+    module = sys.modules[linear_cross_entropy_outputs.__module__]
+    made, linear = [], module.linear
+
+    def watched(*arguments):
+        alive = [reference for reference in made if reference() is not None]
+        assert not alive, "the last chunk's logits are still there"
+        logits = linear(*arguments)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(module, "linear", watched)
+    x, weight, labels, scale = problem(torch.float32)
+    linear_cross_entropy_forward(x, weight, labels, scale, need_dx=True, need_dweight=need_dweight, chunk_size=4)
+    assert len(made) == 3
+
+
+def test_labels_may_lie_apart_and_the_logits_of_a_chunk_too():
+    x, weight, labels, scale = problem(torch.float32)
+    options = {"need_dx": True, "need_dweight": True, "chunk_size": 4}
+    apart = torch.stack([labels, torch.full_like(labels, 3)], 1)[:, 0]
+    assert not apart.is_contiguous()
+    got = linear_cross_entropy_forward(x, weight, apart, scale, **options)
+    wanted = linear_cross_entropy_forward(x, weight, labels, scale, **options)
+    assert all(map(torch.equal, got[:3], wanted[:3]))

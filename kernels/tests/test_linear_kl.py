@@ -44,3 +44,11 @@ def test_strides_do_not_matter():
     base, now, weight = (torch.randn(H, n, dtype=fp64).t() for n in (T, T, V))
     expected = linear_kl(base.contiguous(), now.contiguous(), weight.contiguous())
     torch.testing.assert_close(linear_kl(base, now, weight, chunk_size=4), expected, rtol=0, atol=1e-12)
+
+
+def test_states_and_chunks_that_do_not_fit_are_refused():
+    x, weight = torch.randn(T, H), torch.randn(V, H)
+    with pytest.raises(ValueError, match="x_now"):
+        linear_kl(x, x[:3], weight)
+    with pytest.raises(ValueError, match="chunk_size is 0"):
+        linear_kl(x, x, weight, chunk_size=0)

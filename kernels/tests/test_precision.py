@@ -1,7 +1,7 @@
 """Every op, forward and backward, in every dtype at many shapes, against the same formula in fp64.
 
 The tolerance is a rule and not a number: at most twice the error that plain PyTorch makes in the same dtype. A weight's
-gradient is a sum over the rows in fp32 and is held to 5e-6·√rows, in units of one row's terms.
+gradient is a sum over the rows in fp32 and is held to 5e-6·√rows, in units of its terms.
 """
 
 import pytest
@@ -48,9 +48,13 @@ def both(function, *tensors):
     return function(*tensors), function(*wide)
 
 
-def assert_sum_over_rows(dweight, exact, rows):
+def assert_sum_over_rows(dweight, dy, x):
+    """Against Σ dy·x̂ over all rows; 5e-6·√rows in units of the terms, which is 5e-6 times their root of squares."""
+    dy, x = (tensor.double().flatten(0, -2) for tensor in (dy, x))
+    terms = dy * x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
     assert dweight.dtype == torch.float32
-    assert (dweight.double() - exact).abs().max() <= 5e-6 * max(rows, 1) ** 0.5 * max(1, exact.abs().max() ** 0.5)
+    error = (dweight.double() - terms.sum(0)).abs().max()
+    assert error <= 5e-6 * terms.square().sum(0).sqrt().max()
 
 
 # RMSNorm
@@ -82,9 +86,7 @@ def test_add_rms_norm(rows, width, dtype, trained, assert_twice_as_good):
     assert rstd.shape == (rows,)
     assert rstd.dtype == torch.float32
     if trained:
-        # Of the sum as it was stored: what its rounding does is not the norm's error.
-        exact_of_stored = plain_rms_norm(s.double(), torch.zeros_like(s).double(), weight.double(), dy.double(), ds)
-        assert_sum_over_rows(dweight, exact_of_stored[3], rows)
+        assert_sum_over_rows(dweight, dy, s)  # of the sum as it was stored: its rounding is not the norm's error
     else:
         assert dweight is None
 
@@ -94,7 +96,7 @@ def test_add_rms_norm(rows, width, dtype, trained, assert_twice_as_good):
 def test_rms_norm_per_head_of_a_packed_buffer(width, dtype, assert_twice_as_good):
     """The norm of q and k lies between the projection and the rotation, and reads the projection's buffer in place."""
     tokens, heads = 7, 6
-    packed, weight, dy = torch.randn(tokens, (heads + 3) * width).to(dtype), torch.rand(width).to(dtype), None
+    packed, weight = torch.randn(tokens, (heads + 3) * width).to(dtype), torch.rand(width).to(dtype)
     x = packed.view(tokens, heads + 3, width)[:, 1 : heads + 1]
     dy = torch.randn(tokens, heads, width).to(dtype)
     nothing = torch.zeros_like(dy)
@@ -104,9 +106,33 @@ def test_rms_norm_per_head_of_a_packed_buffer(width, dtype, assert_twice_as_good
     assert y.is_contiguous()
     assert rstd.shape == (tokens, heads)
     check(assert_twice_as_good, (y, dx), (plain[0], plain[2]), (exact[0], exact[2]))
-    assert_sum_over_rows(dweight, exact[3], tokens * heads)
+    assert_sum_over_rows(dweight, dy, x)
     same = rms_norm_backward(dy, x.contiguous(), weight, rstd, need_dweight=True)
     assert torch.equal(dx, same[0])
+
+
+@pytest.mark.parametrize("programs", [1, 130])
+def test_a_weight_gradient_over_many_tiles_and_many_sums(programs, monkeypatch):
+    """As on a GPU: programs walk over several tiles each, and what they leave is more than one block of the sum."""
+    rows_module = pytest.importorskip("llama_pro_kernels.triton_kernels.rms_norm")
+    monkeypatch.setattr(rows_module, "_summing_programs", lambda device, num_warps: programs)
+    width = 512
+    rows = 300 * rows_module.CONFIG.cut(width)["ROWS"] - 5
+    x, dy, weight = torch.randn(rows, width), torch.randn(rows, width), torch.rand(width)
+    _, rstd = rms_norm_forward(x, weight, EPS)
+    dx, dweight = rms_norm_backward(dy, x, weight, rstd, need_dweight=True)
+    assert_sum_over_rows(dweight, dy, x)
+    assert torch.equal(dweight, rms_norm_backward(dy, x, weight, rstd, need_dweight=True)[1])
+    torch.testing.assert_close(dx, rms_norm_backward(dy, x, weight, rstd, need_dweight=False)[0])
+
+
+def test_a_weight_gradient_over_more_rows_than_a_gpu_has_programs(device):
+    rows = 20_000 if device == "cuda" else 100
+    x, dy, weight = torch.randn(rows, 4096), torch.randn(rows, 4096), torch.rand(4096)
+    _, rstd = rms_norm_forward(x, weight, EPS)
+    first, second = (rms_norm_backward(dy, x, weight, rstd, need_dweight=True)[1] for _ in range(2))
+    assert_sum_over_rows(first, dy, x)
+    assert torch.equal(first, second)
 
 
 @derandomized
@@ -126,7 +152,7 @@ def test_rms_norm_of_any_shape(rows, width, trained, residual, dtype, wide_weigh
     check(assert_twice_as_good, (y, dx), (plain[0], plain[2]), (exact[0], exact[2]))
     assert (dweight is not None) == trained
     if trained:
-        assert_sum_over_rows(dweight, exact[3], rows)
+        assert_sum_over_rows(dweight, dy, x)
 
 
 # SwiGLU
@@ -235,6 +261,11 @@ def plain_head(x, weight, labels, scale):
     return loss.detach(), *torch.autograd.grad(loss, (x, weight)), losses.detach()
 
 
+def roundings_of_logits(x, weight):
+    """A softmax carries the roundings of its logits, in fp32 at least, as relative errors."""
+    return (x @ weight.t()).abs().max().item() * 2**-23 if len(x) else 0.0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [17, 1128, 5003])
 @pytest.mark.parametrize("tokens", ROWS)
@@ -256,11 +287,12 @@ def test_linear_cross_entropy(tokens, vocab, dtype, need_dx, need_dweight, asser
         need_correct=True,
     )
     plain, exact = both(plain_head, x, weight, labels, scale)
-    assert_twice_as_good(output.loss, plain[0], exact[0])
-    assert_twice_as_good(output.dx, plain[1], exact[1])
-    assert_twice_as_good(output.token_losses, plain[3], exact[3])
+    atol = roundings_of_logits(x, weight)
+    assert_twice_as_good(output.loss, plain[0], exact[0], atol=atol)
+    assert_twice_as_good(output.dx, plain[1], exact[1], atol=atol)
+    assert_twice_as_good(output.token_losses, plain[3], exact[3], atol=atol)
     if need_dweight:
-        assert_twice_as_good(output.dweight.to(dtype), plain[2], exact[2])
+        assert_twice_as_good(output.dweight.to(dtype), plain[2], exact[2], atol=atol)
     predicted = (x @ weight.t()).argmax(-1) if tokens else labels
     assert torch.equal(output.token_correct, (predicted == labels) & (labels != -100))
 
@@ -270,7 +302,7 @@ def test_a_vocabulary_of_256k(assert_twice_as_good):
     output = linear_cross_entropy_forward(x, weight, labels, torch.tensor(0.5), need_dx=True, need_dweight=True)
     plain, exact = both(plain_head, x, weight, labels, torch.tensor(0.5))
     for ours, narrow, wide in zip(output[:3], plain, exact, strict=False):
-        assert_twice_as_good(ours, narrow, wide)
+        assert_twice_as_good(ours, narrow, wide, atol=roundings_of_logits(x, weight))
 
 
 @derandomized
@@ -280,23 +312,26 @@ def test_loss_of_any_vocabulary_and_any_size_of_logits(vocab, tokens, size, asse
     labels, scale = torch.randint(vocab, (tokens,)), torch.tensor(1.0)
     output = linear_cross_entropy_forward(x, weight, labels, scale, need_dx=True, need_dweight=False)
     plain, exact = both(plain_head, x, weight, labels, scale)
-    assert_twice_as_good(output.loss, plain[0], exact[0], atol=1e-5 * max(1, size))
-    assert_twice_as_good(output.dx, plain[1], exact[1])
+    atol = roundings_of_logits(x, weight)
+    assert_twice_as_good(output.loss, plain[0], exact[0], atol=tokens * atol)
+    assert_twice_as_good(output.dx, plain[1], exact[1], atol=weight.abs().max() * atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [17, 5003])
 @pytest.mark.parametrize("tokens", ROWS)
-def test_linear_kl(tokens, vocab, dtype, assert_twice_as_good):
+@pytest.mark.parametrize("drift", [1e-3, 1e-1])
+def test_linear_kl(tokens, vocab, dtype, drift, assert_twice_as_good):
     base, weight = torch.randn(tokens, 24).to(dtype), torch.randn(vocab, 24).to(dtype)
-    now = base + 0.1 * torch.randn(tokens, 24).to(dtype)
+    now = base + drift * torch.randn(tokens, 24).to(dtype)
 
     def plain(base, now, weight):
         wide = torch.promote_types(base.dtype, torch.float32)
         base, now = ((x @ weight.t()).to(wide).log_softmax(-1) for x in (base, now))
         return F.kl_div(now, base, reduction="none", log_target=True).sum(-1)
 
-    assert_twice_as_good(linear_kl(base, now, weight), *both(plain, base, now, weight))
+    # The terms are differences of log-probabilities of about 10, each rounded.
+    assert_twice_as_good(linear_kl(base, now, weight), *both(plain, base, now, weight), atol=10 * 2**-24)
 
 
 @pytest.mark.parametrize("padding", [1, 5000])
@@ -310,6 +345,16 @@ def test_logits_of_minus_infinity_are_words_that_cannot_come(padding):
     torch.testing.assert_close(output.token_losses, expected)
     assert output.token_correct.tolist() == [False, True]
     assert (output.dweight[:padding] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nothing_is_predicted_where_logits_are_not_finite(bad):
+    weight = torch.full((3, 1), bad)
+    output = linear_cross_entropy_forward(
+        torch.ones(3, 1), weight, torch.arange(3), torch.tensor(1.0), need_dx=False, need_dweight=False,
+        need_correct=True,
+    )  # fmt: skip
+    assert not output.token_correct.any()
 
 
 def test_the_first_of_equal_logits_is_the_prediction():
@@ -339,89 +384,3 @@ def test_twice_is_bit_equal():
         return [y, s, rstd, dx, dweight, *output, divergence, swiglu_forward(y), *swiglu_backward(y[:, :380], y)[:1]]
 
     assert all(map(torch.equal, run(), run()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_strides_change_nothing(dtype):
-    """Transposed, sliced, expanded: whatever the kernel cannot address is copied, never read wrongly."""
-
-    def variants(tensor):
-        yield tensor.t().contiguous().t()
-        wide = torch.full((len(tensor), 2 * tensor.shape[1]), float("nan"), dtype=dtype)
-        wide[:, ::2] = tensor
-        yield wide[:, ::2]
-        padded = torch.full((len(tensor), tensor.shape[1] + 3), float("nan"), dtype=dtype)
-        padded[:, 1:-2] = tensor
-        yield padded[:, 1:-2]
-        yield tensor[:1].expand_as(tensor)
-
-    heads, kv_heads, head_dim = 3, 1, 8
-    x = torch.randn(6, 40).to(dtype)
-    weight, cos = torch.randn(40).to(dtype), torch.rand(9, 4)
-    position_ids = torch.arange(6)
-
-    def run(x):
-        y, s, rstd = add_rms_norm_forward(x, x, weight, EPS)
-        dx, dweight = rms_norm_backward(x, x, weight, rstd, dresidual=x, need_dweight=True)
-        three = x.unflatten(1, (5, 8))
-        dqkv = rotary_backward(three[:, :3], three[:, 3:4], three[:, 4:], cos, cos, position_ids)
-        turned = rotary_forward(x, cos, cos, position_ids, heads, kv_heads, head_dim)
-        dgate_up, product = swiglu_backward(x[:, :20], x, need_product=True)
-        return [y, s, rstd, dx, dweight, dqkv, *turned, swiglu_forward(x), dgate_up, product]
-
-    for variant in variants(x):
-        expected = run(variant.contiguous())
-        # Close and not equal, because PyTorch sums a transposed row in another order.
-        torch.testing.assert_close(run(variant), expected)
-    # In place, through strides that the kernel cannot address.
-    expected = swiglu_backward(x[:, :20], x)[0]
-    torch.testing.assert_close(swiglu_backward_(x[:, :20], x.t().contiguous().t())[0], expected)
-    turned = rotary_forward_(x.t().contiguous().t(), cos, cos, position_ids, heads, kv_heads, head_dim)
-    expected = rotary_forward(x, cos, cos, position_ids, heads, kv_heads, head_dim)
-    torch.testing.assert_close(turned, expected)
-
-
-def test_a_write_over_an_input_is_seen_by_autograd():
-    """Whoever else saved the buffer gets an error and not the new numbers."""
-    gate_up, qkv = torch.randn(3, 8), torch.randn(3, 24)
-    tables = torch.rand(9, 2), torch.rand(9, 2), torch.arange(3)
-    for buffer, write in (
-        (gate_up, lambda: swiglu_backward_(torch.randn(3, 4), gate_up)),
-        (qkv, lambda: rotary_forward_(qkv, *tables, 4, 1, 4)),
-    ):
-        leaf = torch.ones_like(buffer).requires_grad_()
-        loss = (leaf * buffer).sum()
-        write()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-
-def test_rows_that_share_memory_are_not_written_over():
-    shared = torch.randn(1, 24).expand(3, 24)
-    tables = torch.rand(9, 2), torch.rand(9, 2), torch.arange(3)
-    with pytest.raises(RuntimeError, match="single memory location"):
-        swiglu_backward_(torch.randn(3, 12), shared)
-    with pytest.raises(RuntimeError, match="single memory location"):
-        rotary_forward_(shared, *tables, 4, 1, 4)
-
-
-@pytest.mark.parametrize("rows", [4])
-def test_more_than_2_to_the_31_elements(rows):
-    """Rows 2³⁰ elements apart: the last begins beyond what 32 bits count. The gaps are never touched."""
-    stride, dtype = 2**30 + 64, torch.float16
-
-    def far_apart(tensor):
-        far = torch.empty(stride * (rows - 1) + tensor.shape[1], dtype=dtype).as_strided(tensor.shape, (stride, 1))
-        return far.copy_(tensor)
-
-    near = torch.randn(rows, 64).to(dtype)
-    far, weight, cos = far_apart(near), torch.randn(64).to(dtype), torch.rand(9, 4)
-    tables = cos, cos, torch.arange(rows)
-    assert torch.equal(rms_norm_forward(far, weight, EPS)[0], rms_norm_forward(near, weight, EPS)[0])
-    assert torch.equal(swiglu_forward(far), swiglu_forward(near))
-    for got, wanted in zip(rotary_forward(far, *tables, 6, 1, 8), rotary_forward(near, *tables, 6, 1, 8), strict=True):
-        assert torch.equal(got, wanted)
-    _, rstd = rms_norm_forward(near, weight, EPS)
-    got = rms_norm_backward(far, far, weight, rstd, dresidual=far, need_dweight=True)
-    assert all(map(torch.equal, got, rms_norm_backward(near, near, weight, rstd, dresidual=near, need_dweight=True)))
-    assert torch.equal(swiglu_backward_(near[:, :32], far)[0], swiglu_backward(near[:, :32], near)[0])

@@ -112,3 +112,23 @@ def test_nan_stays_in_its_row_and_reaches_the_weight_gradient():
     for rows in (y, dx):
         assert rows.isnan().all(-1).tolist() == [False, False, True, False]
     assert dweight.isnan().all()
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_an_output_that_nobody_uses_costs_no_zeros(used):
+    x, residual = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    weight, dy = torch.rand(8, requires_grad=True), torch.randn(5, 8)
+    outputs = add_rms_norm(x, residual, weight, EPS)
+    dx, dresidual, dweight = torch.autograd.grad(outputs[used], (x, residual, weight), dy, allow_unused=True)
+    assert torch.equal(dx, dresidual)
+    if used == 1:
+        assert torch.equal(dx, dy)
+        assert dweight is None
+    else:
+        expected = torch.autograd.grad(rms_norm(x + residual, weight, EPS), (x, weight), dy)
+        torch.testing.assert_close((dx, dweight), expected)
+
+
+def test_addends_of_two_dtypes_are_refused():
+    with pytest.raises(ValueError, match="their sum must have one dtype"):
+        add_rms_norm_forward(torch.randn(2, 8), torch.randn(2, 8).half(), torch.ones(8), EPS)

@@ -33,7 +33,8 @@ class RMSNormConfig:
             in registers.
         max_warps: 16, because 32 leave a thread 64 registers. A row of 16,384 then has 32 elements a thread, and the
             backward with dW spills a few of them; up to 8,192 nothing spills.
-        programs_per_sm: programs that sum a weight gradient on one multiprocessor: 3 of 256 threads and 80 registers.
+        summing_warps: warps on one multiprocessor that sum a weight gradient: 3 programs of 8 warps with 80 registers a
+            thread, or one of 16.
         reduce_rows, reduce_columns: the tile of the second kernel; 32 columns make as many programs as there are
             multiprocessors at H = 4,096.
     """
@@ -41,7 +42,7 @@ class RMSNormConfig:
     tile: int = 4096
     elements_per_thread: int = 16
     max_warps: int = 16
-    programs_per_sm: int = 3
+    summing_warps: int = 24
     reduce_rows: int = 64
     reduce_columns: int = 32
 
@@ -130,14 +131,14 @@ def _rms_norm_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _sum_rows_kernel(partial_ptr, out_ptr, num_rows, H, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+def _sum_rows_kernel(partial_ptr, dweight_ptr, num_rows, H, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     columns = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_ROWS, BLOCK_H), dtype=tl.float32)
     for start in range(0, num_rows, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         mask = (rows < num_rows)[:, None] & (columns < H)[None, :]
         total += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * H + columns[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + columns, tl.sum(total, axis=0), mask=columns < H)
+    tl.store(dweight_ptr + columns, tl.sum(total, axis=0), mask=columns < H)
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -187,7 +188,7 @@ def rms_norm_backward(
     programs = triton.cdiv(num_rows, options["ROWS"])
     partial = None
     if need_dweight:
-        programs = min(programs, _summing_programs(x.device))
+        programs = min(programs, _summing_programs(x.device, options["num_warps"]))
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     launch(
         _rms_norm_backward_kernel, (programs,),
@@ -230,7 +231,7 @@ def _rows(x: Tensor, *, collapse: bool) -> tuple[Tensor, int, tuple[int, int]]:
 
 
 @functools.cache
-def _summing_programs(device: torch.device) -> int:
+def _summing_programs(device: torch.device, num_warps: int) -> int:
     if device.type != "cuda":
         return 4  # the interpreter: several, so that the second kernel has something to add
-    return CONFIG.programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+    return CONFIG.summing_warps // num_warps * torch.cuda.get_device_properties(device).multi_processor_count

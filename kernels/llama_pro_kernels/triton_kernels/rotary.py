@@ -61,7 +61,7 @@ def _turn(
     columns = tl.arange(0, BLOCK_HALF)
     dtype = out_ptr.dtype.element_ty
     for start in range(0, NUM_HEADS, BLOCK_HEADS):
-        heads = start + tl.arange(0, BLOCK_HEADS)
+        heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
         head_mask = (heads < NUM_HEADS)[:, None]
         mask = head_mask & (columns < HALF)[None, :]
         source = in_ptr + heads[:, None] * in_head_stride + columns[None, :]
@@ -108,7 +108,7 @@ def _rotary_kernel(
     if COPY_V:
         v_out_ptr = out_ptr + (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
         for start in range(0, NUM_KV_HEADS, BLOCK_HEADS):
-            heads = start + tl.arange(0, BLOCK_HEADS)
+            heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
             head_mask = (heads < NUM_KV_HEADS)[:, None]
             _copy(
                 v_ptr + token * v_stride, v_head_stride, v_out_ptr, heads, head_mask, HEAD_DIM, HEAD_DIM, BLOCK_DIM

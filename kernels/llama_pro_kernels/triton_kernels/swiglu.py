@@ -1,8 +1,8 @@
 """SwiGLU in Triton over packed ``[T, 2I]``.
 
 Forward moves 3·I elements a token, backward 5·I (reads gate, up and dy, writes both gradients), and I more where the
-product is wanted again. Each element is read and written by the same thread, reads first, so backward may write over
-its input.
+product is wanted again. A program loads all of its tile before it stores any of it, and tiles do not meet, so backward
+may write over its input.
 """
 
 from __future__ import annotations
