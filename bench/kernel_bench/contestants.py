@@ -8,11 +8,11 @@
     backend NAME    attention by each backend that can serve, besides the one that "auto" chooses for ours
 
 Everybody computes the same function of the same numbers, from its own natural layout: ours has gate and up, and q, k
-and v, side by side as one projection leaves them; eager, torch.compile and Liger have them apart. So only ours brings
-dv back into the packed gradient of `rotary backward`; the others are counted, and rated, without those bytes. quack
-and older releases of Liger always compute a norm weight's gradient, so they do the same in `frozen` and `trained`. Ours
-takes an fp32 master as the weight of a trained norm; the others its bf16 copy. Where a trained down projection needs
-SiLU(gate)·up again, the others call their forward for it.
+and v, side by side as one projection leaves them; eager and torch.compile have them apart, and so has Liger but for its
+newer releases' SwiGLU. So only ours brings dv back into the packed gradient of `rotary backward`; the others are
+counted, and rated, without those bytes. quack and older releases of Liger always compute a norm weight's gradient, so
+they do the same in `frozen` and `trained`. Ours takes an fp32 master as the weight of a trained norm; the others its
+bf16 copy. Where a trained down projection needs SiLU(gate)·up again, the others call their forward for it.
 
 Bytes count each input once and each output once, in their dtypes. FLOPs are of products, causal attention by the pairs
 of query and key it really has, its backward as five products for forward's two.

@@ -195,8 +195,12 @@ def _swiglu_forward(s: Setting) -> Op:
         return Run(call=lambda: function(*halves), result=lambda out: (out,))
 
     def liger(inputs: Inputs) -> Run:
-        function, halves = liger_ops("swiglu").swiglu_forward, _halves(inputs["gate_up"])
-        return Run(call=lambda: function(*halves), result=lambda out: out[2:])
+        module = liger_ops("swiglu")
+        if hasattr(module, "swiglu_fused_gate_up_forward"):
+            packed = module.swiglu_fused_gate_up_forward
+            return Run(call=lambda: packed(inputs["gate_up"]), result=lambda out: out[1:])
+        halves = _halves(inputs["gate_up"])
+        return Run(call=lambda: module.swiglu_forward(*halves), result=lambda out: out[2:])
 
     T, I = s.tokens, s.shape.intermediate
     return Op(
@@ -236,7 +240,22 @@ def _swiglu_backward(s: Setting, *, trained: bool) -> Op:
         )
 
     def liger(inputs: Inputs) -> Run:
-        module, halves = liger_ops("swiglu"), _halves(inputs["gate_up"])
+        module = liger_ops("swiglu")
+        return (
+            liger_packed(module, inputs) if hasattr(module, "swiglu_fused_gate_up_backward") else apart(module, inputs)
+        )
+
+    def liger_packed(module: Any, inputs: Inputs) -> Run:
+        gate_up = inputs["gate_up"].clone()
+
+        def backward() -> Tensors:
+            product = module.swiglu_fused_gate_up_forward(gate_up)[1:] if trained else ()
+            return (module.swiglu_fused_gate_up_backward(gate_up, inputs["dy"], in_place=True), *product)
+
+        return Run(call=backward, overwrites=(gate_up,), note="in place of gate_up")
+
+    def apart(module: Any, inputs: Inputs) -> Run:
+        halves = _halves(inputs["gate_up"])
 
         def backward() -> Tensors:
             product = module.swiglu_forward(*halves)[2:] if trained else ()

@@ -1,4 +1,4 @@
-"""Where a kernel reads and writes: strides of every kind, rows far apart, rows that overlap, and what autograd is told."""
+"""Where a kernel reads and writes: strides of every kind, rows far apart or over each other, what autograd is told."""
 
 import pytest
 import torch

@@ -180,8 +180,11 @@ def test_what_is_not_finite_shows_in_its_document_and_in_no_other(backend, dtype
     skip_unless_runnable(backend, device)
     q, k, v, do = problem(lengths, dtype)
     {"q": q, "k": k, "v": v}[which][2, 0, 3] = bad
-    o, _, *gradients = run(q, k, v, do, lengths, backend)
+    o, lse, *gradients = run(q, k, v, do, lengths, backend)
     assert not o[2, 0].isfinite().all()
+    if which != "v":
+        assert not lse[0, 2].isfinite()
+    assert lse[:, lengths[0] :].isfinite().all()
     assert not all(g[: lengths[0]].isfinite().all() for g in gradients)
     for t in (o, *gradients):
         assert t[lengths[0] :].isfinite().all()
@@ -222,6 +225,19 @@ def test_boundaries_may_be_padded_and_the_longest_document_overestimated(backend
                 assert torch.equal(got, alike)
             else:  # a GPU's division of the work, and so the order of its sums, may depend on both
                 torch.testing.assert_close(got, alike, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4)])
+def test_documents_of_one_token_return_their_value(backend, heads, device):
+    skip_unless_served(backend, device)
+    q, k, v, do = problem([1, 0, 1], torch.bfloat16, heads, head_dim=64)
+    o, _, _, _, dv = run(q, k, v, do, [1, 0, 1], backend)
+    groups = heads[0] // heads[1]
+    torch.testing.assert_close(o, v.repeat_interleave(groups, 1), rtol=2**-7, atol=0)
+    torch.testing.assert_close(
+        dv, do.unflatten(1, (heads[1], groups)).float().sum(2).bfloat16(), rtol=2**-6, atol=2**-7
+    )
 
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)

@@ -82,6 +82,8 @@ def kernels(activations, calls, monkeypatch):
         assert not return_debug_mask
         window = window_of(is_causal, window_size_left, window_size_right)
         o, lse = attention_forward(query, key, value, cum_seq_q, max_q, **reference(max_q, scale, window))
+        # A kernel may lay its results out as it likes.
+        o, lse = o.transpose(0, 1).contiguous().transpose(0, 1), lse.t().contiguous().t()
         return o, lse, torch.zeros(2, dtype=torch.uint64), torch.zeros(()), torch.zeros(0)
 
     def flash_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
@@ -91,9 +93,10 @@ def kernels(activations, calls, monkeypatch):
         check(cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, grad_out, query, key, value, out)
         assert (rng_state.dtype, rng_state.shape, unused.numel()) == (torch.uint64, (2,), 0)
         window = window_of(is_causal, window_size_left, window_size_right)
-        return attention_backward(
+        gradients = attention_backward(
             grad_out, query, key, value, out, logsumexp, cum_seq_q, max_q, **reference(max_q, scale, window)
         )
+        return tuple(gradient.transpose(0, 1).contiguous().transpose(0, 1) for gradient in gradients)
 
     def cudnn_forward(query, key, value, attn_bias, cum_seq_q, cum_seq_k, max_q, max_k, compute_log_sumexp,
                       dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale):  # fmt: skip
@@ -196,6 +199,31 @@ def test_the_last_dimension_is_made_dense_for_the_kernels(kernels, window):
     by_token = [t.permute(1, 2, 0).contiguous().permute(2, 0, 1) for t in views()]
     for backend in ["flash", "flash_attn"]:
         run(*by_token, backend, window)
+
+
+def test_one_token_at_most_is_not_taken_for_decoding(monkeypatch, activations):
+    """At a longest document of 1 FlashAttention 2 leaves causality and packed documents for a layout of its own."""
+    asked = []
+    library = torch.library.Library("aten", "IMPL")
+
+    def forward(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, *_, **__):
+        asked.append((max_q, max_k))
+        return q.clone(), torch.zeros(N, len(q)), torch.zeros(2), torch.zeros(0), q[:0]
+
+    def backward(do, q, k, v, o, lse, cum_seq_q, cum_seq_k, max_q, max_k, *_, **__):
+        asked.append((max_q, max_k))
+        return q.clone(), k.clone(), v.clone()
+
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    try:
+        q, k, v, do = (t[:2].float() for t in views())
+        cu_seqlens, options = torch.tensor([0, 1, 1, 2], dtype=torch.int32), {"scale": SCALE, "backend": "flash"}
+        o, lse = attention_forward(q, k, v, cu_seqlens, 1, **options)
+        attention_backward(do, q, k, v, o, lse, cu_seqlens, 1, **options)
+    finally:
+        library._destroy()
+    assert asked == [(2, 2), (2, 2)]
 
 
 def test_an_implementation_is_activated_once_and_not_per_call(kernels, calls, activations):

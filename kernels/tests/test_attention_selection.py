@@ -101,6 +101,13 @@ def test_auto_takes_what_is_preferred_for_the_capability_and_installed(gpu, capa
     assert select_attention_backend("cuda", bf16, **options) == chosen
 
 
+def test_a_gpu_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, backend in BACKENDS.items():
+        if backend.device == "cuda":
+            assert ": finds no CUDA device; available" in refusal("cuda", bf16, requested=name)
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
 def test_auto_never_takes_cudnn(gpu, capability):
     gpu(capability, **ALL, built_in=False)
@@ -183,7 +190,7 @@ def test_what_is_missing_is_named_with_its_remedy(gpu, requested, capability, in
     assert message.endswith("reference")
 
 
-@pytest.mark.parametrize(("requested", "head_dim"), [("flash", 264), ("flash", 68), ("cudnn", 256), ("flash_4", 192)])
+@pytest.mark.parametrize(("requested", "head_dim"), [("flash", 264), ("flash", 68), ("cudnn", 136), ("flash_4", 136)])
 def test_a_head_dim_out_of_bounds_is_named(gpu, requested, head_dim):
     gpu((9, 0), **ALL)
     largest = BACKENDS[requested].max_head_dim

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +62,11 @@ def timing(monkeypatch, request):
     return importlib.import_module("kernel_bench.timing")
 
 
+@pytest.fixture
+def report(timing):
+    return timing.report
+
+
 def by_name(result):
     return {(row["op"], row["contestant"]): row for row in result["rows"]}
 
@@ -103,20 +110,40 @@ def test_a_row_has_its_work_and_its_rate(done):
 
 
 def test_ideal_work_counted_by_hand(done):
+    """Each input once, each output once, 4 bytes a number on a CPU; FLOPs of products."""
     rows = by_name(done[1])
-    T, H, V, N, K, D = 256, 64, 384, 4, 2, 16
-    # dy, x, dresidual and dx [T, H], rstd [T] and weight [H]; all fp32 on a CPU
-    assert rows["add_rms_norm backward frozen", "ours"]["bytes"] == 4 * (4 * T * H + T + H)
-    assert rows["add_rms_norm backward trained", "ours"]["bytes"] == 4 * (4 * T * H + T + 2 * H)
-    # only ours brings dv along; tables of 64 positions, D/2 cos and sin each; int64 positions
-    tables = 4 * 2 * 64 * D // 2 + 8 * T
-    assert rows["rotary backward", "ours"]["bytes"] == 4 * 2 * T * (N + 2 * K) * D + tables
+    T, H, I, V, N, K, D = 256, 64, 160, 384, 4, 2, 16
+    tables = 4 * 2 * 64 * D // 2 + 8 * T  # of 64 positions, D/2 cos and sin each; int64 positions
+    elementwise = {
+        "rms_norm forward": 4 * (2 * T * H + T + H),  # x, y; rstd, weight
+        "add_rms_norm forward": 4 * (4 * T * H + T + H),  # x, residual, y, sum
+        "rms_norm backward frozen": 4 * (3 * T * H + T + H),  # dy, x, dx
+        "rms_norm backward trained": 4 * (3 * T * H + T + 2 * H),  # dweight too
+        "add_rms_norm backward frozen": 4 * (4 * T * H + T + H),  # dresidual too
+        "add_rms_norm backward trained": 4 * (4 * T * H + T + 2 * H),
+        "swiglu forward": 4 * 3 * T * I,  # gate, up, product
+        "swiglu backward frozen": 4 * 5 * T * I,  # dy, gate, up, dgate, dup
+        "swiglu backward trained": 4 * 6 * T * I,  # the product too
+        "rotary forward": 4 * 2 * T * (N + K) * D + tables,
+        "rotary backward": 4 * 2 * T * (N + 2 * K) * D + tables,
+    }
+    # Four documents of 64, or four times five that halve; query i sees i + 1 keys.
+    full = 4 * sum(range(1, 65))
+    ragged = 4 * sum(length * (length + 1) // 2 for length in (31, 17, 7, 5, 4))
+    products = {
+        "linear_cross_entropy frozen": 2 * 2 * T * H * V,
+        "linear_cross_entropy trained": 3 * 2 * T * H * V,
+        "linear_kl": 2 * 2 * T * H * V,
+        "attention forward full": 2 * 2 * N * D * full,
+        "attention backward full": 5 * 2 * N * D * full,
+        "attention forward ragged": 2 * 2 * N * D * ragged,
+        "attention backward ragged": 5 * 2 * N * D * ragged,
+    }
+    assert {op: rows[op, "ours"]["bytes"] for op in elementwise} == elementwise
+    assert {op: rows[op, "ours"]["flops"] for op in products} == products
+    assert set(OPS) == set(elementwise) | set(products)
+    # only ours brings dv along
     assert rows["rotary backward", "eager"]["bytes"] == 4 * 2 * T * (N + K) * D + tables
-    assert rows["linear_cross_entropy trained", "ours"]["flops"] == 3 * 2 * T * H * V
-    # four documents of 64; query i sees i + 1 keys; scores and their product with v
-    pairs = 4 * sum(range(1, 65))
-    assert rows["attention forward full", "ours"]["flops"] == 2 * 2 * N * D * pairs
-    assert rows["attention backward full", "ours"]["flops"] == 5 * 2 * N * D * pairs
 
 
 def test_what_is_not_there_is_a_row(done):
@@ -128,15 +155,57 @@ def test_what_is_not_there_is_a_row(done):
     assert (OPS[0], "torch.compile") not in rows  # by default on a GPU only
 
 
-def test_targets_are_judged_and_the_missed_ones_named(done):
-    output, result, _ = done
-    for target in result["targets"]:
-        assert target.keys() == {"model", "op", "target", "reached", "measured"}
-    judged = [target for target in result["targets"] if target["reached"] is not None]
-    missed = [target for target in judged if not target["reached"]]
-    assert f"targets reached {len(judged) - len(missed)} of {len(judged)}" in output
-    named = [line for line in output.splitlines() if line.startswith("missed: ")]
-    assert [line.split(", ")[0] for line in named] == [f"missed: {target['op']}" for target in missed]
+def test_a_cpu_judges_no_target(done):
+    assert "no target is judged" in done[0]
+    assert "missed" not in done[0]
+
+
+def row(op, contestant, *, share=None, rate=None, status="ok"):
+    unit = "bytes" if op.startswith(("rms", "add", "swiglu", "rotary")) else "flops"
+    return {
+        "model": "m", "op": op, "contestant": contestant, "status": status, "share": share, "share_of": "copy",
+        {"bytes": "GBps", "flops": "TFLOPs"}[unit]: rate, "count": "", "max_error": None, "graph": True, "note": "",
+        "median_us": 1.0, "p10_us": 1.0, "p90_us": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "threshold"),
+    [
+        ("add_rms_norm backward frozen", 0.85),
+        ("swiglu forward", 0.85),
+        ("rotary backward", 0.85),
+        ("linear_cross_entropy frozen", 0.90),
+        ("attention backward ragged", 0.97),
+    ],
+)
+def test_a_share_is_held_to_its_target(report, op, threshold):
+    for share, reached in ((threshold, True), (threshold - 1e-4, False), (None, None)):
+        (target,) = report.judge([row(op, "ours", share=share, rate=1.0)])
+        assert (target["reached"], target["measured"]) == (reached, share)
+    (target,) = report.judge([row(op, "ours", status="failed: x")])
+    assert target["reached"] is False
+
+
+@pytest.mark.parametrize("rival", ["liger", "torch.compile"])
+def test_ours_is_to_be_ahead_of_every_rival_by_rate(report, rival):
+    def judged(ours, theirs):
+        rows = [row("rms_norm forward", "ours", rate=ours), row("rms_norm forward", rival, rate=theirs)]
+        (target,) = report.judge(rows)
+        return target["reached"]
+
+    assert judged(2.0, 1.0) is True
+    assert judged(1.0, 1.0) is False
+    assert judged(1.0, 2.0) is False
+    assert judged(1.0, None) is None
+    assert judged(None, 1.0) is False
+
+
+def test_missed_targets_are_named(report):
+    rows = [row("swiglu forward", "ours", share=0.8, rate=8.0), row("swiglu forward", "liger", share=0.5, rate=5.0)]
+    said = report.summary({"device": "NVIDIA H200", "rows": rows, "targets": report.judge(rows)})
+    assert "targets reached 1 of 2" in said
+    assert said.splitlines()[-1] == "missed: swiglu forward, m: at least 85% of the copy bandwidth: 0.800"
 
 
 def test_the_picture_is_drawn_again_from_the_json(done, run_bench, tmp_path):
@@ -146,7 +215,7 @@ def test_the_picture_is_drawn_again_from_the_json(done, run_bench, tmp_path):
     picture = tmp_path / "again.png"
     finished = run_bench("kernels.py", "--from", str(folder / "kernels.json"), "--picture", str(picture))
     assert finished.returncode == 0, finished.stdout
-    assert "targets reached" in finished.stdout
+    assert "no target is judged" in finished.stdout
     assert picture.read_bytes().startswith(signature)
     assert picture.stat().st_size > 20_000
 
@@ -237,11 +306,42 @@ def test_what_a_call_writes_over_is_restored_before_every_sample(timing):
     assert len(seen) == 1 + 2 * (1 + 3)  # the check; then two sets, in an untimed sample and three timed ones
 
 
+def test_inputs_are_rotated_beyond_the_cache_and_a_replay_is_long(timing):
+    op = small_op({}, timing)
+    gpu = SimpleNamespace(device=torch.device("cuda"), cache_bytes=100)
+    large = dataclasses.replace(op, work=timing.REPLAY_BYTES)
+    assert timing.number_of_sets(large, set_bytes=1000, clock=gpu) == 2
+    assert timing.number_of_sets(large, set_bytes=30, clock=gpu) == 10
+    assert timing.number_of_sets(dataclasses.replace(op, work=timing.REPLAY_BYTES // 8), 1000, gpu) == 8
+    assert timing.number_of_sets(dataclasses.replace(op, work=1, unit="flops"), 1000, gpu) == 2
+
+
+def test_contestants_take_turns_and_each_sample_has_its_lead(timing):
+    order = []
+
+    class Recorder(timing.CpuClock):
+        def sample(self, lead, run):
+            order.append("lead")
+            return super().sample(lead, run)
+
+    def contestant(name):
+        return lambda inputs: timing.Run(call=lambda: order.append(name) or (inputs["x"],))
+
+    names = ["ours", "b", "c"]
+    op = small_op({name: contestant(name) for name in names}, timing)
+    timing.race(op, {name: timing.Entry() for name in names}, Recorder(), rounds=3)
+    samples = " ".join(order).split("lead")[-9:]
+    # In a sample the calls over all sets run twice: untimed, then timed.
+    assert [sample.split() for sample in samples] == [
+        [name] * 4 for name in ("ours", "b", "c", "b", "c", "ours", "c", "ours", "b")
+    ]
+
+
 class Capture:
     """In place of CUDA: records what is captured, and breaks if a call waits or cannot be captured."""
 
     def __init__(self, monkeypatch, timing):
-        self.waits_are_errors = self.capturing = False
+        self.waits_are_errors = self.capturing = self.stuck = False
         self.pools = 0
         cuda = SimpleNamespace(
             get_device_properties=lambda device: SimpleNamespace(L2_cache_size=100),
@@ -250,6 +350,7 @@ class Capture:
             set_sync_debug_mode=self.set_sync_debug_mode,
             CUDAGraph=lambda: SimpleNamespace(replay="replay"),
             graph=self.graph,
+            empty_cache=self.empty_cache,
         )
         monkeypatch.setattr(timing.torch, "cuda", cuda)
 
@@ -262,14 +363,19 @@ class Capture:
 
     @contextlib.contextmanager
     def graph(self, graph, *, pool, stream, capture_error_mode):
+        self.empty_cache()
         self.capturing = True
         try:
             yield
         except Exception:
-            # As PyTorch does: the end of a broken capture fails too.
+            # As PyTorch does: the end of a broken capture fails too, and its allocator never learns of the end.
+            self.stuck = True
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
         finally:
             self.capturing = False
+
+    def empty_cache(self):
+        assert not self.stuck, "INTERNAL ASSERT FAILED: captures_underway.empty()"
 
 
 @pytest.fixture
@@ -278,14 +384,24 @@ def capture(monkeypatch, timing):
 
 
 def test_calls_become_a_graph(capture, timing):
-    calls = []
+    calls, alive = [], []
+
+    class Result:
+        pass
+
+    def call(index):
+        calls.append((index, capture.capturing))
+        if capture.capturing:
+            # No call may get the memory of a result before it.
+            assert all(reference() is not None for reference in alive)
+            result = Result()
+            alive.append(weakref.ref(result))
+            return result
+
     clock = timing.CudaClock()
-    run, reason = clock.replay(
-        [lambda: calls.append((0, capture.capturing)), lambda: calls.append((1, capture.capturing))]
-    )
+    run, reason = clock.replay([lambda: call(0), lambda: call(1), lambda: call(2)])
     assert (run, reason) == ("replay", None)
-    assert calls == [(0, False), (0, True), (1, True)]
-    assert clock.pool == capture.pools == 1
+    assert calls == [(0, False), (0, True), (1, True), (2, True)]
     assert not capture.waits_are_errors
 
 
@@ -305,7 +421,7 @@ def test_a_call_that_waits_for_the_device_is_not_captured(capture, timing):
     assert calls == ["run", "run"]
 
 
-def test_a_capture_that_breaks_names_the_cause_and_leaves_its_pool(capture, timing):
+def test_a_capture_that_breaks_names_the_cause_and_ends_capturing(capture, timing):
     def unfit():
         if capture.capturing:
             raise ValueError("not while capturing")
@@ -314,4 +430,7 @@ def test_a_capture_that_breaks_names_the_cause_and_leaves_its_pool(capture, timi
     run, reason = clock.replay([unfit])
     assert reason == "ValueError: not while capturing"
     run()
-    assert clock.pool == capture.pools == 2
+    run, reason = clock.replay([lambda: None])
+    assert reason == "a capture before it broke"
+    run()
+    clock.free_memory()

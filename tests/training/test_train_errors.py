@@ -248,6 +248,14 @@ def test_unknown_attention_backend(refused):
     refused("--train.attention", "magic", "cpu_flash", train__attention="magic")
 
 
+def test_kernels_that_cannot_be_had(refused, monkeypatch):
+    def missing(device, dtype):
+        raise ImportError("llama_pro_kernels needs Triton for tensors on cuda: pip install triton")
+
+    monkeypatch.setattr("llama_pro_fast.prepare.implementation_name", missing)
+    refused("--train.device", "needs Triton", "pip install triton")
+
+
 def test_unknown_option(refused):
     refused("train.stepz", "did you mean train.steps?", train__stepz=3)
 
