@@ -12,7 +12,7 @@ from llama_pro_kernels import triton_kernels as ops
 from llama_pro_kernels.linear_cross_entropy import linear_cross_entropy_outputs
 from llama_pro_kernels.triton_kernels.launch import recorded_launches
 
-T, H, I, V = 1024, 512, 1408, 32000
+T, H, I, V = 8192, 512, 1408, 32000
 bf16, fp32 = torch.bfloat16, torch.float32
 
 

@@ -34,14 +34,15 @@ class RowLossConfig:
 
     def cut(self, vocab_size: int) -> dict[str, int]:
         """Options of a launch for rows of ``vocab_size``."""
-        return {"BLOCK": min(self.block, triton.next_power_of_2(vocab_size)), "num_warps": self.num_warps}
+        block = min(self.block, triton.next_power_of_2(vocab_size))
+        return {"V": vocab_size, "BLOCK": block, "num_warps": self.num_warps}
 
 
 CONFIG = RowLossConfig()
 
 
 @triton.jit
-def _log_sum_exp(row_ptr, V, BLOCK: tl.constexpr):
+def _log_sum_exp(row_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
     """(shift, sum of exp(row − shift)), online; shift is the row's maximum, or 0 where that is −∞."""
     columns = tl.arange(0, BLOCK)
     largest = tl.full((), float("-inf"), tl.float32)
@@ -60,8 +61,8 @@ def _log_sum_exp(row_ptr, V, BLOCK: tl.constexpr):
 @triton.jit
 def _cross_entropy_kernel(
     logits_ptr, label_ptr, scale_ptr, loss_ptr, correct_ptr,
-    logits_stride, label_stride, V, ignore_index,
-    NEED_DLOGITS: tl.constexpr, NEED_CORRECT: tl.constexpr, BLOCK: tl.constexpr,
+    logits_stride, label_stride, ignore_index,
+    NEED_DLOGITS: tl.constexpr, NEED_CORRECT: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
@@ -100,7 +101,9 @@ def _cross_entropy_kernel(
 
 
 @triton.jit
-def _kl_kernel(base_ptr, now_ptr, divergence_ptr, base_stride, now_stride, V, BLOCK: tl.constexpr):
+def _kl_kernel(
+    base_ptr, now_ptr, divergence_ptr, base_stride, now_stride, V: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     base_ptr += row * base_stride
     now_ptr += row * now_stride
@@ -129,7 +132,7 @@ def cross_entropy_(
     launch(
         _cross_entropy_kernel, (num_tokens,),
         logits, labels, scale, losses, None if correct is None else correct.view(torch.int8),
-        logits.stride(0), labels.stride(0), vocab_size, ignore_index,
+        logits.stride(0), labels.stride(0), ignore_index,
         NEED_DLOGITS=need_dlogits, NEED_CORRECT=need_correct, **CONFIG.cut(vocab_size),
     )  # fmt: skip
     if need_dlogits:
@@ -143,7 +146,7 @@ def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
     num_tokens, vocab_size = logits.shape
     divergence = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
     launch(
-        _kl_kernel, (num_tokens,), base_logits, logits, divergence, base_logits.stride(0), logits.stride(0), vocab_size,
+        _kl_kernel, (num_tokens,), base_logits, logits, divergence, base_logits.stride(0), logits.stride(0),
         **CONFIG.cut(vocab_size),
     )  # fmt: skip
     return divergence
