@@ -144,7 +144,7 @@ def compile_only(out: Path | None) -> int:
         print(f"FAILED: {row['model']}, {row['case']}, {row['kernel']}, {row['target']}: {what}")
     if out is not None:
         facts = {"commit": common.commit(), "versions": common.versions(), "command": common.command()}
-        common.write_json(out, {**facts, "rows": rows})
+        common.write_json(out, {**facts, "rows": rows}, row_per_line="rows")
     spills = sum(bool(row["spills"] or row["stack"]) for row in rows)
     narrow = sum(len(row["narrow_streams"]) for row in rows)
     versions = common.versions()

@@ -18,6 +18,10 @@ linear_kl              nothing: a meter, forward only                       –
 
 Backward functions are told what is wanted (``need_dweight``): what is not wanted is neither computed nor allocated.
 
+CUDA tensors, or any under ``TRITON_INTERPRET=1``, get the kernels in ``triton_kernels``; others, and all of fp64, plain
+PyTorch in ``reference.py``. Products are PyTorch's, attention is a backend's. The functional ops are registered as
+``torch.ops.llama_pro_kernels``, so ``torch.compile`` keeps them whole and ``FlopCounterMode`` counts their products.
+
 Precision: an op computes in ``compute_dtype(x.dtype)``, at least fp32, and narrows its result once. A weight may be
 wider than the activations (an fp32 master beside bf16); its gradient comes back in its own dtype and is never bf16 on
 the way. Names that end in an underscore write over an input. The autograd ops are differentiable once.

@@ -104,6 +104,7 @@ def _rms_norm_backward_kernel(
     weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
     if NEED_DWEIGHT:
         dweight = tl.zeros((ROWS, BLOCK_H), dtype=tl.float32)
+    # TURNS is 1 where the weight is frozen: known to the compiler, so that no loop is left.
     for turn in range(0, TURNS):
         rows = (turn * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
         row_mask = rows < num_rows
