@@ -72,6 +72,7 @@ def _cross_entropy_kernel(
     # A label outside the vocabulary makes NaN of its row's loss and gradient; it never reads outside the row.
     inside = (label >= 0) & (label < V)
     label_logit = tl.load(row_ptr + label, mask=valid & inside, other=float("nan")).to(tl.float32)
+    label_column = tl.where(inside, label, -1).to(tl.int32)
 
     shift, total = _log_sum_exp(row_ptr, V, BLOCK)
     loss = tl.log(total) + (shift - label_logit)
@@ -82,7 +83,7 @@ def _cross_entropy_kernel(
         for start in range(0, V, BLOCK):
             at = start + columns
             logits = tl.load(row_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
-            beats = (logits > label_logit) | ((logits == label_logit) & (at < label))
+            beats = (logits > label_logit) | ((logits == label_logit) & (at < label_column))
             beaten = beaten | beats.to(tl.int32)
         # The loss is not finite where a logit was NaN or the largest infinite: nothing was predicted there.
         correct = valid & inside & (tl.abs(loss) < float("inf")) & (tl.max(beaten, axis=0) == 0)
@@ -96,7 +97,7 @@ def _cross_entropy_kernel(
         for start in range(0, V, BLOCK):
             at = start + columns
             logits = tl.load(row_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
-            dlogits = tl.exp(logits - shift) * factor - tl.where(at == label, row_scale, 0.0)
+            dlogits = tl.exp(logits - shift) * factor - tl.where(at == label_column, row_scale, 0.0)
             tl.store(row_ptr + at, dlogits.to(logits_ptr.dtype.element_ty), mask=at < V)
 
 
