@@ -30,7 +30,7 @@ the way. Names that end in an underscore write over an input. The autograd ops a
 from .attention import attention, attention_backward, attention_forward
 from .attention_selection import select_attention_backend
 from .library import implementation_name
-from .linear import linear, linear_dbias, linear_dw, linear_dx, trainable_linear
+from .linear import linear, linear_dbias, linear_dscale, linear_dw, linear_dx, trainable_linear
 from .linear_cross_entropy import (
     LinearCrossEntropyOutput,
     linear_cross_entropy,
@@ -39,6 +39,7 @@ from .linear_cross_entropy import (
     linear_cross_entropy_forward,
 )
 from .linear_kl import linear_kl
+from .qk_norm_rotary import QKNormRotaryOutput, qk_norm_rotary_backward, qk_norm_rotary_forward
 from .reference import compute_dtype
 from .rms_norm import add_rms_norm, add_rms_norm_forward, rms_norm, rms_norm_backward, rms_norm_forward
 from .rotary import rotary, rotary_backward, rotary_forward, rotary_forward_
@@ -46,6 +47,7 @@ from .swiglu import swiglu, swiglu_backward, swiglu_backward_, swiglu_forward
 
 __all__ = [
     "LinearCrossEntropyOutput",
+    "QKNormRotaryOutput",
     "add_rms_norm",
     "add_rms_norm_forward",
     "attention",
@@ -59,9 +61,12 @@ __all__ = [
     "linear_cross_entropy_backward_",
     "linear_cross_entropy_forward",
     "linear_dbias",
+    "linear_dscale",
     "linear_dw",
     "linear_dx",
     "linear_kl",
+    "qk_norm_rotary_backward",
+    "qk_norm_rotary_forward",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_forward",

@@ -51,7 +51,7 @@ def rotary_forward(
         sin: like ``cos``.
         position_ids: ``[T]`` int64, rows of the tables.
         num_heads: N.
-        num_kv_heads: K.
+        num_kv_heads: K; 0 rotates heads of one kind.
         head_dim: D.
 
     Returns:

@@ -20,6 +20,7 @@ FILES = [
     "test_rms_norm.py",
     "test_swiglu.py",
     "test_rotary.py",
+    "test_qk_norm_rotary.py",
     "test_linear_cross_entropy.py",
     "test_linear_kl.py",
 ]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_pro_kernels import linear, linear_dbias, linear_dw, linear_dx, trainable_linear
+from llama_pro_kernels import linear, linear_dbias, linear_dscale, linear_dw, linear_dx, trainable_linear
 
 fp64 = torch.float64
 
@@ -41,6 +41,27 @@ def test_out_is_accumulated_into(dtype):
     out = torch.ones_like(once)
     assert linear_dw(dy, x, out=out) is out
     torch.testing.assert_close(out, once + 1, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_out", [4, 512, 1100])
+def test_a_scale_of_the_input_gets_its_gradient_from_the_weights(n_out):
+    x, weight, _, dy = operands(n_out=n_out)
+    scale = torch.randn(5, dtype=fp64, requires_grad=True)
+    expected = torch.autograd.grad((x * scale) @ weight.t(), scale, dy)[0]
+    with torch.no_grad():
+        got = linear_dscale(weight, linear_dw(dy, x * scale), scale)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_the_scales_gradient_is_as_exact_as_the_usual_sum_in_bf16():
+    """The usual way rounds dz W to bf16 and sums over tokens; this one rounds x̂ · scale and sums over outputs."""
+    x, weight, _, dy = operands(torch.bfloat16, 512, 96, 160)
+    scale = 1 + 0.1 * torch.randn(96)
+    exact = ((dy.double() @ weight.double()) * x.double()).sum(0)
+    got = linear_dscale(weight, linear_dw(dy, (x * scale).bfloat16()), scale)
+    usual = (linear_dx(dy, weight).float() * x.float()).sum(0)
+    assert got.dtype == torch.float32
+    assert (got.double() - exact).norm() <= 2 * (usual.double() - exact).norm()
 
 
 def test_gradcheck():

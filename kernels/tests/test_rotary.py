@@ -40,6 +40,16 @@ def test_forward_is_complex_multiplication(rotary_dim, op):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("op", [rotary_forward, rotary_forward_])
+def test_heads_of_one_kind_turn_alone(op):
+    """A norm per head stands between projection and rotation and leaves q and k in buffers of their own."""
+    qkv, (cos, sin) = torch.randn(T, (N + 2 * K) * D), tables(D)
+    q, _, _ = rotary_forward(qkv, cos, sin, positions(), N, K, D)
+    alone, *nothing = op(qkv[:, : N * D].contiguous(), cos, sin, positions(), N, 0, D)
+    assert torch.equal(alone, q)
+    assert all(t.shape == (T, 0, D) for t in nothing)
+
+
 @pytest.mark.parametrize("rotary_dim", [D, 4])
 def test_backward_is_autograd_of_the_formula(rotary_dim):
     qkv, (cos, sin) = torch.randn(T, (N + 2 * K) * D, dtype=fp64, requires_grad=True), tables(rotary_dim)

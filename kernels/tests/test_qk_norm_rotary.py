@@ -1,0 +1,82 @@
+import os
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llama_pro_kernels import qk_norm_rotary_backward, qk_norm_rotary_forward
+
+EPS = 1e-6
+N, K, T = 4, 2, 9
+fp64 = torch.float64
+
+
+def tables(head_dim):
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=fp64) / head_dim)
+    angles = torch.arange(32, dtype=fp64)[:, None] * frequency
+    return angles.cos().float(), angles.sin().float(), torch.tensor([0, 1, 2, 3, 0, 1, 0, 30, 31])
+
+
+def inputs(dtype, head_dim):
+    qkv = torch.randn(T, (N + 2 * K) * head_dim).to(dtype)
+    weights = [(1 + 0.3 * torch.randn(head_dim)).to(dtype) for _ in range(2)]
+    gradients = [torch.randn(T, heads, head_dim).to(dtype) for heads in (N, K, K)]
+    return qkv, *weights, *gradients
+
+
+def plain(qkv, q_weight, k_weight, dq, dk, dv):
+    """The formula in plain PyTorch in the inputs' dtype, and autograd of it."""
+    head_dim = len(q_weight)
+    leaves = [tensor.detach().requires_grad_() for tensor in (qkv, q_weight, k_weight)]
+    q, k, v = leaves[0].view(T, -1, head_dim).split([N, K, K], dim=1)
+    cos, sin, position_ids = tables(head_dim)
+    cos, sin = (torch.cat([table, table], -1)[position_ids][:, None].to(qkv.dtype) for table in (cos, sin))
+
+    def norm_and_turn(x, weight):
+        x = F.rms_norm(x, (head_dim,), weight, EPS)
+        return x * cos + torch.cat([-x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1) * sin
+
+    outputs = norm_and_turn(q, leaves[1]), norm_and_turn(k, leaves[2]), v
+    return *(t.detach() for t in outputs), *torch.autograd.grad(outputs, leaves, (dq, dk, dv))
+
+
+def ours(qkv, q_weight, k_weight, dq, dk, dv):
+    head_dim = len(q_weight)
+    q, k, v, q_rstd, k_rstd = qk_norm_rotary_forward(
+        qkv, q_weight, k_weight, EPS, *tables(head_dim), N, K, head_dim
+    )  # fmt: skip
+    gradients = qk_norm_rotary_backward(
+        dq, dk, dv, qkv, q_weight, k_weight, q_rstd, k_rstd, *tables(head_dim), need_dweight=True
+    )
+    return q, k, v, *gradients
+
+
+def test_is_norm_then_rotation_and_its_autograd_in_fp64():
+    arguments = inputs(fp64, 8)
+    before = arguments[0].clone()
+    torch.testing.assert_close(ours(*arguments), plain(*arguments), rtol=0, atol=1e-10)
+    assert torch.equal(arguments[0], before), "the kept input was written over"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_holds_the_2x_rule(dtype, head_dim, assert_twice_as_good):
+    arguments = inputs(dtype, head_dim)
+    exact = plain(*(tensor.double() for tensor in arguments))
+    for index, (got, narrow, wide) in enumerate(zip(ours(*arguments), plain(*arguments), exact, strict=True)):
+        if index >= 4:  # the weights' gradients, which are never narrowed
+            assert got.dtype == torch.float32
+            narrow = narrow.float()
+        # Two stores, norm and rotation, and the interpreter cuts both off.
+        cut_off = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.bfloat16
+        assert_twice_as_good(got, narrow, wide, atol=wide.abs().max() * 2**-7 if cut_off else 0.0)
+
+
+def test_frozen_weights_get_no_gradient():
+    qkv, q_weight, k_weight, *gradients = inputs(torch.float32, 8)
+    *_, q_rstd, k_rstd = qk_norm_rotary_forward(qkv, q_weight, k_weight, EPS, *tables(8), N, K, 8)
+    _, dq_weight, dk_weight = qk_norm_rotary_backward(
+        *gradients, qkv, q_weight, k_weight, q_rstd, k_rstd, *tables(8), need_dweight=False
+    )
+    assert dq_weight is None
+    assert dk_weight is None
