@@ -32,8 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, BlockSpec, RMSNorm
+from llama_pro_fast.block import Block, BlockClass, RMSNorm
 from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, Embedding, hf_tensors, rotary_tables
 from llama_pro_fast.model import expected_tensors as tensor_shapes
 from llama_pro_kernels import select_attention_backend
@@ -188,7 +189,7 @@ class Runner:
 
 def build_ours(workload: Workload) -> Runner:
     config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
-    spec = BlockSpec.from_config(config)
+    spec = BlockSpec.from_config(config, 0)
     shapes = tensor_shapes(config)
     trained = workload.trained_blocks
 
@@ -208,7 +209,7 @@ def build_ours(workload: Workload) -> Runner:
         return Embedding(workload.draw(name, shapes[name]), trained=False, compute_dtype=dtype)
 
     cos, sin = rotary_tables(config, workload.seq)
-    backend = select_attention_backend(device, dtype, head_dim=config.head_dim)
+    backend = select_attention_backend(device, dtype, head_dim=spec.head_dim)
     model = Decoder(
         embed_tokens=embedding(EMBEDDING),
         blocks=[block(index) for index in range(config.num_hidden_layers)],

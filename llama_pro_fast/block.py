@@ -1,9 +1,9 @@
-"""One decoder block: what it is (`BlockSpec`), what a batch gives it (`BlockContext`), what it computes (`Block`).
+"""One decoder block, its forward and its backward written out by hand.
 
-    x ── input_layernorm ── qkv_proj ── rotary ── attention ── o_proj ──┐
-    └────────────────────────────────────────────────────────────────── + ── s
+    x ── input_layernorm ── qkv_proj ── (qk norm) ── rotary ── attention ── o_proj ──┐
+    └─────────────────────────────────────────────────────────────────────────────── + ── s
     s ── post_attention_layernorm ── gate_up_proj ── SwiGLU ── down_proj ─┐
-    └────────────────────────────────────────────────────────────────── + ── y
+    └──────────────────────────────────────────────────────────────────── + ── y
 
 Weights are packed: q, k and v in one matrix, gate and up in another, so that a block is four products. A block is of
 one of three classes, set by where it lies and whether it trains:
@@ -13,6 +13,13 @@ one of three classes, set by where it lies and whether it trains:
     trained   its float32 weights are Parameters; products run on a narrow copy (the shadow) that is refreshed after
               each optimizer step, and every gradient stays float32
 
+Between forward and backward a frozen and a trained block keep the same: x, q, k, v, o, lse, s, gate and up, and one
+number a token for each RMSNorm; `cost.kept_bytes` is the sum. The normed rows and the SwiGLU product, which the
+weights' gradients need, are made again elementwise. Backward writes d(gate, up) over (gate, up), so it runs once.
+
+The weight of an RMSNorm gets its gradient from the projection behind it (`linear_dscale`). So the lowest trained block,
+whose input needs no gradient, makes no product for one, and no block sums over tokens for a norm of the residual.
+
 A new block starts as an identity because `o_proj` and `down_proj` are zero (paper, section 3.2): both branches add 0.
 """
 
@@ -20,12 +27,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_kernels import add_rms_norm, attention, rms_norm, rotary, swiglu, trainable_linear
+from llama_pro_fast.families import BlockSpec
+from llama_pro_kernels import (
+    add_rms_norm_forward,
+    attention_backward,
+    attention_forward,
+    linear,
+    linear_dbias,
+    linear_dscale,
+    linear_dw,
+    linear_dx,
+    qk_norm_rotary_backward,
+    qk_norm_rotary_forward,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+    rotary_backward,
+    rotary_forward_,
+    swiglu_backward_,
+    swiglu_forward,
+)
+from llama_pro_kernels.library import Consumed
 
 
 class BlockClass(Enum):
@@ -34,71 +63,6 @@ class BlockClass(Enum):
     PREFIX = "prefix"
     FROZEN = "frozen"
     TRAINED = "trained"
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """The shape of a block; families of models differ by this data."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    attention_bias: bool
-    mlp_bias: bool
-
-    @classmethod
-    def from_config(cls, config) -> BlockSpec:
-        """From a `transformers.LlamaConfig`."""
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            norm_eps=config.rms_norm_eps,
-            attention_bias=config.attention_bias,
-            mlp_bias=config.mlp_bias,
-        )
-
-    @property
-    def q_size(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    def tensors(self) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-        """Our parameter -> the Hugging Face tensors stacked in it along dimension 0, with their shapes.
-
-        The one place where the two namings meet.
-        """
-        H, I, Q, K = self.hidden_size, self.intermediate_size, self.q_size, self.kv_size
-        packed = {
-            "qkv_proj": ([("self_attn.q_proj", Q), ("self_attn.k_proj", K), ("self_attn.v_proj", K)], H),
-            "o_proj": ([("self_attn.o_proj", H)], Q),
-            "gate_up_proj": ([("mlp.gate_proj", I), ("mlp.up_proj", I)], H),
-            "down_proj": ([("mlp.down_proj", H)], I),
-        }
-        biased = {
-            "qkv_proj": self.attention_bias,
-            "o_proj": self.attention_bias,
-            "gate_up_proj": self.mlp_bias,
-            "down_proj": self.mlp_bias,
-        }
-        tensors = {name: [(f"{name}.weight", (H,))] for name in ("input_layernorm", "post_attention_layernorm")}
-        tensors = {f"{name}.weight": rows for name, rows in tensors.items()}
-        for name, (parts, in_features) in packed.items():
-            tensors[f"{name}.weight"] = [(f"{part}.weight", (rows, in_features)) for part, rows in parts]
-            if biased[name]:
-                tensors[f"{name}.bias"] = [(f"{part}.bias", (rows,)) for part, rows in parts]
-        return tensors
-
-    def num_parameters(self) -> int:
-        return sum(torch.Size(shape).numel() for parts in self.tensors().values() for _, shape in parts)
 
 
 @dataclass(frozen=True)
@@ -113,44 +77,179 @@ class BlockContext:
         attention: name of the attention backend.
     """
 
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
     max_seqlen: int
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: Tensor
+    sin: Tensor
     attention: str
 
     @classmethod
-    def for_batch(
-        cls, batch: PackedBatch, *, rotary_tables: tuple[torch.Tensor, torch.Tensor], attention: str
-    ) -> BlockContext:
+    def for_batch(cls, batch: PackedBatch, *, rotary_tables: tuple[Tensor, Tensor], attention: str) -> BlockContext:
         cos, sin = rotary_tables
         return cls(batch.position_ids, batch.cu_seqlens, batch.max_seqlen, cos, sin, attention)
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.cos, self.sin, self.position_ids
+
+    def attention_arguments(self, spec: BlockSpec) -> tuple[tuple[Tensor, int], dict[str, Any]]:
+        """What a block's attention takes behind its tensors; a window as long as every document is none."""
+        window = spec.window if spec.window is not None and spec.window < self.max_seqlen else None
+        options = {"scale": spec.head_dim**-0.5, "window": window, "backend": self.attention}
+        return (self.cu_seqlens, self.max_seqlen), options
+
+
+class Weights(NamedTuple):
+    """A block's weights, or what belongs to them one by one: shadows, gradients. None where there is none."""
+
+    input_layernorm: Tensor | None = None
+    qkv_proj: Tensor | None = None
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    o_proj: Tensor | None = None
+    o_bias: Tensor | None = None
+    post_attention_layernorm: Tensor | None = None
+    gate_up_proj: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_proj: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class _DecoderBlock(torch.autograd.Function):
+    """``(x [T, H], …) -> y [T, H]``. A weight is a master, possibly wider than x, with or without a shadow."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, spec: BlockSpec, context: BlockContext, shadows: Weights, *masters: Tensor | None
+    ) -> Tensor:
+        w = Weights(*(m if shadow is None else shadow for m, shadow in zip(masters, shadows, strict=True)))
+        lengths, options = context.attention_arguments(spec)
+
+        normed, rstd = rms_norm_forward(x, w.input_layernorm, spec.norm_eps)
+        qkv = _linear(normed, w.qkv_proj, w.qkv_bias)
+        if spec.qk_norm:
+            q, k, v = _qk_norm(qkv, w, spec, context)[:3]
+        else:
+            q, k, v = rotary_forward_(qkv, *context.rotation, spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        o, lse = attention_forward(q, k, v, *lengths, **options)
+        branch = _linear(o.flatten(1), w.o_proj, w.o_bias)
+
+        normed, s, post_rstd = add_rms_norm_forward(branch, x, w.post_attention_layernorm, spec.norm_eps)
+        gate_up = _linear(normed, w.gate_up_proj, w.gate_up_bias)
+        y = _linear(swiglu_forward(gate_up), w.down_proj, w.down_bias).add_(s)
+
+        ctx.save_for_backward(x, rstd, qkv, o, lse, s, post_rstd, gate_up, *w)
+        ctx.spec, ctx.context, ctx.consumed = spec, context, Consumed("decoder block")
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.consumed.once()
+        spec, context = ctx.spec, ctx.context
+        x, rstd, qkv, o, lse, s, post_rstd, gate_up, *weights = ctx.saved_tensors
+        w = Weights(*weights)
+        need_dx, _, _, _, *need_dweight = ctx.needs_input_grad
+        trained = any(need_dweight)
+        lengths, options = context.attention_arguments(spec)
+        dw: dict[str, Tensor | None] = {}
+
+        # y = s + down_proj(SwiGLU(gate_up)),  gate_up = gate_up_proj(post_attention_layernorm(s))
+        dproduct = _linear_dx(dy, w.down_proj)
+        dgate_up, product = swiglu_backward_(dproduct, gate_up, need_product=trained)
+        if trained:
+            dw["down_proj"], dw["down_bias"] = linear_dw(dy, product), _dbias(dy, w.down_bias)
+            dw["gate_up_proj"], dw["gate_up_bias"], dw["post_attention_layernorm"] = _norm_linear_dw(
+                dgate_up, s, w.post_attention_layernorm, w.gate_up_proj, w.gate_up_bias, spec
+            )
+        del dproduct, product
+        dnormed = _linear_dx(dgate_up, w.gate_up_proj)
+        ds, _ = rms_norm_backward(
+            dnormed, s, w.post_attention_layernorm, post_rstd, dresidual=dy, need_dweight=False
+        )  # fmt: skip
+
+        # s = x + o_proj(o),  o = attention(rotary(qkv_proj(input_layernorm(x))))
+        do = _linear_dx(ds, w.o_proj).view(o.shape)
+        if spec.qk_norm:
+            q, k, v, *qk_rstd = _qk_norm(qkv, w, spec, context)
+        else:
+            heads = qkv.view(len(qkv), -1, spec.head_dim)
+            q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        dq, dk, dv = attention_backward(do, q, k, v, o, lse, *lengths, **options)
+        if spec.qk_norm:
+            dqkv, dw["q_norm"], dw["k_norm"] = qk_norm_rotary_backward(
+                dq, dk, dv, qkv, w.q_norm, w.k_norm, *qk_rstd, *context.rotation, need_dweight=trained
+            )
+        else:
+            dqkv = rotary_backward(dq, dk, dv, *context.rotation)
+        del dnormed, do, q, k, v, dq, dk, dv
+        if trained:
+            dw["o_proj"], dw["o_bias"] = linear_dw(ds, o.flatten(1)), _dbias(ds, w.o_bias)
+            dw["qkv_proj"], dw["qkv_bias"], dw["input_layernorm"] = _norm_linear_dw(
+                dqkv, x, w.input_layernorm, w.qkv_proj, w.qkv_bias, spec
+            )
+        dx = None
+        if need_dx:
+            dnormed = _linear_dx(dqkv, w.qkv_proj)
+            dx, _ = rms_norm_backward(dnormed, x, w.input_layernorm, rstd, dresidual=ds, need_dweight=False)
+        return dx, None, None, None, *Weights(**dw)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    return linear_dx(dy, weight.to(dy.dtype))
+
+
+def _dbias(dy: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else linear_dbias(dy)
+
+
+def _qk_norm(qkv: Tensor, w: Weights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor, ...]:
+    """``(q, k, v, q_rstd, k_rstd)``, made in forward and once more in backward."""
+    sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    return qk_norm_rotary_forward(qkv, w.q_norm, w.k_norm, spec.norm_eps, *context.rotation, *sizes)
+
+
+def _norm_linear_dw(
+    dz: Tensor, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, spec: BlockSpec
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients ``(dweight, dbias, dnorm)`` of ``z = RMSNorm(x) weightᵀ + bias``.
+
+    The norm's weight is divided by, so its elements are kept away from 0, by less than any sum of products can tell
+    (1e-19 in float32). That changes nothing else: a column of dW at such an element is itself below 1e-19.
+    """
+    least = torch.finfo(norm.dtype).tiny ** 0.5
+    norm = torch.where(norm.abs() < least, least, norm)
+    normed, _ = rms_norm_forward(x, norm, spec.norm_eps)
+    dweight = linear_dw(dz, normed)
+    return dweight, _dbias(dz, bias), linear_dscale(weight.to(dz.dtype), dweight, norm)
 
 
 class Linear(nn.Module):
     """A weight ``[out, in]``, perhaps a bias, and while it trains in a wider dtype than it computes in, a shadow."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, trained: bool, compute_dtype: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, trained: bool, compute_dtype: torch.dtype):
         super().__init__()
         self.weight = parameter(weight, trained=trained, compute_dtype=compute_dtype)
         self.bias = None if bias is None else parameter(bias, trained=trained, compute_dtype=compute_dtype)
         needs_shadow = self.weight.dtype != compute_dtype
         self.register_buffer("shadow", self.weight.detach().to(compute_dtype) if needs_shadow else None, False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return trainable_linear(x, self.weight, self.bias, shadow=self.shadow)
-
 
 class RMSNorm(nn.Module):
     """The weight ``[H]`` of an RMSNorm; the op computes in float32, so it needs no shadow."""
 
-    def __init__(self, weight: torch.Tensor, eps: float, *, trained: bool, compute_dtype: torch.dtype):
+    def __init__(self, weight: Tensor, eps: float, *, trained: bool, compute_dtype: torch.dtype):
         super().__init__()
         self.weight = parameter(weight, trained=trained, compute_dtype=compute_dtype)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -165,49 +264,45 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self,
-        spec: BlockSpec,
-        tensors: dict[str, torch.Tensor],
-        *,
-        block_class: BlockClass,
-        compute_dtype: torch.dtype,
+        self, spec: BlockSpec, tensors: dict[str, Tensor], *, block_class: BlockClass, compute_dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.spec = spec
         self.block_class = block_class
         how = {"trained": block_class is BlockClass.TRAINED, "compute_dtype": compute_dtype}
-        self.input_layernorm = RMSNorm(tensors["input_layernorm.weight"], spec.norm_eps, **how)
-        self.post_attention_layernorm = RMSNorm(tensors["post_attention_layernorm.weight"], spec.norm_eps, **how)
+        for name in ("input_layernorm", "q_norm", "k_norm", "post_attention_layernorm"):
+            weight = tensors.get(f"{name}.weight")
+            setattr(self, name, None if weight is None else RMSNorm(weight, spec.norm_eps, **how))
         for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
             setattr(self, name, Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), **how))
 
-    def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """``[T, H]`` -> ``[T, H]``, in the dtype of ``x``."""
+        masters = Weights(
+            input_layernorm=self.input_layernorm.weight,
+            qkv_proj=self.qkv_proj.weight,
+            qkv_bias=self.qkv_proj.bias,
+            q_norm=self.q_norm and self.q_norm.weight,
+            k_norm=self.k_norm and self.k_norm.weight,
+            o_proj=self.o_proj.weight,
+            o_bias=self.o_proj.bias,
+            post_attention_layernorm=self.post_attention_layernorm.weight,
+            gate_up_proj=self.gate_up_proj.weight,
+            gate_up_bias=self.gate_up_proj.bias,
+            down_proj=self.down_proj.weight,
+            down_bias=self.down_proj.bias,
+        )
+        shadows = Weights(
+            qkv_proj=self.qkv_proj.shadow,
+            o_proj=self.o_proj.shadow,
+            gate_up_proj=self.gate_up_proj.shadow,
+            down_proj=self.down_proj.shadow,
+        )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.block_class is not BlockClass.PREFIX):
-            return self._forward(x, context)
-
-    def _forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
-        spec = self.spec
-        qkv = self.qkv_proj(self.input_layernorm(x))
-        q, k, v = rotary(
-            qkv, context.cos, context.sin, context.position_ids, spec.num_heads, spec.num_kv_heads, spec.head_dim
-        )
-        o = attention(
-            q,
-            k,
-            v,
-            context.cu_seqlens,
-            context.max_seqlen,
-            scale=spec.head_dim**-0.5,
-            backend=context.attention,
-        )
-        normed, s = add_rms_norm(
-            self.o_proj(o.flatten(1)), x, self.post_attention_layernorm.weight, self.post_attention_layernorm.eps
-        )
-        return s + self.down_proj(swiglu(self.gate_up_proj(normed), consume=True))
+            return _DecoderBlock.apply(x, self.spec, context, shadows, *masters)
 
 
-def parameter(tensor: torch.Tensor, *, trained: bool, compute_dtype: torch.dtype) -> nn.Parameter:
+def parameter(tensor: Tensor, *, trained: bool, compute_dtype: torch.dtype) -> nn.Parameter:
     """A trained tensor is its float32 master (float64 under a float64 computation), a frozen one the only copy."""
     dtype = torch.promote_types(compute_dtype, torch.float32) if trained else compute_dtype
     return nn.Parameter(tensor.detach().to(dtype), requires_grad=trained)

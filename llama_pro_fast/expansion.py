@@ -219,7 +219,7 @@ def write_expanded(
         shutil.copyfile(companion, folder / companion.name)
     made_from = ModelId(base.name, combined_digest(digests), plan.num_old)
     manifest = Manifest.of_expansion(previous, made_from, plan)
-    write_json(folder / CONFIG_FILE, expanded_config(base.raw_config, plan, manifest))
+    write_json(folder / CONFIG_FILE, expanded_config(_explicit_config(base), plan, manifest))
     return manifest
 
 
@@ -231,8 +231,19 @@ def expanded_config(raw_config: dict[str, Any], plan: ExpansionPlan, manifest: M
         # The length alone proves nothing: a model of two layers may have two end-of-sequence tokens.
         if "layer" in key and isinstance(value, list) and len(value) == plan.num_old:
             config[key] = [value[source] for source in plan.sources]
+    if isinstance(first := config.get("max_window_layers"), int):  # for readers who know nothing of layer_types
+        config["max_window_layers"] = sum(source < first for source in plan.sources)
     config[MANIFEST_KEY] = manifest.to_config()
     return config
+
+
+def _explicit_config(base: PretrainedFolder) -> dict[str, Any]:
+    """The base's ``config.json`` with its ``layer_types`` written out, where its family has such.
+
+    Older ones leave them to a rule on a block's number, which is another number after an expansion.
+    """
+    layer_types = getattr(base.config, "layer_types", None)
+    return base.raw_config if layer_types is None else base.raw_config | {"layer_types": list(layer_types)}
 
 
 def _rows(entry: TensorEntry, plan: ExpansionPlan) -> Iterator[_Row]:

@@ -24,6 +24,7 @@ from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.block import BlockContext
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan, Progress, block_tensor_name, split_name, write_expanded
+from llama_pro_fast.families import BlockSpec, smallest_window
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import EMBEDDING, load_block, load_embedding, rotary_tables
@@ -198,7 +199,12 @@ def _prove_blocks(
 ) -> None:
     depth = expanded.config.num_hidden_layers
     tables = rotary_tables(expanded.config, batch.max_seqlen)
-    backend = select_attention_backend("cpu", dtype, head_dim=expanded.config.head_dim)
+    backend = select_attention_backend(
+        "cpu",
+        dtype,
+        window=smallest_window(expanded.config, batch.max_seqlen),
+        head_dim=BlockSpec.from_config(expanded.config, 0).head_dim,
+    )
     context = BlockContext.for_batch(batch, rotary_tables=tables, attention=backend)
     x = load_embedding(expanded, dtype=dtype)(batch.input_ids)
     for index in range(depth):

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, BlockContext, BlockSpec, RMSNorm, parameter
+from llama_pro_fast.block import Block, BlockClass, BlockContext, RMSNorm, parameter
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.pretrained import PretrainedFolder
 from llama_pro_kernels import linear_cross_entropy, linear_cross_entropy_forward, linear_kl
 
@@ -121,7 +122,7 @@ def hf_tensors(config, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, t
         yield top[name], tensor
         return
     _, index, rest = name.split(".", 2)
-    parts = BlockSpec.from_config(config).tensors()[rest]
+    parts = BlockSpec.from_config(config, int(index)).tensors()[rest]
     for (hf_name, _), part in zip(parts, tensor.split([shape[0] for _, shape in parts]), strict=True):
         yield f"model.layers.{index}.{hf_name}", part
 
@@ -129,8 +130,9 @@ def hf_tensors(config, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, t
 def rotary_tables(config, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin ``[length, D/2]`` float32 for positions 0 … length-1, computed by transformers itself.
 
-    For `longrope` and `dynamic`, whose angles depend on how long the text is, ``length`` decides, once for the run:
-    transformers would decide anew for each batch by its longest document.
+    The families compute them alike, so Llama's module serves all configs. For `longrope` and `dynamic`, whose angles
+    depend on how long the text is, ``length`` decides, once for the run: transformers would decide anew for each batch
+    by its longest document.
     """
     positions = torch.arange(length)[None]
     cos, sin = LlamaRotaryEmbedding(config)(torch.empty(0, dtype=torch.float32), positions)
@@ -140,10 +142,9 @@ def rotary_tables(config, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def expected_tensors(config) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this config must hold, with its shape."""
-    spec = BlockSpec.from_config(config)
     shapes = {EMBEDDING: (config.vocab_size, config.hidden_size), FINAL_NORM: (config.hidden_size,)}
     for index in range(config.num_hidden_layers):
-        for parts in spec.tensors().values():
+        for parts in BlockSpec.from_config(config, index).tensors().values():
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in parts}
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
@@ -203,7 +204,7 @@ def load_block(
     device: torch.device | str = "cpu",
 ) -> Block:
     """Decoder block ``index`` of a folder, computing in ``dtype``."""
-    spec = BlockSpec.from_config(folder.config)
+    spec = BlockSpec.from_config(folder.config, index)
     packed = {
         ours: torch.cat([folder.tensor(f"model.layers.{index}.{name}").to(device) for name, _ in parts])
         for ours, parts in spec.tensors().items()

@@ -18,6 +18,7 @@ from llama_pro_fast.data import resolve_sources
 from llama_pro_fast.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.families import BlockSpec, smallest_window
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.identity import IdentityProof, expand_and_prove
 from llama_pro_fast.manifest import Manifest
@@ -126,7 +127,7 @@ def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None
     return base, None
 
 
-def resolve_device(config: RunConfig, base: PretrainedFolder) -> tuple[torch.device, torch.dtype]:
+def resolve_device(config: RunConfig, base: PretrainedFolder, seq_len: int) -> tuple[torch.device, torch.dtype]:
     """Fill in device, dtype, attention backend and threads; switch on what `deterministic` needs.
 
     Raises:
@@ -152,7 +153,8 @@ def resolve_device(config: RunConfig, base: PretrainedFolder) -> tuple[torch.dev
             device,
             dtype,
             requested=train.attention,
-            head_dim=base.config.head_dim,
+            window=smallest_window(base.config, seq_len),
+            head_dim=BlockSpec.from_config(base.config, 0).head_dim,
             deterministic=train.deterministic,
         )
     except ValueError as error:

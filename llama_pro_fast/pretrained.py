@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.families import FAMILIES, BlockSpec
 from llama_pro_fast.files import first_line
 
 ASSETS = Path(__file__).parent / "assets"
@@ -32,7 +33,6 @@ ALIGNMENT = 64
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-ARCHITECTURES = ("LlamaForCausalLM",)
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Side files a model folder may carry that stay true for a deeper model: tokenizer, generation settings, licence.
@@ -79,11 +79,13 @@ class PretrainedFolder:
         if not self.path.is_dir():
             raise UserError(f"model folder {self.path} does not exist; give a folder with {CONFIG_FILE}")
         self.raw_config = _read_json(self.path / CONFIG_FILE, "a Hugging Face model folder has one")
-        architectures = self.raw_config.get("architectures") or ["none named"]
-        if architectures[0] not in ARCHITECTURES:
+        architecture, *_ = self.raw_config.get("architectures") or ["none named"]
+        model_type = self.raw_config.get("model_type")
+        if model_type not in FAMILIES or architecture != FAMILIES[model_type].architecture:
+            supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
             raise UserError(
-                f"{self.path / CONFIG_FILE}: architecture {architectures[0]} is not supported; "
-                f"supported: {', '.join(ARCHITECTURES)}"
+                f"{self.path / CONFIG_FILE}: architecture {architecture} of model_type {model_type} is not supported; "
+                f"supported: {supported}"
             )
         if "quantization_config" in self.raw_config:
             raise UserError(f"{self.path}: the weights are quantised; give the original bf16/fp16/fp32 checkpoint")
@@ -91,6 +93,11 @@ class PretrainedFolder:
             self.config = transformers.AutoConfig.from_pretrained(self.path)
         except Exception as error:
             raise UserError(f"{self.path / CONFIG_FILE}: transformers refuses it: {first_line(error)}") from error
+        try:
+            for index in range(self.config.num_hidden_layers):
+                BlockSpec.from_config(self.config, index)
+        except UserError as error:
+            raise UserError(f"{self.path / CONFIG_FILE}: {error}") from error
         if self.config.hidden_act != "silu":
             raise UserError(
                 f"{self.path / CONFIG_FILE}: hidden_act {self.config.hidden_act} is not supported (silu is)"

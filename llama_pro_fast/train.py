@@ -59,8 +59,8 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         base = folder
         if base is None:
             base, plan = prepare.open_base(config)
-        device, dtype = prepare.resolve_device(config, base)
         seq_len = prepare.resolve_seq_len(config, base)
+        device, dtype = prepare.resolve_device(config, base, seq_len)
 
         # Text to tokens, once; then the length of the run is known.
         with waiting("reading text ...") as update:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_pro_fast.pretrained import PretrainedFolder
 
@@ -20,10 +20,12 @@ def _no_progress_bars() -> None:
 
 @pytest.fixture
 def make_base(tmp_path: Path) -> Callable[..., PretrainedFolder]:
-    """A tiny Llama checkpoint on disk. Every weight, norm and bias is random: transformers starts biases at zero and
-    norms at one, and a test on those could pass by luck."""
+    """A tiny checkpoint on disk, a Llama unless said otherwise. Every weight, norm and bias is random: transformers
+    starts biases at zero and norms at one, and a test on those could pass by luck."""
 
-    def make(*, dtype=torch.float32, shard_size="1GB", name="base", extra_config=None, **config) -> PretrainedFolder:
+    def make(
+        *, dtype=torch.float32, shard_size="1GB", name="base", family="llama", extra_config=None, **config
+    ) -> PretrainedFolder:
         settings = {
             "vocab_size": 80,
             "hidden_size": 16,
@@ -33,7 +35,7 @@ def make_base(tmp_path: Path) -> Callable[..., PretrainedFolder]:
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
         }
-        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(settings | config)))
         generator = torch.Generator().manual_seed(len(list(model.parameters())))
         for parameter in model.parameters():
             with torch.no_grad():

@@ -41,8 +41,9 @@ def test_a_size_is_the_model_it_is_named_after(contestants, workload, size, base
 def test_7b_is_the_papers_expansion(workload):
     paper = workload("7b")
     assert paper.trained_blocks == [4, 9, 14, 19, 24, 29, 34, 39]
-    # facts of the design: 38.28 GFLOP a token
-    assert step_cost(paper.config, paper.trained_blocks, seq_len=4096).total == pytest.approx(38.28e9, rel=1e-3)
+    # By hand 38.28 GFLOP a token with all of dX from the lowest trained block up, whose q/k/v projection makes none.
+    expected = 38.28e9 - 2 * 3 * 4096**2
+    assert step_cost(paper.config, paper.trained_blocks, seq_len=4096).total == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_new_block_is_its_source_with_zero_outputs(workload):

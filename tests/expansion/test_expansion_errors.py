@@ -43,7 +43,7 @@ def test_a_missing_folder(refused):
 
 def test_another_architecture(make_base, refused):
     edit_config(make_base().path, architectures=["GPT2LMHeadModel"])
-    refused("GPT2LMHeadModel is not supported")
+    refused("GPT2LMHeadModel of model_type llama is not supported; supported: LlamaForCausalLM (llama), Mistral")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""What a block keeps and computes, to the byte and the FLOP: every class, every kind of attention."""
+
+from __future__ import annotations
+
+import json
+
+import memory
+import pytest
+import torch
+from block_cases import SPECS, make_block, make_context, make_rows
+from live_storages import LiveStorages
+from torch.utils.flop_counter import FlopCounterMode
+
+from llama_pro_fast import block as block_module
+from llama_pro_fast.batch import PackedBatch
+from llama_pro_fast.block import BlockClass
+from llama_pro_fast.cost import step_cost
+from llama_pro_fast.model import load_model
+from llama_pro_kernels import select_attention_backend
+
+CLASSES = {name: (block_class, need_dx) for name, block_class, need_dx in memory.ROWS}
+TOKENS = (24, 56)
+
+
+def measured(name, which, dtype=torch.bfloat16):
+    spec, (block_class, need_dx) = SPECS[name], CLASSES[which]
+    attention = select_attention_backend("cpu", dtype, window=spec.window, head_dim=spec.head_dim)
+    return memory.measure_block(spec, block_class, need_dx, dtype, TOKENS, attention)
+
+
+@pytest.mark.parametrize("which", CLASSES)
+@pytest.mark.parametrize("name", SPECS)
+def test_bytes_and_work_equal_their_formulas(name, which):
+    row, spec = measured(name, which), SPECS[name]
+    H, I, N, K, D = spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads, spec.head_dim
+    in_bf16 = 2 * (2 * H + 4) + 4 * (N + K) * D + 4 * N + 4 * I
+    assert row["bytes"] == row["bytes_formula"] == (0 if which == "prefix" else in_bf16)
+
+    qkv, rest = H * (N + 2 * K) * D, H * N * D + 3 * H * I
+    backward = {  # dX and dW, in weights
+        "prefix": 0,
+        "trained, the lowest": rest + (qkv + rest),
+        "frozen": qkv + rest,
+        "trained": 2 * (qkv + rest),
+    }
+    tokens, lengths = TOKENS[1], memory.documents(TOKENS[1])
+    window = spec.window or tokens
+    pairs = sum(1 for n in lengths for query in range(n) for key in range(query + 1) if query - key < window)
+    attention = 4 * N * D * pairs
+    assert row["work"] == row["work_formula"]
+    assert row["work"] == {
+        "products forward": 2 * tokens * (qkv + rest),
+        "products backward": 2 * tokens * backward[which],
+        "attention forward": attention,
+        "attention backward": 0 if which == "prefix" else attention * 5 // 2,
+    }
+
+
+@pytest.mark.parametrize("which", CLASSES)
+def test_bytes_in_fp32(which):
+    row = measured("all", which, torch.float32)
+    assert row["bytes"] == row["bytes_formula"]
+
+
+def test_the_head_makes_two_products():
+    row = memory.measure_head(torch.float32, 2)
+    assert row["work"] == row["work_formula"]
+
+
+def test_a_gradient_of_a_norm_is_no_kernel_of_the_norm(monkeypatch):
+    """Weights of the two norms of the residual get theirs from the projections; those of q and k are sums."""
+    asked = []
+    original = block_module.rms_norm_backward
+
+    def watched(*args, need_dweight, **kwargs):
+        asked.append(need_dweight)
+        return original(*args, need_dweight=need_dweight, **kwargs)
+
+    monkeypatch.setattr(block_module, "rms_norm_backward", watched)
+    spec = SPECS["all"]
+    block, x = make_block(spec, BlockClass.TRAINED, torch.float32), make_rows(spec, torch.float32).requires_grad_()
+    block(x, make_context(spec, torch.float32)).sum().backward()
+    assert asked == [False, False]
+    assert block.input_layernorm.weight.grad.any()
+
+
+class TestLiveStorages:
+    def test_sees_what_hooks_on_saved_tensors_miss(self):
+        class Hoards(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.hidden = {"deep": [x.exp()]}
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, dy):
+                return dy
+
+        x = torch.randn(10, requires_grad=True)
+        with LiveStorages() as storages:
+            y = Hoards.apply(x)
+        assert storages.live_bytes(without=(y,)) == 40
+        del y
+        assert storages.live_bytes() == 0
+
+    def test_counts_a_storage_once_and_whole(self):
+        with LiveStorages() as storages:
+            whole = torch.zeros(10)
+            view, other = whole[:1], whole[5:6]
+            del whole
+        assert storages.live_bytes() == 40
+        assert storages.live_bytes(without=(view,)) == 0
+        del view, other
+        assert storages.live_bytes() == 0
+
+    def test_a_byte_too_many_is_found(self, monkeypatch):
+        hoard = []
+        original = block_module.swiglu_forward
+        monkeypatch.setattr(block_module, "swiglu_forward", lambda x: hoard.append(original(x)) or hoard[-1])
+        row = measured("gqa", "frozen")
+        assert row["bytes"] == row["bytes_formula"] + 2 * SPECS["gqa"].intermediate_size
+
+
+class TestCommand:
+    @pytest.fixture
+    def run(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(memory, "SPEC", SPECS["gqa"])
+        monkeypatch.setattr(memory, "VOCAB", 100)
+
+        def run(*arguments):
+            code = memory.main([*arguments, "--tokens", "16", "40", "--out", str(tmp_path / "memory.json")])
+            return code, capsys.readouterr().out.splitlines()[-1], json.loads((tmp_path / "memory.json").read_text())
+
+        return run
+
+    def test_says_equal_and_ends_with_0(self, run):
+        code, last, result = run("--check")
+        assert code == 0
+        assert last.startswith("EQUAL: products 1.0000 of the formula, kept bytes 1.0000 of the formula; 472 bytes")
+        assert [row["block"] for row in result["rows"]] == [*CLASSES, "frozen head"]
+        assert {"device", "commit", "versions", "command"} <= result.keys()
+
+    @pytest.mark.parametrize("broken", ["kept_bytes", "expected_work"])
+    def test_ends_with_1_where_one_differs(self, run, monkeypatch, broken):
+        original = getattr(memory, broken)
+
+        def off_by_one(*args):
+            formula = original(*args)
+            return formula + 1 if broken == "kept_bytes" else formula | {"attention forward": 1}
+
+        monkeypatch.setattr(memory, broken, off_by_one)
+        code, last, _ = run("--check")
+        assert code == 1
+        assert last.startswith("NOT EQUAL")
+        assert run()[0] == 0
+
+
+@pytest.mark.parametrize("family", [{}, {"family": "qwen3"}, {"family": "qwen2", "tie_word_embeddings": True}])
+@pytest.mark.parametrize("trained", [[2, 3], [1, 3], "all"])
+def test_a_steps_products_are_those_of_step_cost(family, trained, make_base):
+    """From the embedding to the loss and back: prefix, lowest, frozen, trained and head together."""
+    train_all = trained == "all"
+    folder = make_base(**family)
+    model = load_model(
+        folder, trained_blocks=() if train_all else trained, train_all=train_all, attention="cpu_flash", max_length=12
+    )
+    batch = PackedBatch.from_documents([list(range(12)), list(range(20, 32))])
+    with FlopCounterMode(display=False) as counter:
+        model.loss(batch, torch.tensor(1.0)).backward()
+    products = memory.by_kind(counter, "made")["products made"]
+    cost = step_cost(folder.config, () if train_all else trained, seq_len=12, train_all=train_all)
+    assert products == 24 * (cost.forward + cost.dx + cost.dw)
