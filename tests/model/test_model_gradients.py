@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_cases import plain_block
 from torch.nn import functional as F
 
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.block import BlockContext
+from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.model import hf_tensors, rotary_tables
 
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 KINDS = {
     "gqa": {},
     "tied": {"tie_word_embeddings": True},
@@ -22,6 +25,9 @@ KINDS = {
             "original_max_position_embeddings": 16,
         }
     },
+    "mistral": {"family": "mistral", "sliding_window": 6},
+    "qwen2": {"family": "qwen2"} | SLIDING,
+    "qwen3": {"family": "qwen3", "head_dim": 12, "attention_bias": True} | SLIDING,
 }
 TRAINED = [1, 3]
 
@@ -44,45 +50,25 @@ def our_gradients(model, config, batches, scale) -> tuple[float, dict[str, torch
 
 
 def plain_loss(weights: dict[str, torch.Tensor], config, documents) -> torch.Tensor:
-    """A Llama in a few lines of plain PyTorch, a document at a time: an independent definition."""
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    cos, sin = (torch.cat([t, t], -1).double() for t in rotary_tables(config, max(map(len, documents))))
-
-    def linear(x, name):
-        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-    def norm(x, name):
-        return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], config.rms_norm_eps)
-
-    def rotate(x):
-        first, second = x.chunk(2, -1)
-        return x * cos[: x.shape[1]] + torch.cat([-second, first], -1) * sin[: x.shape[1]]
-
-    total = 0.0
-    for document in documents:
-        if len(document) < 2:
-            continue
-        ids = torch.tensor(document)
-        x = weights["model.embed_tokens.weight"][ids]
-        for index in range(config.num_hidden_layers):
-            block = f"model.layers.{index}"
-            h = norm(x, f"{block}.input_layernorm")
-            q, k, v = (
-                linear(h, f"{block}.self_attn.{name}_proj").view(len(ids), n, dim).transpose(0, 1)
-                for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-            )
-            k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (rotate(k), v))
-            scores = rotate(q) @ k.transpose(1, 2) / dim**0.5
-            mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-            o = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-            x = x + linear(o.transpose(0, 1).flatten(1), f"{block}.self_attn.o_proj")
-            h = norm(x, f"{block}.post_attention_layernorm")
-            product = F.silu(linear(h, f"{block}.mlp.gate_proj")) * linear(h, f"{block}.mlp.up_proj")
-            x = x + linear(product, f"{block}.mlp.down_proj")
-        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-        logits = norm(x, "model.norm") @ head.t()
-        total = total + F.cross_entropy(logits[:-1], ids[1:], reduction="sum")
-    return total
+    """The whole model in plain PyTorch: an independent definition."""
+    documents = [document for document in documents if document]
+    lengths, ids = (
+        [len(document) for document in documents],
+        torch.tensor([token for document in documents for token in document]),
+    )
+    tables = rotary_tables(config, max(lengths))
+    x = weights["model.embed_tokens.weight"][ids]
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+        x = plain_block(x, own, BlockSpec.from_config(config, index), lengths, *tables)
+    x = F.rms_norm(x, x.shape[-1:], weights["model.norm.weight"], config.rms_norm_eps)
+    logits = x @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).t()
+    return sum(
+        F.cross_entropy(of_one[:-1], tokens[1:], reduction="sum")
+        for of_one, tokens in zip(logits.split(lengths), ids.split(lengths), strict=True)
+        if len(tokens) > 1
+    )
 
 
 @pytest.mark.parametrize("train_all", [False, True], ids=["new blocks", "all"])

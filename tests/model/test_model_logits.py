@@ -44,6 +44,19 @@ KINDS = {
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "wide heads": {"head_dim": 12},
+    "mistral": {"family": "mistral"},
+    "mistral with a window": {"family": "mistral", "sliding_window": 6},
+    "qwen2": {"family": "qwen2"},
+    "qwen2 with windows": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": {"family": "qwen3", "head_dim": 12},
+    "qwen3 with biases": {"family": "qwen3", "head_dim": 12, "attention_bias": True},
+    "qwen3 with windows": {
+        "family": "qwen3",
+        "head_dim": 12,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
     **{f"rope {name}": {"rope_parameters": parameters} for name, parameters in ROPE.items()},
 }
 
@@ -52,8 +65,10 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize("attention", ["reference", "cpu_flash"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [(kind, "reference") for kind in KINDS] + [(kind, "cpu_flash") for kind in KINDS if "window" not in kind],
+)
 def test_packed_logits_equal_transformers_on_each_document(
     kind, attention, make_base, load, hf_logits, batch, documents
 ):
@@ -109,7 +124,7 @@ def test_a_document_does_not_see_its_neighbours(make_base, load, documents):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["gqa", "tied", "biases"])
+@pytest.mark.parametrize("kind", ["gqa", "tied", "biases", "mistral", "qwen2 with windows", "qwen3 with windows"])
 def test_expanded_logits_equal_the_bases_bit_for_bit(
     kind, dtype, make_base, load, hf_logits, batch, documents, tmp_path
 ):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llama_pro_fast import train
 from llama_pro_fast.checkpoint import complete_checkpoints
@@ -73,7 +73,13 @@ def base(tmp_path_factory, tokenizer) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "tiny", tokenizer, torch.bfloat16)
 
 
-def write_base(folder: Path, tokenizer, dtype: torch.dtype, **config) -> Path:
+@pytest.fixture
+def base_of(tmp_path, tokenizer) -> Callable[..., Path]:
+    """A base like that of another family or config."""
+    return lambda **config: write_base(tmp_path / "base", tokenizer, torch.bfloat16, **config)
+
+
+def write_base(folder: Path, tokenizer, dtype: torch.dtype, *, family: str = "llama", **config) -> Path:
     settings = {
         "vocab_size": 320,
         "hidden_size": 32,
@@ -86,7 +92,7 @@ def write_base(folder: Path, tokenizer, dtype: torch.dtype, **config) -> Path:
         "eos_token_id": 1,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(settings | config)))
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             parameter.normal_(std=0.1).add_(1.0 if "norm" in name else 0.0)
