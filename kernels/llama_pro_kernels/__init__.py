@@ -16,6 +16,9 @@ attention              q, k, v, o, lse                                      –
 linear_kl              nothing: a meter, forward only                       –
 =====================  ===================================================  ================================
 
+``qk_norm_rotary``, the norm on each head of q and k with the rotation behind it, is a pair only. ``linear``,
+``linear_dx``, ``linear_dw``, ``linear_dbias`` and ``linear_dscale`` are the products of a linear layer one by one.
+
 Backward functions are told what is wanted (``need_dweight``): what is not wanted is neither computed nor allocated.
 
 CUDA tensors, or any under ``TRITON_INTERPRET=1``, get the kernels in ``triton_kernels``; others, and all of fp64, plain

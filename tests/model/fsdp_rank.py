@@ -1,0 +1,69 @@
+"""One rank of test_block_fsdp.py: ``fsdp_rank.py FOLDER DTYPE RANK STORE OUT``, started once for each rank."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from llama_pro_fast.batch import PackedBatch
+from llama_pro_fast.block import BlockClass
+from llama_pro_fast.model import Decoder, load_model
+from llama_pro_fast.pretrained import PretrainedFolder
+
+RANKS = 2
+TRAINED = [1, 3]
+# Of each micro-batch, and in it of each rank: other numbers of tokens and of documents on each.
+MICRO_BATCHES = [([(19, 1, 7), (24,)]), ([(5,), (11, 0, 3)])]
+
+
+def documents(micro: int, rank: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(10 * micro + rank)
+    return [torch.randint(80, (n,), generator=generator).tolist() for n in MICRO_BATCHES[micro][rank]]
+
+
+def load(folder: str, dtype: torch.dtype) -> Decoder:
+    return load_model(PretrainedFolder(folder), trained_blocks=TRAINED, dtype=dtype, attention="cpu_flash")
+
+
+def num_valid() -> int:
+    """Of the whole step, over micro-batches and ranks."""
+    batches = [PackedBatch.from_documents(documents(m, r)) for m in range(len(MICRO_BATCHES)) for r in range(RANKS)]
+    return sum(batch.num_valid for batch in batches)
+
+
+def main(folder: str, dtype_name: str, rank: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model = load(folder, getattr(torch, dtype_name))
+    for block in model.blocks:
+        if block.block_class is BlockClass.TRAINED:
+            for module in block.modules():
+                if getattr(module, "shadow", None) is not None:
+                    module.shadow = None
+            fully_shard(block, mesh=mesh)
+    # FSDP takes the mean over the ranks.
+    scale = torch.tensor(RANKS / num_valid())
+    for micro in range(len(MICRO_BATCHES)):
+        model.loss(PackedBatch.from_documents(documents(micro, rank)), scale).backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert isinstance(parameter, DTensor), name
+            assert parameter.to_local().numel() < parameter.numel(), f"{name} is not sharded"
+            gradients[name] = parameter.grad.full_tensor()
+        else:
+            assert parameter.grad is None, name
+    if rank == 0:
+        torch.save(gradients, out)
+    distributed.barrier()  # who leaves first takes the connection along
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5])
