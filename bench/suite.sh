@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One part of what a machine with a GPU should run: bench/suite.sh tests|kernels|train|throughput|quickstart
 #
-#   tests        the tests of the kernels, natively: pytest kernels
+#   tests        the tests of the kernels and of the block, natively
 #   kernels      every op by the clock, beside eager PyTorch, torch.compile, and Liger and quack where installed
 #   train        train, kill, resume, compare bit for bit
 #   throughput   ours against Hugging Face; on a GPU the sizes 1b and 7b, else tiny
@@ -37,7 +37,7 @@ case $part in
     tests)
         {
             "$python" bench/common.py
-            "$python" -m pytest kernels -q -p no:cacheprovider --durations=5
+            "$python" -m pytest kernels tests/model/test_block_gradients.py -q -p no:cacheprovider --durations=5
         } 2>&1 | tee "$OUT/tests-kernels.txt"
         ;;
     kernels)

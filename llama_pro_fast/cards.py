@@ -100,7 +100,7 @@ print(generate("import os", max_new_tokens=60, do_sample=False)[0]["generated_te
     own = "python -m llama_pro_fast.train --model.path MODEL --expand.groups 8 --data.domain mine.jsonl \\"
     evaluate = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={shown(exported)}", "--tasks", "hellaswag"]
     say("\nnext")
-    say('# your model (a folder or hub id of a Llama checkpoint) and text (one {"text": ...} a line)')
+    say('# your model (a folder or hub id of a Llama-family checkpoint) and text (one {"text": ...} a line)')
     say(f"{own}\n    --optim.lr 5e-5 --output runs/mine")
     say("# generate")
     say(shlex.join(["python", "-c", pipeline]))

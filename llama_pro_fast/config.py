@@ -14,7 +14,7 @@ class ModelConfig:
     """Which model is trained."""
 
     path: str | None = None
-    """Folder of a Hugging Face Llama checkpoint (config.json, safetensors, tokenizer), a hub id, or
+    """Folder of a Llama-family checkpoint (config.json, safetensors, tokenizer), a hub id, or
     `builtin:prose-3m`, the small base in the package."""
 
     init: Literal["pretrained", "random"] = "pretrained"

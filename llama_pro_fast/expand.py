@@ -45,7 +45,9 @@ def _parser() -> ArgumentParser:
         prog=f"{PROGRAM} expand",
         description="Insert identity copies of decoder blocks into a Llama checkpoint (LLaMA Pro, arXiv 2401.02415).",
     )
-    parser.add_argument("base", metavar="BASE", help="folder of a Hugging Face Llama checkpoint, or a hub id")
+    parser.add_argument(
+        "base", metavar="BASE", help="folder of a Llama-family checkpoint in the Hugging Face layout, or a hub id"
+    )
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--groups", type=int, metavar="N", help="cut the blocks into N groups, new blocks after each")
