@@ -42,7 +42,7 @@ case $part in
         ;;
     kernels)
         if [[ $cuda == 1 ]]; then device=cuda; else device=cpu; fi
-        "$python" bench/kernels.py --device "$device" --out "$OUT/kernels.json"
+        "$python" bench/ops.py --device "$device" --out "$OUT/kernels.json"
         ;;
     train)
         "$python" bench/train_resume.py --out "$OUT/train-resume.json"

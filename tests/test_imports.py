@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +19,13 @@ def test_everything_imports_without(missing):
     subprocess.run([sys.executable, "-c", f"import sys; {blocked}import {MODULES}"], check=True)
 
 
-def test_the_kernels_folder_is_no_package():
-    """A package named `kernels` shadows Hugging Face's wheel, and transformers fails to import."""
+@pytest.mark.parametrize("folder", [".", "bench", "tests"])
+def test_nothing_of_ours_is_named_kernels(folder):
+    """A module or package `kernels` first on the path shadows Hugging Face's wheel, and transformers does not import.
+
+    The folder of a script that is run is on the path, so what lies beside it counts.
+    """
     code = "import importlib.util as u; s = u.find_spec('kernels'); sys.exit(s is not None and s.origin is not None)"
-    subprocess.run([sys.executable, "-c", f"import sys; {code}"], check=True)
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root / folder)}
+    subprocess.run([sys.executable, "-c", f"import sys; {code}"], cwd=root, env=environment, check=True)

@@ -1,4 +1,4 @@
-"""What bench/kernels.py is made of.
+"""What bench/ops.py is made of.
 
 shapes         the models' sizes, and every kernel of a training step at them
 machine_code   a compiled kernel's registers, spills and widths of access

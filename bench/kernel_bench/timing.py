@@ -312,7 +312,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kernels.py", description=__doc__.splitlines()[0], parents=[options()])
+    parser = argparse.ArgumentParser(prog="ops.py", description=__doc__.splitlines()[0], parents=[options()])
     arguments = parser.parse_args(argv)
     for name, value in DEFAULTS[arguments.device].items():
         if getattr(arguments, name) is None:

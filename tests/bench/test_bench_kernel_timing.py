@@ -1,4 +1,4 @@
-"""bench/kernels.py by the clock: its code path on a CPU, and what it does with calls that a GPU cannot capture."""
+"""bench/ops.py by the clock: its code path on a CPU, and what it does with calls that a GPU cannot capture."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ KEYS = {
 def done(run_bench, tmp_path_factory):
     """A trial of every op on a CPU: what was printed, the JSON, the folder."""
     folder = tmp_path_factory.mktemp("results")
-    finished = run_bench("kernels.py", "--device", "cpu", "--rounds", "2", "--out", str(folder / "kernels.json"))
+    finished = run_bench("ops.py", "--device", "cpu", "--rounds", "2", "--out", str(folder / "kernels.json"))
     assert finished.returncode == 0, finished.stdout
     return finished.stdout, json.loads((folder / "kernels.json").read_text()), folder
 
@@ -74,7 +74,7 @@ def by_name(result):
 def test_the_result_says_where_it_comes_from(done):
     _, result, _ = done
     assert result["device"].startswith("cpu")
-    assert result["command"].startswith("python bench/kernels.py --device cpu")
+    assert result["command"].startswith("python bench/ops.py --device cpu")
     assert (result["model"], result["tokens"], result["rounds"]) == ("tiny", 256, 2)
     assert result.keys() >= {"commit", "versions", "dtype"}
     assert result["copy_GBps"] > 0
@@ -213,7 +213,7 @@ def test_the_picture_is_drawn_again_from_the_json(done, run_bench, tmp_path):
     signature = b"\x89PNG\r\n"
     assert (folder / "kernels.png").read_bytes().startswith(signature)
     picture = tmp_path / "again.png"
-    finished = run_bench("kernels.py", "--from", str(folder / "kernels.json"), "--picture", str(picture))
+    finished = run_bench("ops.py", "--from", str(folder / "kernels.json"), "--picture", str(picture))
     assert finished.returncode == 0, finished.stdout
     assert "no target is judged" in finished.stdout
     assert picture.read_bytes().startswith(signature)
@@ -221,7 +221,7 @@ def test_the_picture_is_drawn_again_from_the_json(done, run_bench, tmp_path):
 
 
 def test_without_a_gpu_one_line_says_so(run_bench):
-    finished = run_bench("kernels.py", CUDA_VISIBLE_DEVICES="")
+    finished = run_bench("ops.py", CUDA_VISIBLE_DEVICES="")
     assert finished.returncode == 2
     assert finished.stdout == "kernels are timed on a GPU, and PyTorch finds none; --device cpu tries the bench\n"
 
@@ -237,7 +237,7 @@ def test_without_a_gpu_one_line_says_so(run_bench):
     ],
 )
 def test_a_wrong_argument_is_told(run_bench, arguments, complaint):
-    finished = run_bench("kernels.py", *arguments)
+    finished = run_bench("ops.py", *arguments)
     assert finished.returncode == 2
     assert complaint in finished.stdout
 

@@ -10,13 +10,13 @@ pytest.importorskip("triton")
 PROGRAM = """
 import json
 import torch, triton, triton.language as tl
-import kernels
+import ops as bench_ops
 from kernel_bench.machine_code import compile_for, disassemble
 from kernel_bench.shapes import MODELS, Case, ModelShape
 from llama_pro_kernels import triton_kernels as ops
 from llama_pro_kernels.triton_kernels.launch import launch
 
-T, bf16 = kernels.TOKENS, torch.bfloat16
+T, bf16 = bench_ops.TOKENS, torch.bfloat16
 
 
 @triton.jit
@@ -44,15 +44,15 @@ CASES = {
     "spills": hoard,
 }
 found = {}
-kernels.cases = lambda shape, tokens: [Case(name=name, run=run) for name, run in CASES.items()]
-for row in kernels.compile_model("llama-2-7b"):
+bench_ops.cases = lambda shape, tokens: [Case(name=name, run=run) for name, run in CASES.items()]
+for row in bench_ops.compile_model("llama-2-7b"):
     found[row["case"] + " " + row["target"]] = row
 
-kernels.cases = lambda shape, tokens: [Case(name="good", run=CASES["good"])]
-kernels.compile_all = lambda: kernels.compile_model("llama-2-7b")
-good = kernels.compile_only(None)
-kernels.cases = lambda shape, tokens: [Case(name="bad", run=CASES["odd width"])]
-bad = kernels.compile_only(None)
+bench_ops.cases = lambda shape, tokens: [Case(name="good", run=CASES["good"])]
+bench_ops.compile_all = lambda: bench_ops.compile_model("llama-2-7b")
+good = bench_ops.compile_only(None)
+bench_ops.cases = lambda shape, tokens: [Case(name="bad", run=CASES["odd width"])]
+bad = bench_ops.compile_only(None)
 print(json.dumps({"rows": found, "good": good, "bad": bad}))
 """
 

@@ -1,7 +1,7 @@
 """The kernels one by one: what they compile to, and on a GPU how fast they are.
 
-    PYTHONPATH=.:kernels python bench/kernels.py --compile-only
-    PYTHONPATH=.:kernels python bench/kernels.py
+    PYTHONPATH=.:kernels python bench/ops.py --compile-only
+    PYTHONPATH=.:kernels python bench/ops.py
 
 `--compile-only` needs no GPU. Every kernel of a training step is compiled for sm_80, sm_90 and sm_100 at the shapes of
 four models in bf16, specialised as Triton would for these very arguments, and its machine code is read: registers,
