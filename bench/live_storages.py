@@ -1,8 +1,9 @@
-"""What is alive: the memory that tensors made within a block of code still hold afterwards, whoever holds it.
+"""What is alive: the memory of the tensors that a block of code made and that somebody still holds afterwards.
 
 Hooks on saved tensors see what goes through `save_for_backward` and miss an attribute of a context, a closure, a
-cache. Here every storage that an operation made is remembered by a weak reference, and what has not died is counted,
-each storage once and whole, however small the view of it is.
+cache. Here the storage of every tensor that an operation returned is remembered by a weak reference, and what has not
+died is counted, each storage once and whole, however small the view of it is. A registered operation is looked at from
+outside: what its body makes and does not return is not seen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class LiveStorages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._made: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # What comes in is no news, but for what is made in here its first appearance may be as an argument.
@@ -28,16 +29,18 @@ class LiveStorages(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             if (key := _key(tensor)) not in before:
-                storage = tensor.untyped_storage()
-                self._made[key] = (StorageWeakRef(storage), storage.nbytes())
+                self._made[key] = StorageWeakRef(tensor.untyped_storage())
         return result
 
     def live_bytes(self, *, without: tuple[torch.Tensor, ...] = ()) -> int:
         """Bytes of the storages made and still alive, but for those of ``without``."""
         left_out = {_key(tensor) for tensor in without}
-        return sum(
-            nbytes for key, (storage, nbytes) in self._made.items() if not storage.expired() and key not in left_out
+        alive = (
+            torch.UntypedStorage._new_with_weak_ptr(made.cdata)
+            for key, made in self._made.items()
+            if key not in left_out
         )
+        return sum(storage.nbytes() for storage in alive if storage is not None)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -5,9 +5,10 @@
 One block of each class at the width of LLaMA-2-7B (hidden 4096, intermediate 11008, 32 heads), in bf16, and the frozen
 head at its vocabulary, through the code a run takes, on a CPU. Nothing is timed; nothing depends on the machine.
 
-Bytes: every storage that is alive between forward and backward, whoever holds it (bench/live_storages.py), without
-parameters, rotary tables and the batch's layout. Two lengths are run and the slope between them is the bytes a token
-keeps, so a constant can hide nothing. The formula is `llama_pro_fast.cost.kept_bytes`.
+Bytes: every storage of an operation's result that is alive between forward and backward, whether autograd holds it, a
+context or anybody else (bench/live_storages.py), without parameters, rotary tables and the batch's layout. Two lengths
+are run and the slope between them is the bytes a token keeps, so a constant can hide nothing. The formula is
+`llama_pro_fast.cost.kept_bytes`.
 
 Work: PyTorch's FLOP counter over forward and backward, with the formulas of our operations. Products beside
 `llama_pro_fast.cost`; attention beside its pairs of a query and a key it sees in these ragged documents, 4·N·D a pair

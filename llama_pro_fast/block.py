@@ -14,11 +14,12 @@ one of three classes, set by where it lies and whether it trains:
               each optimizer step, and every gradient stays float32
 
 Between forward and backward a frozen and a trained block keep the same: x, q, k, v, o, lse, s, gate and up, and one
-number a token for each RMSNorm; `cost.kept_bytes` is the sum. The normed rows and the SwiGLU product, which the
-weights' gradients need, are made again elementwise. Backward writes d(gate, up) over (gate, up), so it runs once.
+number a token for each of the two layer norms; `cost.kept_bytes` is the sum. The normed rows and the SwiGLU product,
+which the weights' gradients need, are made again elementwise; so are q and k where they are normed, and then what is
+kept of them is raw. Backward writes d(gate, up) over (gate, up), so it runs once.
 
 The weight of an RMSNorm gets its gradient from the projection behind it (`linear_dscale`). So the lowest trained block,
-whose input needs no gradient, makes no product for one, and no block sums over tokens for a norm of the residual.
+whose input needs no gradient, makes no product for one, and no block sums over tokens for a layer norm.
 
 A new block starts as an identity because `o_proj` and `down_proj` are zero (paper, section 3.2): both branches add 0.
 """
@@ -157,25 +158,26 @@ class _DecoderBlock(torch.autograd.Function):
         dw: dict[str, Tensor | None] = {}
 
         # y = s + down_proj(SwiGLU(gate_up)),  gate_up = gate_up_proj(post_attention_layernorm(s))
-        dproduct = _linear_dx(dy, w.down_proj)
+        dproduct = linear_dx(dy, w.down_proj.to(dy.dtype))
         dgate_up, product = swiglu_backward_(dproduct, gate_up, need_product=trained)
+        gate_up_proj = w.gate_up_proj.to(dy.dtype)
         if trained:
             dw["down_proj"], dw["down_bias"] = linear_dw(dy, product), _dbias(dy, w.down_bias)
             dw["gate_up_proj"], dw["gate_up_bias"], dw["post_attention_layernorm"] = _norm_linear_dw(
-                dgate_up, s, w.post_attention_layernorm, w.gate_up_proj, w.gate_up_bias, spec
+                dgate_up, s, w.post_attention_layernorm, gate_up_proj, w.gate_up_bias, spec
             )
         del dproduct, product
-        dnormed = _linear_dx(dgate_up, w.gate_up_proj)
+        dnormed = linear_dx(dgate_up, gate_up_proj)
         ds, _ = rms_norm_backward(
             dnormed, s, w.post_attention_layernorm, post_rstd, dresidual=dy, need_dweight=False
         )  # fmt: skip
 
         # s = x + o_proj(o),  o = attention(rotary(qkv_proj(input_layernorm(x))))
-        do = _linear_dx(ds, w.o_proj).view(o.shape)
+        do = linear_dx(ds, w.o_proj.to(dy.dtype)).view(o.shape)
         if spec.qk_norm:
             q, k, v, *qk_rstd = _qk_norm(qkv, w, spec, context)
         else:
-            heads = qkv.view(len(qkv), -1, spec.head_dim)
+            heads = qkv.view(len(qkv), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
             q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         dq, dk, dv = attention_backward(do, q, k, v, o, lse, *lengths, **options)
         if spec.qk_norm:
@@ -185,24 +187,21 @@ class _DecoderBlock(torch.autograd.Function):
         else:
             dqkv = rotary_backward(dq, dk, dv, *context.rotation)
         del dnormed, do, q, k, v, dq, dk, dv
+        qkv_proj = w.qkv_proj.to(dy.dtype)
         if trained:
             dw["o_proj"], dw["o_bias"] = linear_dw(ds, o.flatten(1)), _dbias(ds, w.o_bias)
             dw["qkv_proj"], dw["qkv_bias"], dw["input_layernorm"] = _norm_linear_dw(
-                dqkv, x, w.input_layernorm, w.qkv_proj, w.qkv_bias, spec
+                dqkv, x, w.input_layernorm, qkv_proj, w.qkv_bias, spec
             )
         dx = None
         if need_dx:
-            dnormed = _linear_dx(dqkv, w.qkv_proj)
+            dnormed = linear_dx(dqkv, qkv_proj)
             dx, _ = rms_norm_backward(dnormed, x, w.input_layernorm, rstd, dresidual=ds, need_dweight=False)
         return dx, None, None, None, *Weights(**dw)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
-    return linear_dx(dy, weight.to(dy.dtype))
 
 
 def _dbias(dy: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -220,18 +219,21 @@ def _norm_linear_dw(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients ``(dweight, dbias, dnorm)`` of ``z = RMSNorm(x) weightᵀ + bias``.
 
-    The norm's weight is divided by, so its elements are kept away from 0, by less than any sum of products can tell
-    (1e-19 in float32). That changes nothing else: a column of dW at such an element is itself below 1e-19.
+    The norm's weight is divided by, so elements below 1e-19 (in float32) are taken for 1e-19 here. Their own gradient
+    is exact all the same; their column of dweight is off by at most 1e-19 · Σ |dz · x̂|, too little for a weight.
     """
     least = torch.finfo(norm.dtype).tiny ** 0.5
     norm = torch.where(norm.abs() < least, least, norm)
     normed, _ = rms_norm_forward(x, norm, spec.norm_eps)
     dweight = linear_dw(dz, normed)
-    return dweight, _dbias(dz, bias), linear_dscale(weight.to(dz.dtype), dweight, norm)
+    return dweight, _dbias(dz, bias), linear_dscale(weight, dweight, norm)
 
 
 class Linear(nn.Module):
-    """A weight ``[out, in]``, perhaps a bias, and while it trains in a wider dtype than it computes in, a shadow."""
+    """A weight ``[out, in]``, perhaps a bias, and while it trains in a wider dtype than it computes in, a shadow.
+
+    With ``shadow`` set to None, as where the master is sharded, it is narrowed in forward and once more in backward.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, trained: bool, compute_dtype: torch.dtype):
         super().__init__()
@@ -260,16 +262,19 @@ class Block(nn.Module):
         spec: its shape.
         tensors: our parameter names (:meth:`BlockSpec.tensors`) -> packed tensors of any float dtype.
         block_class: prefix, frozen or trained.
-        compute_dtype: of the activations and of frozen weights.
+        compute_dtype: of the activations and of frozen weights. A trained block wants the exponents of float32 (bf16,
+            fp32, fp64): float16 loses small gradients. Autocast is not for it.
     """
 
     def __init__(
         self, spec: BlockSpec, tensors: dict[str, Tensor], *, block_class: BlockClass, compute_dtype: torch.dtype
     ) -> None:
         super().__init__()
+        trained = block_class is BlockClass.TRAINED
+        assert not (trained and compute_dtype == torch.float16), "a trained block does not compute in float16"
         self.spec = spec
         self.block_class = block_class
-        how = {"trained": block_class is BlockClass.TRAINED, "compute_dtype": compute_dtype}
+        how = {"trained": trained, "compute_dtype": compute_dtype}
         for name in ("input_layernorm", "q_norm", "k_norm", "post_attention_layernorm"):
             weight = tensors.get(f"{name}.weight")
             setattr(self, name, None if weight is None else RMSNorm(weight, spec.norm_eps, **how))

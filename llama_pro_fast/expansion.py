@@ -231,7 +231,8 @@ def expanded_config(raw_config: dict[str, Any], plan: ExpansionPlan, manifest: M
         # The length alone proves nothing: a model of two layers may have two end-of-sequence tokens.
         if "layer" in key and isinstance(value, list) and len(value) == plan.num_old:
             config[key] = [value[source] for source in plan.sources]
-    if isinstance(first := config.get("max_window_layers"), int):  # for readers who know nothing of layer_types
+    if isinstance(first := config.get("max_window_layers"), int):
+        # For readers who know nothing of layer_types: the same, but for copies of full blocks behind sliding ones.
         config["max_window_layers"] = sum(source < first for source in plan.sources)
     config[MANIFEST_KEY] = manifest.to_config()
     return config

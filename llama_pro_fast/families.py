@@ -6,11 +6,10 @@ families share one table, which transformers computes from the config (`model.ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from llama_pro_fast.errors import UserError
 
@@ -94,7 +93,7 @@ class BlockSpec:
         return tensors
 
     def num_parameters(self) -> int:
-        return sum(torch.Size(shape).numel() for parts in self.tensors().values() for _, shape in parts)
+        return sum(math.prod(shape) for parts in self.tensors().values() for _, shape in parts)
 
 
 def _never(config: Any) -> bool:
@@ -109,12 +108,25 @@ def _full_attention(config: Any, index: int) -> None:
     return None
 
 
+def _window(config: Any, index: int) -> int | None:
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise UserError(
+            f"sliding_window {config.sliding_window}: a query sees itself, so at least 1 (null for no window)"
+        )
+    return config.sliding_window
+
+
 def _window_by_layer_type(config: Any, index: int) -> int | None:
-    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    windows = {"full_attention": None, "sliding_attention": _window(config, index)}
     kind = config.layer_types[index]
     if kind not in windows:
         raise UserError(
             f"layer_types: block {index} is {kind}, which is not supported; supported: {', '.join(windows)}"
+        )
+    if kind == "sliding_attention" and windows[kind] is None:
+        raise UserError(
+            f"layer_types: block {index} is {kind} and there is no window; set use_sliding_window and "
+            "sliding_window, or full_attention"
         )
     return windows[kind]
 
@@ -122,6 +134,9 @@ def _window_by_layer_type(config: Any, index: int) -> int | None:
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How a family's config tells what its blocks are; a default is what the first Llama had.
+
+    A row does for a family whose blocks are Llama's but for what a :class:`BlockSpec` says. Multipliers on the branches
+    or the embedding, blocks without a rotation, norms elsewhere: none of these would be noticed.
 
     Attributes:
         architecture: its causal language model in transformers.
@@ -145,7 +160,7 @@ FAMILIES = {
         o_bias=_attention_bias,
         mlp_bias=lambda config: config.mlp_bias,
     ),
-    "mistral": Family(architecture="MistralForCausalLM", window=lambda config, index: config.sliding_window),
+    "mistral": Family(architecture="MistralForCausalLM", window=_window),
     "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=lambda config: True, window=_window_by_layer_type),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -158,8 +173,29 @@ FAMILIES = {
 """By transformers' ``model_type``."""
 
 
-def smallest_window(config: Any, length: int) -> int | None:
-    """The smallest sliding window among a model's blocks that a sequence of ``length`` tokens is longer than, or None:
-    what the run's attention backend must be able to do."""
-    windows = [BlockSpec.from_config(config, index).window for index in range(config.num_hidden_layers)]
-    return min((window for window in windows if window is not None and window < length), default=None)
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+def check_rope(config: Any) -> None:
+    """The angles must be one table for all blocks, turning the whole of each head.
+
+    Raises:
+        UserError: they are not, or are told in a way that is not known.
+    """
+    rope = config.rope_parameters
+    kind, theta = rope.get("rope_type"), rope.get("rope_theta")
+    if kind not in ROPE_TYPES:
+        raise UserError(f"rope_parameters: rope_type {kind} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if not isinstance(theta, int | float):
+        raise UserError(f"rope_parameters: rope_theta {theta} is not a number; 10000 is Llama's")
+    if (share := rope.get("partial_rotary_factor")) not in (None, 1):
+        raise UserError(
+            f"rope_parameters: partial_rotary_factor {share} is not supported; these families turn whole heads"
+        )
+
+
+def window_within(config: Any, length: int) -> int | None:
+    """The sliding window of a model's blocks, if any has one that a sequence of ``length`` tokens is longer than: what
+    the run's attention backend must be able to do."""
+    windows = (BlockSpec.from_config(config, index).window for index in range(config.num_hidden_layers))
+    return next((window for window in windows if window is not None and window < length), None)

@@ -1,7 +1,7 @@
 """The proof that an expanded checkpoint computes what its base computes. It believes only files, read anew:
 
 1. every tensor of the base is there, byte for byte; a new block's tensors are byte-equal to those of the block it
-   copies, or all zero; there is none beside them;
+   copies, or all zero; there is none beside them; and the config makes every block as it makes its source;
 2. block by block, on real text and in the checkpoint's dtype, every new block gives back its input (`torch.equal`).
    Old blocks have the same bytes and so, by induction over depth, the same input and output as in the base: the final
    hidden states are equal, and so are the logits;
@@ -24,7 +24,7 @@ from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.block import BlockContext
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan, Progress, block_tensor_name, split_name, write_expanded
-from llama_pro_fast.families import BlockSpec, smallest_window
+from llama_pro_fast.families import BlockSpec, window_within
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import EMBEDDING, load_block, load_embedding, rotary_tables
@@ -147,12 +147,19 @@ def _prove_files(
     for key, value in base.raw_config.items():
         if "layer" not in key and key not in ("_name_or_path", "block_expansion"):
             _require(expanded.raw_config.get(key) == value, expanded, CONFIG_FILE, f"{key} is not the base's")
+    same_angles = expanded.config.rope_parameters == base.config.rope_parameters
+    _require(same_angles, expanded, CONFIG_FILE, "rope_parameters are not the base's")
 
     new = {row.index: row for row in manifest.new_blocks if row.index in manifest.trained_blocks}
     old_indices = [index for index in range(expanded.config.num_hidden_layers) if index not in new]
     depth = base.config.num_hidden_layers
     _require(len(old_indices) == depth, expanded, CONFIG_FILE, f"not {depth} old blocks, the base's number")
     sources = {index: block for block, index in enumerate(old_indices)} | {i: row.copy_of for i, row in new.items()}
+
+    for index, source in sources.items():
+        # No text of the proof is as long as a window: what a block attends to must be read.
+        specs = BlockSpec.from_config(expanded.config, index), BlockSpec.from_config(base.config, source)
+        _require(specs[0] == specs[1], expanded, CONFIG_FILE, f"block {index} is not made as the base's {source}")
 
     origins: dict[str, tuple[str, bool, bool]] = {}  # name -> the base's name, is a copy, is zeroed
     for name in base.entries:
@@ -202,7 +209,7 @@ def _prove_blocks(
     backend = select_attention_backend(
         "cpu",
         dtype,
-        window=smallest_window(expanded.config, batch.max_seqlen),
+        window=window_within(expanded.config, batch.max_seqlen),
         head_dim=BlockSpec.from_config(expanded.config, 0).head_dim,
     )
     context = BlockContext.for_batch(batch, rotary_tables=tables, attention=backend)

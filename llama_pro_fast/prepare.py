@@ -18,7 +18,7 @@ from llama_pro_fast.data import resolve_sources
 from llama_pro_fast.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.families import BlockSpec, smallest_window
+from llama_pro_fast.families import BlockSpec, window_within
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.identity import IdentityProof, expand_and_prove
 from llama_pro_fast.manifest import Manifest
@@ -153,7 +153,7 @@ def resolve_device(config: RunConfig, base: PretrainedFolder, seq_len: int) -> t
             device,
             dtype,
             requested=train.attention,
-            window=smallest_window(base.config, seq_len),
+            window=window_within(base.config, seq_len),
             head_dim=BlockSpec.from_config(base.config, 0).head_dim,
             deterministic=train.deterministic,
         )

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.families import FAMILIES, BlockSpec
+from llama_pro_fast.families import FAMILIES, BlockSpec, check_rope
 from llama_pro_fast.files import first_line
 
 ASSETS = Path(__file__).parent / "assets"
@@ -42,6 +42,7 @@ COMPANION_PATTERNS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tekken.json",
     "*.model",
     "generation_config.json",
     "chat_template*",
@@ -79,26 +80,36 @@ class PretrainedFolder:
         if not self.path.is_dir():
             raise UserError(f"model folder {self.path} does not exist; give a folder with {CONFIG_FILE}")
         self.raw_config = _read_json(self.path / CONFIG_FILE, "a Hugging Face model folder has one")
-        architecture, *_ = self.raw_config.get("architectures") or ["none named"]
-        model_type = self.raw_config.get("model_type")
-        if model_type not in FAMILIES or architecture != FAMILIES[model_type].architecture:
-            supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
+        architecture, model_type = self.raw_config.get("architectures"), self.raw_config.get("model_type")
+        if isinstance(architecture, list) and architecture:
+            architecture = architecture[0]
+        known = [(family.architecture, name) for name, family in FAMILIES.items()]
+        if (architecture, model_type) not in known:
+            supported = ", ".join(f"{architecture} ({model_type})" for architecture, model_type in known)
             raise UserError(
                 f"{self.path / CONFIG_FILE}: architecture {architecture} of model_type {model_type} is not supported; "
                 f"supported: {supported}"
             )
-        if "quantization_config" in self.raw_config:
+        if self.raw_config.get("quantization_config") is not None:
             raise UserError(f"{self.path}: the weights are quantised; give the original bf16/fp16/fp32 checkpoint")
         try:
             self.config = transformers.AutoConfig.from_pretrained(self.path)
         except Exception as error:
-            raise UserError(f"{self.path / CONFIG_FILE}: transformers refuses it: {first_line(error)}") from error
+            # Its first line often says only that something is wrong.
+            said = " ".join(str(error).split())
+            raise UserError(f"{self.path / CONFIG_FILE}: transformers refuses it: {said}") from error
+        if self.config.model_type != model_type:
+            raise UserError(
+                f"{self.path / CONFIG_FILE}: transformers takes this {model_type} for a {self.config.model_type}, "
+                "which is not supported; remove layer_types if all blocks are alike"
+            )
         try:
+            check_rope(self.config)
             for index in range(self.config.num_hidden_layers):
                 BlockSpec.from_config(self.config, index)
         except UserError as error:
             raise UserError(f"{self.path / CONFIG_FILE}: {error}") from error
-        if self.config.hidden_act != "silu":
+        if self.config.hidden_act not in ("silu", "swish"):
             raise UserError(
                 f"{self.path / CONFIG_FILE}: hidden_act {self.config.hidden_act} is not supported (silu is)"
             )
@@ -250,7 +261,10 @@ def resolve(path_or_id: str) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                path_or_id, allow_patterns=["*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja", "LICENSE*"]
+                path_or_id,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", *COMPANION_PATTERNS],
+                # A second copy of the weights in a format of their authors' own.
+                ignore_patterns=["consolidated*", "original/*"],
             )
         )
     except Exception as error:

@@ -62,6 +62,10 @@ def test_the_scales_gradient_is_as_exact_as_the_usual_sum_in_bf16():
     usual = (linear_dx(dy, weight).float() * x.float()).sum(0)
     assert got.dtype == torch.float32
     assert (got.double() - exact).norm() <= 2 * (usual.double() - exact).norm()
+    # And the sum itself is one of fp32 numbers.
+    dweight = linear_dw(dy, (x * scale).bfloat16())
+    of_dweight = (weight.double() * dweight.double()).sum(0) / scale.double()
+    assert (got.double() - of_dweight).norm() <= 1e-6 * of_dweight.norm()
 
 
 def test_gradcheck():

@@ -133,6 +133,24 @@ def test_another_setting_in_the_config_is_caught(base, expanded):
         prove_identity(base, PretrainedFolder(expanded.path))
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2", {"layer_types": ["full_attention"] * 6}),
+        ("qwen2", {"layer_types": ["full_attention"] * 4 + ["sliding_attention"] * 2}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}),
+    ],
+)
+def test_a_block_that_attends_to_something_else_is_caught(family, changes, make_base, expand):
+    """No text of the proof is longer than a window; the logits of a short one are equal all the same."""
+    sliding = {"use_sliding_window": True, "sliding_window": 60, "max_window_layers": 2} if family == "qwen2" else {}
+    base = make_base(name="another", family=family, **sliding)
+    expanded = expand(base, name="another expanded")
+    edit_config(expanded.path, **changes)
+    with pytest.raises(IdentityError, match=r"is not made as the base.s|rope_parameters"):
+        prove_identity(base, PretrainedFolder(expanded.path))
+
+
 def test_another_base_is_caught(base, expanded):
     manifest = expanded.raw_config["block_expansion"]
     for row in (manifest["base"], *manifest["generations"]):

@@ -84,6 +84,28 @@ def test_a_gradient_of_a_norm_is_no_kernel_of_the_norm(monkeypatch):
     assert block.input_layernorm.weight.grad.any()
 
 
+def test_a_frozen_block_asks_for_nothing_that_only_a_weight_needs(monkeypatch):
+    asked = {}
+
+    def watch(name, flag):
+        original = getattr(block_module, name)
+
+        def watched(*args, **kwargs):
+            asked[name] = kwargs[flag]
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(block_module, name, watched)
+
+    watch("swiglu_backward_", "need_product")
+    watch("qk_norm_rotary_backward", "need_dweight")
+    spec = SPECS["all"]
+    for block_class in (BlockClass.FROZEN, BlockClass.TRAINED):
+        x = make_rows(spec, torch.float32).requires_grad_()
+        make_block(spec, block_class, torch.float32)(x, make_context(spec, torch.float32)).sum().backward()
+        assert set(asked.values()) == {block_class is BlockClass.TRAINED}
+        assert len(asked) == 2
+
+
 class TestLiveStorages:
     def test_sees_what_hooks_on_saved_tensors_miss(self):
         class Hoards(torch.autograd.Function):
@@ -170,3 +192,12 @@ def test_a_steps_products_are_those_of_step_cost(family, trained, make_base):
     products = memory.by_kind(counter, "made")["products made"]
     cost = step_cost(folder.config, () if train_all else trained, seq_len=12, train_all=train_all)
     assert products == 24 * (cost.forward + cost.dx + cost.dw)
+
+
+def test_step_cost_counts_half_the_square_and_a_band_where_there_is_a_window(make_base):
+    """4·N·D for every pair: S²/2 of them in a block that sees all, and W·S - W²/2 in one with a window."""
+    sliding = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    config = make_base(family="qwen2", **sliding).config
+    full, band = 20 * 20 / 2, 8 * 20 - 8 * 8 / 2
+    pairs = (3 * full + band) + 2 * (full + band)  # forward everywhere, twice that from block 2 up
+    assert step_cost(config, [2], seq_len=20).attention == pytest.approx(4 * 16 * pairs / 20, rel=1e-12)

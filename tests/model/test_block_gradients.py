@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -106,6 +107,65 @@ def test_bf16_holds_the_2x_rule(name, block_class):
 
 
 @pytest.mark.parametrize("name", ["gqa", "all"])
+def test_products_are_made_of_the_shadow(name):
+    """In forward and backward: with another narrow copy the block is another block, whatever its master says."""
+    spec, dy = SPECS[name], make_rows(SPECS[name], bf16, seed=2)
+    context, results = make_context(spec, bf16), []
+    for keep_master in (True, False):
+        block, x = make_block(spec, BlockClass.TRAINED, bf16), make_rows(spec, bf16).requires_grad_()
+        for projection in (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj):
+            with torch.no_grad():
+                projection.shadow.mul_(-1.5)
+                if not keep_master:
+                    projection.weight.copy_(projection.shadow)
+        y = block(x, context)
+        y.backward(dy)
+        results.append([y, x.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gqa", "all"])
+def test_without_a_shadow_the_master_is_narrowed(name):
+    """As where it is sharded: nothing else changes."""
+    spec, dy, results = SPECS[name], make_rows(SPECS[name], bf16, seed=2), []
+    for shadows in (True, False):
+        block, x = make_block(spec, BlockClass.TRAINED, bf16), make_rows(spec, bf16).requires_grad_()
+        for module in () if shadows else block.modules():
+            if getattr(module, "shadow", None) is not None:
+                module.shadow = None
+        y = block(x, make_context(spec, bf16))
+        y.backward(dy)
+        results.append([y, x.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_no_token_is_no_error(name):
+    spec = SPECS[name]
+    block = make_block(spec, BlockClass.TRAINED, fp32)
+    x = make_rows(spec, fp32, lengths=(0, 0)).requires_grad_()
+    context = make_context(spec, fp32, lengths=(0, 0), attention="reference")
+    block(x, context).sum().backward()
+    assert x.grad.shape == (0, spec.hidden_size)
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
+
+
+def test_a_window_one_shorter_than_the_longest_document_counts():
+    spec = dataclasses.replace(SPECS["gqa"], window=max(LENGTHS) - 1)
+    x, context = make_rows(spec, fp64), make_context(spec, fp64)
+    y = make_block(spec, BlockClass.FROZEN, fp64)(x, context)
+    weights = hf_weights(spec, make_block(spec, BlockClass.TRAINED, fp64))
+    expected = plain_block(x, weights, spec, LENGTHS, context.cos, context.sin)
+    assert relative(y, expected) < 1e-12
+    assert relative(y, make_block(SPECS["gqa"], BlockClass.FROZEN, fp64)(x, context)) > 1e-6
+
+
+def test_float16_does_not_train():
+    with pytest.raises(AssertionError, match="does not compute in float16"):
+        make_block(SPECS["gqa"], BlockClass.TRAINED, torch.float16)
+
+
+@pytest.mark.parametrize("name", ["gqa", "all"])
 @pytest.mark.parametrize("dtype", [fp64, bf16])
 def test_micro_batches_add_up(name, dtype):
     spec = SPECS[name]
@@ -175,7 +235,7 @@ def test_a_window_longer_than_every_document_is_none(device):
     """So a run with short sequences is not bound to a backend that has windows."""
     if device != "cpu":
         pytest.skip("cpu_flash has no window")
-    spec = SPECS["window"].__class__(**(SPECS["window"].__dict__ | {"window": max(LENGTHS)}))
+    spec = dataclasses.replace(SPECS["gqa"], window=max(LENGTHS))
     x = make_rows(spec, fp32)
     y = make_block(spec, BlockClass.FROZEN, fp32)(x, make_context(spec, fp32, attention="cpu_flash"))
     full = make_block(SPECS["gqa"], BlockClass.FROZEN, fp32)(x, make_context(SPECS["gqa"], fp32, attention="cpu_flash"))

@@ -17,31 +17,43 @@ from llama_pro_fast.model import load_model
 from llama_pro_fast.pretrained import PretrainedFolder
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
-TABLE = {  # family and config, and what the blocks of the expanded model (ooXooX) must see
-    "llama": ({"family": "llama"}, [None] * 6),
-    "llama, biases": ({"family": "llama", "attention_bias": True, "mlp_bias": True}, [None] * 6),
-    "mistral": ({"family": "mistral", "sliding_window": None}, [None] * 6),
-    "mistral, window": ({"family": "mistral", "sliding_window": 6}, [6] * 6),
-    "qwen2": ({"family": "qwen2", "tie_word_embeddings": True}, [None] * 6),
-    "qwen2, windows": ({"family": "qwen2"} | SLIDING, [None, None, None, 6, 6, 6]),
-    "qwen3": ({"family": "qwen3", "head_dim": 16}, [None] * 6),
-    "qwen3, windows": ({"family": "qwen3", "head_dim": 16, "attention_bias": True} | SLIDING, [None] * 3 + [6] * 3),
+GROUPS = {"groups": 2}
+ACROSS = {"groups": None, "after": "1,3", "copies": 2}  # ooXXooXX, from 0 1 0 1 2 3 2 3
+TABLE = {  # family and config, the expansion, and what the blocks of the expanded model must see
+    "llama": ({"family": "llama"}, GROUPS, [None] * 6),
+    "llama, biases": ({"family": "llama", "attention_bias": True, "mlp_bias": True}, GROUPS, [None] * 6),
+    "mistral": ({"family": "mistral", "sliding_window": None}, GROUPS, [None] * 6),
+    "mistral, window": ({"family": "mistral", "sliding_window": 6}, GROUPS, [6] * 6),
+    "qwen2": ({"family": "qwen2", "tie_word_embeddings": True}, GROUPS, [None] * 6),
+    "qwen2, windows": ({"family": "qwen2"} | SLIDING, GROUPS, [None] * 3 + [6] * 3),
+    "qwen3": ({"family": "qwen3", "head_dim": 16}, GROUPS, [None] * 6),
+    "qwen3, windows": (
+        {"family": "qwen3", "head_dim": 16, "attention_bias": True} | SLIDING,
+        GROUPS,
+        [None] * 3 + [6] * 3,
+    ),
+    "qwen3, a window from block 1 on, copies of both kinds": (
+        {"family": "qwen3", "head_dim": 16} | SLIDING | {"max_window_layers": 1},
+        ACROSS,
+        [None, 6, None, 6, 6, 6, 6, 6],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_loads_expands_trains_exports_and_reloads(name, base_of, make_config, tmp_path):
-    config, windows = TABLE[name]
+    config, expand, windows = TABLE[name]
     base = base_of(**config)
     as_old_checkpoints_have_it(base)
-    train.run(make_config(model={"path": str(base)}))
+    train.run(make_config(model={"path": str(base)}, expand=expand))
     run = tmp_path / "run"
 
     original, expanded, exported = (PretrainedFolder(path) for path in (base, run / "expanded", run / "export"))
-    assert [BlockSpec.from_config(exported.config, index).window for index in range(6)] == windows
+    assert [BlockSpec.from_config(exported.config, index).window for index in range(len(windows))] == windows
     assert expanded.raw_config.get("layer_types") == exported.raw_config.get("layer_types")
     changed = {name for name in expanded.entries if expanded.digest(name) != exported.digest(name)}
-    assert changed == {name for name in expanded.entries if name.startswith(("model.layers.2.", "model.layers.5."))}
+    new = tuple(f"model.layers.{index}." for index in ((2, 5) if expand is GROUPS else (2, 3, 6, 7)))
+    assert changed == {name for name in expanded.entries if name.startswith(new)}
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert summary["export_check"]["equal"] == summary["export_check"]["compared"] > 0
 
@@ -57,6 +69,11 @@ def test_loads_expands_trains_exports_and_reloads(name, base_of, make_config, tm
         logits[folder] = theirs
     assert torch.equal(logits[original], logits[expanded])
     assert not torch.allclose(logits[expanded], logits[exported], atol=1e-3)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def as_old_checkpoints_have_it(folder):
@@ -86,10 +103,20 @@ def test_a_window_shorter_than_the_sequences_chooses_the_backend(base_of, make_c
         assert f"attention: {attention}" in (tmp_path / str(seq_len) / "config.yaml").read_text()
 
 
-def test_an_unknown_family_is_refused_with_the_list(base_of):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"model_type": "qwen2"},
+        {"model_type": ["llama"]},
+        {"architectures": 3},
+        {"architectures": None},
+    ],
+)
+def test_an_unknown_family_is_refused_with_the_list(changes, base_of):
     base = base_of()
-    path = base / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gemma2", "architectures": ["Gemma2X"]}))
+    edit_config(base, **changes)
     with pytest.raises(UserError) as caught:
         PretrainedFolder(base)
     for family, row in FAMILIES.items():
@@ -97,11 +124,46 @@ def test_an_unknown_family_is_refused_with_the_list(base_of):
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_kind_of_attention_is_refused(base_of):
-    base = base_of(family="qwen3", head_dim=16)
-    path = base / "config.json"
-    config = json.loads(path.read_text())
-    config["layer_types"] = ["full_attention", "chunked_attention"] * 2
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="block 1 is chunked_attention, which is not supported"):
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "chunked_attention"] * 2},
+            "block 1 is chunked_attention, which is",
+        ),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "block 0 is sliding_attention and there is no window"),
+        ("qwen2", {"layer_types": ["full_attention"] * 3}, "(4) must be equal to the number of `layer_types` (3)"),
+        ("mistral", {"layer_types": None}, "takes this mistral for a ministral, which is not supported; remove"),
+        ("mistral", {"sliding_window": 0}, "sliding_window 0: a query sees itself, so at least 1"),
+        ("qwen2", {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "rope_type mrope is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta None is not a number"),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "partial_rotary_factor 0.5 is not supported",
+        ),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
+    ],
+)
+def test_what_a_config_says_and_the_block_has_not_is_refused(family, changes, words, base_of):
+    base = base_of(family=family)
+    edit_config(base, **changes)
+    with pytest.raises(UserError) as caught:
         PretrainedFolder(base)
+    assert words in str(caught.value)
+    assert str(base / "config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_null_and_an_alias_are_no_reason_to_refuse(base_of):
+    base = base_of()
+    edit_config(base, quantization_config=None, hidden_act="swish")
+    PretrainedFolder(base)
