@@ -110,7 +110,7 @@ def test_bf16_holds_the_2x_rule(name, block_class):
 def test_products_are_made_of_the_shadow(name):
     """In forward and backward: with another narrow copy the block is another block, whatever its master says."""
     spec, dy = SPECS[name], make_rows(SPECS[name], bf16, seed=2)
-    context, results = make_context(spec, bf16), []
+    context, results = make_context(spec, bf16, attention="reference"), []  # which repeats bit for bit on a GPU as well
     for keep_master in (True, False):
         block, x = make_block(spec, BlockClass.TRAINED, bf16), make_rows(spec, bf16).requires_grad_()
         for projection in (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj):
@@ -128,12 +128,13 @@ def test_products_are_made_of_the_shadow(name):
 def test_without_a_shadow_the_master_is_narrowed(name):
     """As where it is sharded: nothing else changes."""
     spec, dy, results = SPECS[name], make_rows(SPECS[name], bf16, seed=2), []
+    context = make_context(spec, bf16, attention="reference")
     for shadows in (True, False):
         block, x = make_block(spec, BlockClass.TRAINED, bf16), make_rows(spec, bf16).requires_grad_()
         for module in () if shadows else block.modules():
             if getattr(module, "shadow", None) is not None:
                 module.shadow = None
-        y = block(x, make_context(spec, bf16))
+        y = block(x, context)
         y.backward(dy)
         results.append([y, x.grad, *(parameter.grad for parameter in block.parameters())])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
@@ -169,7 +170,7 @@ def test_float16_does_not_train():
 @pytest.mark.parametrize("dtype", [fp64, bf16])
 def test_micro_batches_add_up(name, dtype):
     spec = SPECS[name]
-    context = make_context(spec, dtype)
+    context = make_context(spec, dtype, attention="reference")
     parts = [(make_rows(spec, dtype, seed=seed), make_rows(spec, dtype, seed=seed + 10)) for seed in (1, 2, 3)]
 
     def gradients(parts):
