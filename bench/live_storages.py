@@ -24,7 +24,7 @@ class LiveStorages(TorchDispatchMode):
         self._made: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What comes in is no news, but for what is made in here its first appearance may be as an argument.
+        # A result that shares an argument's storage, a view or an operation in place, is not new.
         before = {_key(tensor) for tensor in _tensors((args, kwargs))}
         result = function(*args, **(kwargs or {}))
         for tensor in _tensors(result):

@@ -171,6 +171,7 @@ class _DecoderBlock(torch.autograd.Function):
         ds, _ = rms_norm_backward(
             dnormed, s, w.post_attention_layernorm, post_rstd, dresidual=dy, need_dweight=False
         )  # fmt: skip
+        del dnormed, gate_up_proj
 
         # s = x + o_proj(o),  o = attention(rotary(qkv_proj(input_layernorm(x))))
         do = linear_dx(ds, w.o_proj.to(dy.dtype)).view(o.shape)
@@ -186,7 +187,7 @@ class _DecoderBlock(torch.autograd.Function):
             )
         else:
             dqkv = rotary_backward(dq, dk, dv, *context.rotation)
-        del dnormed, do, q, k, v, dq, dk, dv
+        del do, q, k, v, dq, dk, dv
         qkv_proj = w.qkv_proj.to(dy.dtype)
         if trained:
             dw["o_proj"], dw["o_bias"] = linear_dw(ds, o.flatten(1)), _dbias(ds, w.o_bias)

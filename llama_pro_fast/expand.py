@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"{PROGRAM} expand",
-        description="Insert identity copies of decoder blocks into a Llama checkpoint (LLaMA Pro, arXiv 2401.02415).",
+        description="Insert identity copies of decoder blocks into a Llama-family checkpoint (arXiv 2401.02415).",
     )
     parser.add_argument(
         "base", metavar="BASE", help="folder of a Llama-family checkpoint in the Hugging Face layout, or a hub id"

@@ -232,7 +232,8 @@ def expanded_config(raw_config: dict[str, Any], plan: ExpansionPlan, manifest: M
         if "layer" in key and isinstance(value, list) and len(value) == plan.num_old:
             config[key] = [value[source] for source in plan.sources]
     if isinstance(first := config.get("max_window_layers"), int):
-        # For readers who know nothing of layer_types: the same, but for copies of full blocks behind sliding ones.
+        # For readers that know only this rule. It cannot say a full block above a sliding one, as several copies at a
+        # time can make it: there only layer_types is right.
         config["max_window_layers"] = sum(source < first for source in plan.sources)
     config[MANIFEST_KEY] = manifest.to_config()
     return config

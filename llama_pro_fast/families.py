@@ -43,11 +43,9 @@ class BlockSpec:
         """Of block ``index`` of a model, from its transformers config.
 
         Raises:
-            UserError: the family is not known, or its blocks attend in a way that is not.
+            UserError: the block attends in a way that is not known.
         """
-        family = FAMILIES.get(config.model_type)
-        if family is None:
-            raise UserError(f"model type {config.model_type} is not supported; supported: {', '.join(FAMILIES)}")
+        family = FAMILIES[config.model_type]
         return cls(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -186,8 +184,8 @@ def check_rope(config: Any) -> None:
     kind, theta = rope.get("rope_type"), rope.get("rope_theta")
     if kind not in ROPE_TYPES:
         raise UserError(f"rope_parameters: rope_type {kind} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if not isinstance(theta, int | float):
-        raise UserError(f"rope_parameters: rope_theta {theta} is not a number; 10000 is Llama's")
+    if not isinstance(theta, int | float) or not theta > 0:
+        raise UserError(f"rope_parameters: rope_theta {theta} is not a number above 0; 10000 is Llama's")
     if (share := rope.get("partial_rotary_factor")) not in (None, 1):
         raise UserError(
             f"rope_parameters: partial_rotary_factor {share} is not supported; these families turn whole heads"

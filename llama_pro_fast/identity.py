@@ -1,7 +1,7 @@
 """The proof that an expanded checkpoint computes what its base computes. It believes only files, read anew:
 
 1. every tensor of the base is there, byte for byte; a new block's tensors are byte-equal to those of the block it
-   copies, or all zero; there is none beside them; and the config makes every block as it makes its source;
+   copies, or all zero; there is none beside them; and the config describes every block as it describes its source;
 2. block by block, on real text and in the checkpoint's dtype, every new block gives back its input (`torch.equal`).
    Old blocks have the same bytes and so, by induction over depth, the same input and output as in the base: the final
    hidden states are equal, and so are the logits;
@@ -159,7 +159,7 @@ def _prove_files(
     for index, source in sources.items():
         # No text of the proof is as long as a window: what a block attends to must be read.
         specs = BlockSpec.from_config(expanded.config, index), BlockSpec.from_config(base.config, source)
-        _require(specs[0] == specs[1], expanded, CONFIG_FILE, f"block {index} is not made as the base's {source}")
+        _require(specs[0] == specs[1], expanded, CONFIG_FILE, f"block {index} is not described as the base's {source}")
 
     origins: dict[str, tuple[str, bool, bool]] = {}  # name -> the base's name, is a copy, is zeroed
     for name in base.entries:

@@ -85,7 +85,7 @@ class PretrainedFolder:
             architecture = architecture[0]
         known = [(family.architecture, name) for name, family in FAMILIES.items()]
         if (architecture, model_type) not in known:
-            supported = ", ".join(f"{architecture} ({model_type})" for architecture, model_type in known)
+            supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
             raise UserError(
                 f"{self.path / CONFIG_FILE}: architecture {architecture} of model_type {model_type} is not supported; "
                 f"supported: {supported}"

@@ -1,4 +1,4 @@
-"""Every op of a training step by the clock, beside what else there is: a part of kernels.py, which says how to call it.
+"""Every op of a training step by the clock, beside what else there is: a part of ops.py, which says how to call it.
 
 What is timed is in contestants.py, how in clocks.py. A row is one contestant in one op of one model.
 
@@ -294,7 +294,7 @@ def row_length(tokens: int) -> int:
 
 
 def options() -> argparse.ArgumentParser:
-    """The options of a timing, for kernels.py to have as its own."""
+    """The options of a timing, for ops.py to have as its own."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out", type=Path, help="where the JSON goes, by default bench/results/kernels-DEVICE.json")
     group = parser.add_argument_group("timing")

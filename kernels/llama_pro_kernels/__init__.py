@@ -1,4 +1,4 @@
-"""The operations of a Llama decoder, forward and backward, each aware of which of its inputs are frozen.
+"""The operations of a Llama-family decoder, forward and backward, each aware of which of its inputs are frozen.
 
 Every op is a pair of plain tensor functions, ``X_forward`` and ``X_backward``, for a caller that writes its own
 backward and decides itself what is kept; and on top an autograd op ``X`` for everybody else.

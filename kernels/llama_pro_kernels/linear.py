@@ -1,4 +1,4 @@
-"""The three products of a linear layer, y = x Wᵀ + b, and the one place where they are made.
+"""The products of a linear layer, y = x Wᵀ + b, and the one place where they are made; with the gradients beside them.
 
 Every product of the project goes through here, so that another number format for frozen weights has one door to
 come in by. A weight's gradient is summed and returned in the compute dtype: rounding it to bf16 would lose the small

@@ -18,7 +18,7 @@ from llama_pro_fast.pretrained import PretrainedFolder
 RANKS = 2
 TRAINED = [1, 3]
 # Of each micro-batch, and in it of each rank: other numbers of tokens and of documents on each.
-MICRO_BATCHES = [([(19, 1, 7), (24,)]), ([(5,), (11, 0, 3)])]
+MICRO_BATCHES = [[(19, 1, 7), (24,)], [(5,), (11, 0, 3)]]
 
 
 def documents(micro: int, rank: int) -> list[list[int]]:

@@ -51,7 +51,10 @@ def test_losses_of_200_steps_are_autograds_within_rounding(family, make_base, lo
     trained = Manifest.from_config(folder.raw_config).trained_blocks
     generator = torch.Generator().manual_seed(5)
     # Counting modulo something: there is a rule to learn.
-    starts, strides = torch.randint(32, (STEPS, 3), generator=generator), torch.randint(1, 4, (STEPS, 3))
+    starts, strides = (
+        torch.randint(32, (STEPS, 3), generator=generator),
+        torch.randint(1, 4, (STEPS, 3), generator=generator),
+    )
     batches = [
         PackedBatch.from_documents(
             [[(int(a) + int(b) * i) % 29 for i in range(n)] for a, b, n in zip(*row, (17, 6, 11), strict=True)]

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -23,12 +24,12 @@ def device(request):
         yield request.param
 
 
-def run_ours(spec, block_class, dtype, *, need_dx=True, attention=None):
+def run_ours(spec, block_class, dtype, *, need_dx=True, attention=None, seed=0):
     """``(y, dx or None, {Hugging Face's name: gradient})``; None for a tensor without one."""
-    block = make_block(spec, block_class, dtype)
-    x = make_rows(spec, dtype).requires_grad_(need_dx)
+    block = make_block(spec, block_class, dtype, seed)
+    x = make_rows(spec, dtype, seed=seed + 1).requires_grad_(need_dx)
     y = block(x, make_context(spec, dtype, attention=attention))
-    y.backward(make_rows(spec, dtype, seed=2))
+    y.backward(make_rows(spec, dtype, seed=seed + 2))
     gradients = {name: parameter.grad for name, parameter in block.named_parameters()}
     if block_class is BlockClass.FROZEN:
         assert set(gradients.values()) == {None}
@@ -37,12 +38,15 @@ def run_ours(spec, block_class, dtype, *, need_dx=True, attention=None):
     return y.detach(), x.grad, dict(unpack(spec, gradients))
 
 
-def run_plain(spec, dtype):
+def run_plain(spec, dtype, seed=0):
     """The same by autograd, in ``dtype`` throughout."""
-    weights = hf_weights(spec, make_block(spec, BlockClass.TRAINED, fp64), dtype)
-    x, context = make_rows(spec, dtype).requires_grad_(), make_context(spec, dtype, attention="reference")
+    weights = hf_weights(spec, make_block(spec, BlockClass.TRAINED, fp64, seed), dtype)
+    x, context = (
+        make_rows(spec, dtype, seed=seed + 1).requires_grad_(),
+        make_context(spec, dtype, attention="reference"),
+    )
     y = plain_block(x, weights, spec, LENGTHS, context.cos, context.sin)
-    y.backward(make_rows(spec, dtype, seed=2))
+    y.backward(make_rows(spec, dtype, seed=seed + 2))
     return y.detach(), x.grad, {name: weight.grad for name, weight in weights.items()}
 
 
@@ -75,14 +79,11 @@ def test_a_frozen_block_equals_autograd_in_fp64(name):
         assert relative(got, expected) < 1e-10, tensor
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_every_attention_backend_of_the_cpu_serves(name, device):
-    if device != "cpu":
-        pytest.skip("the CPU's backends")
-    for attention in ("reference",) if SPECS[name].window else ("reference", "cpu_flash"):
-        ours = run_ours(SPECS[name], BlockClass.TRAINED, fp64, attention=attention)
-        for tensor, got, expected in pairs(ours, run_plain(SPECS[name], fp64)):
-            assert relative(got, expected) < 1e-10, (attention, tensor)
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.window is None])
+def test_the_reference_backend_serves_where_another_is_preferred(name):
+    ours = run_ours(SPECS[name], BlockClass.TRAINED, fp64, attention="reference")
+    for tensor, got, expected in pairs(ours, run_plain(SPECS[name], fp64)):
+        assert relative(got, expected) < 1e-10, tensor
 
 
 @pytest.mark.parametrize("block_class", [BlockClass.TRAINED, BlockClass.FROZEN])
@@ -96,14 +97,22 @@ def test_fp32_is_exact_to_1e_5(name, block_class):
 @pytest.mark.parametrize("block_class", [BlockClass.TRAINED, BlockClass.FROZEN])
 @pytest.mark.parametrize("name", SPECS)
 def test_bf16_holds_the_2x_rule(name, block_class):
-    """Error against fp64 at most twice that of autograd in bf16; and a weight's gradient is wider than bf16."""
-    ours, exact = run_ours(SPECS[name], block_class, bf16), run_plain(SPECS[name], fp64)
-    narrow = {tensor: theirs for tensor, _, theirs in pairs(ours, run_plain(SPECS[name], bf16))}
-    for tensor, got, expected in pairs(ours, exact):
-        assert relative(got, expected) <= 2 * relative(narrow[tensor], expected), tensor
-        if tensor in ours[2]:
-            assert got.dtype == fp32
-            assert not torch.equal(got, got.bfloat16().float()), f"{tensor} was rounded to bf16"
+    """Error against fp64 at most twice that of autograd in bf16; and a weight's gradient is wider than bf16.
+
+    Errors of eight draws together: a tensor of a few elements is rounded with luck, or without.
+    """
+    by_hand, by_autograd = defaultdict(float), defaultdict(float)
+    for seed in range(0, 80, 10):
+        ours, exact = run_ours(SPECS[name], block_class, bf16, seed=seed), run_plain(SPECS[name], fp64, seed)
+        for tensor, got, expected in pairs(ours, exact):
+            by_hand[tensor] += relative(got, expected) ** 2
+            if tensor in ours[2]:
+                assert got.dtype == fp32
+                assert not torch.equal(got, got.bfloat16().float()), f"{tensor} was rounded to bf16"
+        for tensor, got, expected in pairs(run_plain(SPECS[name], bf16, seed), exact):
+            by_autograd[tensor] += relative(got, expected) ** 2
+    for tensor, squares in by_hand.items():
+        assert squares**0.5 <= 2 * by_autograd[tensor] ** 0.5, tensor
 
 
 @pytest.mark.parametrize("name", ["gqa", "all"])
@@ -246,6 +255,8 @@ def test_a_window_longer_than_every_document_is_none(device):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the child")
 def test_the_triton_path_is_the_same_code(device):
     """The fp32 test once more in a child process, where every op is its kernel in Triton's interpreter."""
+    if device != "cpu":
+        pytest.skip("the child has no GPU: once is enough")
     pytest.importorskip("triton")
     command = [
         sys.executable,
@@ -256,7 +267,7 @@ def test_the_triton_path_is_the_same_code(device):
         "no:cacheprovider",
         __file__,
         "-k",
-        "fp32 and (gqa or all) or left_alone",
+        "(fp32 or no_token) and (gqa or all) or left_alone",
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -137,7 +137,11 @@ def test_an_unknown_family_is_refused_with_the_list(changes, base_of):
         ("mistral", {"layer_types": None}, "takes this mistral for a ministral, which is not supported; remove"),
         ("mistral", {"sliding_window": 0}, "sliding_window 0: a query sees itself, so at least 1"),
         ("qwen2", {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "rope_type mrope is not supported"),
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta None is not a number"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+            "rope_theta None is not a number above 0",
+        ),
         (
             "llama",
             {
