@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, RMSNorm
+from llama_pro_fast.block import Block, RMSNorm, block_classes
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, Embedding, hf_tensors, rotary_tables
@@ -191,19 +191,14 @@ def build_ours(workload: Workload) -> Runner:
     config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
     spec = BlockSpec.from_config(config, 0)
     shapes = tensor_shapes(config)
-    trained = workload.trained_blocks
-
-    def block_class(index: int) -> BlockClass:
-        if index in trained:
-            return BlockClass.TRAINED
-        return BlockClass.PREFIX if index < trained[0] else BlockClass.FROZEN
+    classes = block_classes(config.num_hidden_layers, workload.trained_blocks)
 
     def block(index: int) -> Block:
         packed = {
             ours: torch.cat([workload.draw(f"model.layers.{index}.{name}", shape) for name, shape in parts])
             for ours, parts in spec.tensors().items()
         }
-        return Block(spec, packed, block_class=block_class(index), compute_dtype=dtype)
+        return Block(spec, packed, block_class=classes[index], compute_dtype=dtype)
 
     def embedding(name: str) -> Embedding:
         return Embedding(workload.draw(name, shapes[name]), trained=False, compute_dtype=dtype)

@@ -31,20 +31,26 @@ from live_storages import LiveStorages
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, BlockContext
-from llama_pro_fast.cost import kept_bytes, matrices
+from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute
+from llama_pro_fast.cost import kept_bytes, matrices, replayed_matrices
 from llama_pro_fast.families import BlockSpec
 from llama_pro_kernels import linear_cross_entropy, select_attention_backend
 
 SPEC = BlockSpec(hidden_size=4096, intermediate_size=11_008, num_heads=32, num_kv_heads=32, head_dim=128, norm_eps=1e-5)
 VOCAB = 32_000
-ROWS = [
-    ("prefix", BlockClass.PREFIX, False),
-    ("trained, the lowest", BlockClass.TRAINED, False),
-    ("frozen", BlockClass.FROZEN, True),
-    ("trained", BlockClass.TRAINED, True),
-]
-"""Name, class, and whether the block's input needs a gradient: that of the lowest trained block needs none."""
+CLASSES = {
+    "prefix": (BlockClass.PREFIX, False),
+    "trained, the lowest": (BlockClass.TRAINED, False),
+    "frozen": (BlockClass.FROZEN, True),
+    "trained": (BlockClass.TRAINED, True),
+}
+"""Class, and whether the block's input needs a gradient: that of the lowest trained block needs none."""
+ROWS = {
+    name + (f", {policy.value} recomputed" if policy is not Recompute.NONE else ""): (*which, policy)
+    for name, which in CLASSES.items()
+    for policy in Recompute
+    if policy is Recompute.NONE or which[0] is not BlockClass.PREFIX
+}
 
 
 def documents(tokens: int) -> list[int]:
@@ -83,25 +89,34 @@ def by_kind(counter: FlopCounterMode, direction: str) -> dict[str, int]:
     return {f"products {direction}": sum(counts.values()) - attention, f"attention {direction}": attention}
 
 
-def expected_work(spec: BlockSpec, block_class: BlockClass, need_dx: bool, lengths: list[int]) -> dict[str, int]:
+def expected_work(
+    spec: BlockSpec, block_class: BlockClass, need_dx: bool, recompute: Recompute, lengths: list[int]
+) -> dict[str, int]:
     """The closed formulas: 2 FLOPs a weight and token for each product, 4·N·D a visible pair."""
     weights, tokens = matrices(spec), sum(lengths)
     every = 2 * tokens * sum(weights.values())
     passes, trains = block_class is not BlockClass.PREFIX, block_class is BlockClass.TRAINED
     below = 0 if need_dx else 2 * tokens * weights["qkv_proj.weight"]
+    replayed = 2 * tokens * replayed_matrices(spec, recompute)
     window = spec.window or max(lengths)
     pairs = sum(min(position + 1, window) for length in lengths for position in range(length))
     attention = 4 * spec.q_size * pairs
     return {
         "products forward": every,
         "attention forward": attention,
-        "products backward": (every - below if passes else 0) + (every if trains else 0),
-        "attention backward": attention * 5 // 2 if passes else 0,
+        "products backward": (every - below if passes else 0) + (every if trains else 0) + replayed,
+        "attention backward": (attention * 5 // 2 if passes else 0) + (0 if "o" in recompute.kept else attention),
     }
 
 
 def measure_block(
-    spec: BlockSpec, block_class: BlockClass, need_dx: bool, dtype: torch.dtype, tokens: tuple[int, int], attention: str
+    spec: BlockSpec,
+    block_class: BlockClass,
+    need_dx: bool,
+    recompute: Recompute,
+    dtype: torch.dtype,
+    tokens: tuple[int, int],
+    attention: str,
 ) -> dict[str, Any]:
     """Counted and expected: bytes a token, and work of the longer of two batches of ``tokens``."""
     generator = torch.Generator().manual_seed(0)
@@ -112,14 +127,14 @@ def measure_block(
     tensors = {
         name: draw((sum(shape[0] for _, shape in parts), *parts[0][1][1:])) for name, parts in spec.tensors().items()
     }
-    block = Block(spec, tensors, block_class=block_class, compute_dtype=dtype)
+    block = Block(spec, tensors, block_class=block_class, compute_dtype=dtype, recompute=recompute)
     del tensors
     (short, _), (long, work) = (count_block(block, need_dx, documents(length), attention, dtype) for length in tokens)
     return {
         "bytes": (long - short) / (tokens[1] - tokens[0]),
-        "bytes_formula": kept_bytes(spec, block_class, dtype),
+        "bytes_formula": kept_bytes(spec, block_class, dtype, recompute),
         "work": work,
-        "work_formula": expected_work(spec, block_class, need_dx, documents(tokens[1])),
+        "work_formula": expected_work(spec, block_class, need_dx, recompute, documents(tokens[1])),
     }
 
 
@@ -167,9 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype, tokens = torch.bfloat16, tuple(options.tokens)
     attention = select_attention_backend("cpu", dtype, head_dim=SPEC.head_dim)
     torch.manual_seed(0)
-    rows = {
-        name: measure_block(SPEC, block_class, need_dx, dtype, tokens, attention) for name, block_class, need_dx in ROWS
-    }
+    rows = {name: measure_block(SPEC, *which, dtype, tokens, attention) for name, which in ROWS.items()}
     rows["frozen head"] = measure_head(dtype, tokens[1])
     print(show(rows))
     result = {

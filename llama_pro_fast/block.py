@@ -18,6 +18,10 @@ number a token for each of the two layer norms; `cost.kept_bytes` is the sum. Th
 which the weights' gradients need, are made again elementwise; so are q and k where they are normed, and then what is
 kept of them is raw. Backward writes d(gate, up) over (gate, up), so it runs once.
 
+Where that does not fit, a block keeps less (`Recompute`) and backward makes the rest again, by the code and in the
+order of forward, so that no bit of a gradient changes. down_proj is never made again: nothing in backward reads its
+output.
+
 The weight of an RMSNorm gets its gradient from the projection behind it (`linear_dscale`). So the lowest trained block,
 whose input needs no gradient, makes no product for one, and no block sums over tokens for a layer norm.
 
@@ -26,6 +30,7 @@ A new block starts as an identity because `o_proj` and `down_proj` are zero (pap
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -64,6 +69,58 @@ class BlockClass(Enum):
     PREFIX = "prefix"
     FROZEN = "frozen"
     TRAINED = "trained"
+
+
+def block_classes(num_layers: int, trained_blocks: Collection[int]) -> list[BlockClass]:
+    """The class of each block, bottom to top."""
+    first, trained = min(trained_blocks, default=num_layers), set(trained_blocks)
+    below = [BlockClass.PREFIX] * first
+    return below + [BlockClass.TRAINED if index in trained else BlockClass.FROZEN for index in range(first, num_layers)]
+
+
+class Recompute(Enum):
+    """What a block makes again in backward instead of keeping it."""
+
+    NONE = "none"
+    MLP = "mlp"
+    ATTENTION = "attention"
+    BLOCK = "block"
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The fields of :class:`Activations` that live from forward to backward."""
+        return _KEPT[self]
+
+
+class Activations(NamedTuple):
+    """What backward reads of forward; None where it is not there (yet).
+
+    Attributes:
+        x: ``[T, H]``, the block's input.
+        rstd, post_rstd: ``[T]`` in the compute dtype, of the two layer norms.
+        qkv: ``[T, (N + 2K)·D]``, rotated; raw where a norm on q and k stands before the rotation.
+        o: ``[T, N, D]``, attention's output.
+        lse: ``[N, T]`` in the compute dtype.
+        s: ``[T, H]``, the sum between the two branches.
+        gate_up: ``[T, 2I]``.
+    """
+
+    x: Tensor | None = None
+    rstd: Tensor | None = None
+    qkv: Tensor | None = None
+    o: Tensor | None = None
+    lse: Tensor | None = None
+    s: Tensor | None = None
+    post_rstd: Tensor | None = None
+    gate_up: Tensor | None = None
+
+
+_KEPT = {
+    Recompute.NONE: Activations._fields,
+    Recompute.MLP: ("x", "rstd", "qkv", "o", "lse", "s", "post_rstd"),
+    Recompute.ATTENTION: ("x", "o", "lse"),  # its products are replayed, its quadratic part is not
+    Recompute.BLOCK: ("x",),
+}
 
 
 @dataclass(frozen=True)
@@ -123,25 +180,20 @@ class _DecoderBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, spec: BlockSpec, context: BlockContext, shadows: Weights, *masters: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        spec: BlockSpec,
+        context: BlockContext,
+        recompute: Recompute,
+        shadows: Weights,
+        *masters: Tensor | None,
     ) -> Tensor:
         w = Weights(*(m if shadow is None else shadow for m, shadow in zip(masters, shadows, strict=True)))
-        lengths, options = context.attention_arguments(spec)
-
-        normed, rstd = rms_norm_forward(x, w.input_layernorm, spec.norm_eps)
-        qkv = _linear(normed, w.qkv_proj, w.qkv_bias)
-        if spec.qk_norm:
-            q, k, v = _qk_norm(qkv, w, spec, context)[:3]
-        else:
-            q, k, v = rotary_forward_(qkv, *context.rotation, spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        o, lse = attention_forward(q, k, v, *lengths, **options)
-        branch = _linear(o.flatten(1), w.o_proj, w.o_bias)
-
-        normed, s, post_rstd = add_rms_norm_forward(branch, x, w.post_attention_layernorm, spec.norm_eps)
-        gate_up = _linear(normed, w.gate_up_proj, w.gate_up_bias)
-        y = _linear(swiglu_forward(gate_up), w.down_proj, w.down_bias).add_(s)
-
-        ctx.save_for_backward(x, rstd, qkv, o, lse, s, post_rstd, gate_up, *w)
+        a = _attention_branch(Activations(x=x), w, spec, context)
+        a = _mlp_branch(a, w, spec)
+        y = _linear(swiglu_forward(a.gate_up), w.down_proj, w.down_bias).add_(a.s)
+        kept = (value if name in recompute.kept else None for name, value in a._asdict().items())
+        ctx.save_for_backward(*kept, *w)
         ctx.spec, ctx.context, ctx.consumed = spec, context, Consumed("decoder block")
         return y
 
@@ -149,56 +201,99 @@ class _DecoderBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.consumed.once()
-        spec, context = ctx.spec, ctx.context
-        x, rstd, qkv, o, lse, s, post_rstd, gate_up, *weights = ctx.saved_tensors
-        w = Weights(*weights)
-        need_dx, _, _, _, *need_dweight = ctx.needs_input_grad
+        spec, context, saved = ctx.spec, ctx.context, ctx.saved_tensors
+        a, w = Activations(*saved[: len(Activations._fields)]), Weights(*saved[len(Activations._fields) :])
+        del saved
+        need_dx, _, _, _, _, *need_dweight = ctx.needs_input_grad
         trained = any(need_dweight)
         lengths, options = context.attention_arguments(spec)
         dw: dict[str, Tensor | None] = {}
 
         # y = s + down_proj(SwiGLU(gate_up)),  gate_up = gate_up_proj(post_attention_layernorm(s))
+        if a.o is None:
+            a = _attention_branch(a, w, spec, context)
+        a = _mlp_branch(a, w, spec)
         dproduct = linear_dx(dy, w.down_proj.to(dy.dtype))
-        dgate_up, product = swiglu_backward_(dproduct, gate_up, need_product=trained)
-        gate_up_proj = w.gate_up_proj.to(dy.dtype)
+        dgate_up, product = swiglu_backward_(dproduct, a.gate_up, need_product=trained)
+        a = a._replace(gate_up=None)
         if trained:
             dw["down_proj"], dw["down_bias"] = linear_dw(dy, product), _dbias(dy, w.down_bias)
-            dw["gate_up_proj"], dw["gate_up_bias"], dw["post_attention_layernorm"] = _norm_linear_dw(
-                dgate_up, s, w.post_attention_layernorm, gate_up_proj, w.gate_up_bias, spec
-            )
         del dproduct, product
+        gate_up_proj = w.gate_up_proj.to(dy.dtype)
+        if trained:
+            dw["gate_up_proj"], dw["gate_up_bias"], dw["post_attention_layernorm"] = _norm_linear_dw(
+                dgate_up, a.s, w.post_attention_layernorm, gate_up_proj, w.gate_up_bias, spec
+            )
         dnormed = linear_dx(dgate_up, gate_up_proj)
         ds, _ = rms_norm_backward(
-            dnormed, s, w.post_attention_layernorm, post_rstd, dresidual=dy, need_dweight=False
+            dnormed, a.s, w.post_attention_layernorm, a.post_rstd, dresidual=dy, need_dweight=False
         )  # fmt: skip
-        del dnormed, gate_up_proj
+        del dnormed, dgate_up, gate_up_proj
 
         # s = x + o_proj(o),  o = attention(rotary(qkv_proj(input_layernorm(x))))
-        do = linear_dx(ds, w.o_proj.to(dy.dtype)).view(o.shape)
-        if spec.qk_norm:
-            q, k, v, *qk_rstd = _qk_norm(qkv, w, spec, context)
-        else:
-            heads = qkv.view(len(qkv), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
-            q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        dq, dk, dv = attention_backward(do, q, k, v, o, lse, *lengths, **options)
+        a = _attention_branch(a._replace(s=None), w, spec, context)
+        do = linear_dx(ds, w.o_proj.to(dy.dtype)).view(a.o.shape)
+        q, k, v, *qk_rstd = _heads(a.qkv, w, spec, context)
+        dq, dk, dv = attention_backward(do, q, k, v, a.o, a.lse, *lengths, **options)
+        del do, q, k, v
         if spec.qk_norm:
             dqkv, dw["q_norm"], dw["k_norm"] = qk_norm_rotary_backward(
-                dq, dk, dv, qkv, w.q_norm, w.k_norm, *qk_rstd, *context.rotation, need_dweight=trained
+                dq, dk, dv, a.qkv, w.q_norm, w.k_norm, *qk_rstd, *context.rotation, need_dweight=trained
             )
         else:
             dqkv = rotary_backward(dq, dk, dv, *context.rotation)
-        del do, q, k, v, dq, dk, dv
+        del dq, dk, dv
+        a = a._replace(qkv=None)
         qkv_proj = w.qkv_proj.to(dy.dtype)
         if trained:
-            dw["o_proj"], dw["o_bias"] = linear_dw(ds, o.flatten(1)), _dbias(ds, w.o_bias)
+            dw["o_proj"], dw["o_bias"] = linear_dw(ds, a.o.flatten(1)), _dbias(ds, w.o_bias)
             dw["qkv_proj"], dw["qkv_bias"], dw["input_layernorm"] = _norm_linear_dw(
-                dqkv, x, w.input_layernorm, qkv_proj, w.qkv_bias, spec
+                dqkv, a.x, w.input_layernorm, qkv_proj, w.qkv_bias, spec
             )
         dx = None
         if need_dx:
             dnormed = linear_dx(dqkv, qkv_proj)
-            dx, _ = rms_norm_backward(dnormed, x, w.input_layernorm, rstd, dresidual=ds, need_dweight=False)
-        return dx, None, None, None, *Weights(**dw)
+            dx, _ = rms_norm_backward(dnormed, a.x, w.input_layernorm, a.rstd, dresidual=ds, need_dweight=False)
+        return dx, None, None, None, None, *Weights(**dw)
+
+
+def _attention_branch(a: Activations, w: Weights, spec: BlockSpec, context: BlockContext) -> Activations:
+    """With ``rstd``, ``qkv``, ``o`` and ``lse``: made of ``x`` where they are not there."""
+    if a.qkv is None:
+        normed, rstd = rms_norm_forward(a.x, w.input_layernorm, spec.norm_eps)
+        qkv = _linear(normed, w.qkv_proj, w.qkv_bias)
+        if not spec.qk_norm:
+            rotary_forward_(qkv, *context.rotation, spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        a = a._replace(rstd=rstd, qkv=qkv)
+        del normed
+    if a.o is None:
+        lengths, options = context.attention_arguments(spec)
+        o, lse = attention_forward(*_heads(a.qkv, w, spec, context)[:3], *lengths, **options)
+        a = a._replace(o=o, lse=lse)
+    return a
+
+
+def _mlp_branch(a: Activations, w: Weights, spec: BlockSpec) -> Activations:
+    """With ``s``, ``post_rstd`` and ``gate_up``: made of ``x`` and ``o`` where they are not there."""
+    if a.gate_up is not None:
+        return a
+    if a.s is None:
+        branch = _linear(a.o.flatten(1), w.o_proj, w.o_bias)
+        normed, s, post_rstd = add_rms_norm_forward(branch, a.x, w.post_attention_layernorm, spec.norm_eps)
+        del branch
+        a = a._replace(s=s, post_rstd=post_rstd)
+    else:
+        normed, _ = rms_norm_forward(a.s, w.post_attention_layernorm, spec.norm_eps)
+    return a._replace(gate_up=_linear(normed, w.gate_up_proj, w.gate_up_bias))
+
+
+def _heads(qkv: Tensor, w: Weights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor, ...]:
+    """``(q, k, v)`` as attention takes them; where they are normed ``(q, k, v, q_rstd, k_rstd)``, made anew."""
+    sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    if spec.qk_norm:
+        return qk_norm_rotary_forward(qkv, w.q_norm, w.k_norm, spec.norm_eps, *context.rotation, *sizes)
+    heads = qkv.view(len(qkv), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+    return heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -207,12 +302,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _dbias(dy: Tensor, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else linear_dbias(dy)
-
-
-def _qk_norm(qkv: Tensor, w: Weights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor, ...]:
-    """``(q, k, v, q_rstd, k_rstd)``, made in forward and once more in backward."""
-    sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    return qk_norm_rotary_forward(qkv, w.q_norm, w.k_norm, spec.norm_eps, *context.rotation, *sizes)
 
 
 def _norm_linear_dw(
@@ -265,16 +354,24 @@ class Block(nn.Module):
         block_class: prefix, frozen or trained.
         compute_dtype: of the activations and of frozen weights. A trained block wants the exponents of float32 (bf16,
             fp32, fp64): float16 loses small gradients. Autocast is not for it.
+        recompute: what is made again in backward.
     """
 
     def __init__(
-        self, spec: BlockSpec, tensors: dict[str, Tensor], *, block_class: BlockClass, compute_dtype: torch.dtype
+        self,
+        spec: BlockSpec,
+        tensors: dict[str, Tensor],
+        *,
+        block_class: BlockClass,
+        compute_dtype: torch.dtype,
+        recompute: Recompute = Recompute.NONE,
     ) -> None:
         super().__init__()
         trained = block_class is BlockClass.TRAINED
         assert not (trained and compute_dtype == torch.float16), "a trained block does not compute in float16"
         self.spec = spec
         self.block_class = block_class
+        self.recompute = recompute
         how = {"trained": trained, "compute_dtype": compute_dtype}
         for name in ("input_layernorm", "q_norm", "k_norm", "post_attention_layernorm"):
             weight = tensors.get(f"{name}.weight")
@@ -305,7 +402,7 @@ class Block(nn.Module):
             down_proj=self.down_proj.shadow,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.block_class is not BlockClass.PREFIX):
-            return _DecoderBlock.apply(x, self.spec, context, shadows, *masters)
+            return _DecoderBlock.apply(x, self.spec, context, self.recompute, shadows, *masters)
 
 
 def parameter(tensor: Tensor, *, trained: bool, compute_dtype: torch.dtype) -> nn.Parameter:

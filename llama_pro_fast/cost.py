@@ -3,12 +3,13 @@
 All of it follows from the shape of the model and the place of the trained blocks, before anything is loaded.
 
 Conventions: a product of an m×k by a k×n matrix is 2mkn FLOPs; attention counts only what the causal mask leaves (half)
-and its backward as twice its forward; recomputation counts nothing. Elementwise work is left out.
+and its backward as twice its forward; what is computed again counts apart. Elementwise work is left out.
 
     forward     every product, every block
     dX          from the head down to the lowest trained block; its q/k/v projection makes none, as nothing below learns
     dW          trained matrices only
     attention   forward everywhere, backward from the lowest trained block up
+    recomputed  what blocks that keep less make again in backward; no part of the total
 
 Products are exact: they are what PyTorch's FLOP counter counts in a step. Attention is the convention of the field's
 figures; flash attention's backward makes the scores again and does 2.5 times its forward (`llama_pro_kernels` counts
@@ -17,12 +18,12 @@ that, and documents by their own length).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llama_pro_fast.block import BlockClass
+from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.families import BlockSpec
 from llama_pro_kernels import compute_dtype
 
@@ -35,13 +36,22 @@ class StepCost:
     dx: float
     dw: float
     attention: float
+    recomputed: float = 0.0
 
     @property
     def total(self) -> float:
+        """Without recomputation: what the step is for."""
         return self.forward + self.dx + self.dw + self.attention
 
 
-def step_cost(config, trained_blocks: Collection[int], *, seq_len: int, train_all: bool = False) -> StepCost:
+def step_cost(
+    config,
+    trained_blocks: Collection[int],
+    *,
+    seq_len: int,
+    train_all: bool = False,
+    recompute: Sequence[Recompute] = (),
+) -> StepCost:
     """FLOPs per token of one training step.
 
     Args:
@@ -49,6 +59,7 @@ def step_cost(config, trained_blocks: Collection[int], *, seq_len: int, train_al
         trained_blocks: indices of the trained blocks.
         seq_len: tokens per sequence; one document is assumed to fill it.
         train_all: the embedding and the head train too (the embedding is a lookup).
+        recompute: of each block; by default none.
     """
     spec = BlockSpec.from_config(config, 0)
     layers = config.num_hidden_layers
@@ -56,14 +67,18 @@ def step_cost(config, trained_blocks: Collection[int], *, seq_len: int, train_al
     head = config.vocab_size * config.hidden_size
     trained = range(layers) if train_all else trained_blocks
     above = layers - min(trained, default=layers)
-    attention = [
-        4 * spec.q_size * _mean_keys(seq_len, BlockSpec.from_config(config, index).window) for index in range(layers)
-    ]
+    specs = [BlockSpec.from_config(config, index) for index in range(layers)]
+    attention = [attention_flops(spec, seq_len) for spec in specs]
     return StepCost(
         forward=2.0 * (layers * block + head),
         dx=2.0 * (above * block + head) - (2.0 * qkv if above and not train_all else 0.0),
         dw=2.0 * (len(trained) * block + (head if train_all else 0)),
         attention=float(sum(attention) + 2 * sum(attention[layers - above :])),
+        recomputed=sum(
+            recomputed_flops(specs[index], policy, seq_len)
+            for index, policy in enumerate(recompute)
+            if index >= layers - above
+        ),
     )
 
 
@@ -76,23 +91,53 @@ def matrices(spec: BlockSpec) -> dict[str, int]:
     }
 
 
-def _mean_keys(seq_len: int, window: int | None) -> float:
-    """Keys a query of a full sequence sees on average, where half of the causal square is counted."""
-    window = seq_len if window is None else min(window, seq_len)
-    return window - window * window / (2 * seq_len)
+def attention_flops(spec: BlockSpec, seq_len: int) -> float:
+    """FLOPs per token of a block's attention, forward: 4·N·D for each key a query of a full sequence sees on average,
+    where half of the causal square is counted."""
+    window = seq_len if spec.window is None else min(spec.window, seq_len)
+    return 4 * spec.q_size * (window - window * window / (2 * seq_len))
 
 
-def kept_bytes(spec: BlockSpec, block_class: BlockClass, dtype: torch.dtype) -> int:
+def activation_bytes(spec: BlockSpec, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes a token takes in each of a block's :class:`Activations`, for a computation in ``dtype``."""
+    narrow, wide = dtype.itemsize, compute_dtype(dtype).itemsize
+    return {
+        "x": narrow * spec.hidden_size,
+        "rstd": wide,
+        "qkv": narrow * (spec.q_size + 2 * spec.kv_size),
+        "o": narrow * spec.q_size,
+        "lse": wide * spec.num_heads,
+        "s": narrow * spec.hidden_size,
+        "post_rstd": wide,
+        "gate_up": narrow * 2 * spec.intermediate_size,
+    }
+
+
+def kept_bytes(
+    spec: BlockSpec, block_class: BlockClass, dtype: torch.dtype, recompute: Recompute = Recompute.NONE
+) -> int:
     """Bytes a token keeps in a block between forward and backward, for activations of ``dtype``.
 
-    ``2(2H + 4) + 4(N + K)D + 4N + 4I`` in bf16: x and s with one float32 each for their norms; q, k, v and o; lse; gate
-    and up. A norm on q and k keeps nothing, nor does a weight that trains.
+    In bf16, with nothing recomputed, ``2(2H + 4) + 4(N + K)D + 4N + 4I``: x and s with one float32 each for their
+    norms; q, k, v and o; lse; gate and up. A norm on q and k keeps nothing, nor does a weight that trains.
     """
     if block_class is BlockClass.PREFIX:
         return 0
-    narrow, wide = dtype.itemsize, compute_dtype(dtype).itemsize
-    rows = 2 * spec.hidden_size + 2 * (spec.q_size + spec.kv_size) + 2 * spec.intermediate_size
-    return narrow * rows + wide * (2 + spec.num_heads)
+    sizes = activation_bytes(spec, dtype)
+    return sum(sizes[name] for name in recompute.kept)
+
+
+def replayed_matrices(spec: BlockSpec, recompute: Recompute) -> int:
+    """Elements of the weights whose products a block makes a second time; twice as many FLOPs per token."""
+    makes = {"qkv": "qkv_proj.weight", "s": "o_proj.weight", "gate_up": "gate_up_proj.weight"}
+    weights = matrices(spec)
+    return sum(weights[name] for activation, name in makes.items() if activation not in recompute.kept)
+
+
+def recomputed_flops(spec: BlockSpec, recompute: Recompute, seq_len: int) -> float:
+    """FLOPs per token that a block computes a second time, with ``seq_len`` tokens a document."""
+    attention = 0.0 if "o" in recompute.kept else attention_flops(spec, seq_len)
+    return 2.0 * replayed_matrices(spec, recompute) + attention
 
 
 def num_parameters(config) -> int:

@@ -7,7 +7,7 @@ it was made from, so the base's loss can be measured at any time without a secon
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, BlockContext, RMSNorm, parameter
+from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute, RMSNorm, block_classes, parameter
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.pretrained import PretrainedFolder
@@ -201,6 +201,7 @@ def load_block(
     *,
     dtype: torch.dtype,
     block_class: BlockClass = BlockClass.FROZEN,
+    recompute: Recompute = Recompute.NONE,
     device: torch.device | str = "cpu",
 ) -> Block:
     """Decoder block ``index`` of a folder, computing in ``dtype``."""
@@ -209,7 +210,7 @@ def load_block(
         ours: torch.cat([folder.tensor(f"model.layers.{index}.{name}").to(device) for name, _ in parts])
         for ours, parts in spec.tensors().items()
     }
-    return Block(spec, packed, block_class=block_class, compute_dtype=dtype)
+    return Block(spec, packed, block_class=block_class, compute_dtype=dtype, recompute=recompute)
 
 
 def load_model(
@@ -221,6 +222,7 @@ def load_model(
     device: torch.device | str = "cpu",
     max_length: int | None = None,
     attention: str,
+    recompute: Sequence[Recompute] | None = None,
 ) -> Decoder:
     """Read a folder into a :class:`Decoder`, tensor by tensor, so that the peak is the model plus one block.
 
@@ -230,6 +232,7 @@ def load_model(
         dtype: of the computation; frozen weights are held in it.
         max_length: longest sequence that will be given; by default the config's positions.
         attention: an attention backend's name (`llama_pro_kernels.select_attention_backend`).
+        recompute: of each block; by default none.
 
     Raises:
         UserError: config and weights disagree, or a file is damaged.
@@ -237,18 +240,13 @@ def load_model(
     check_tensors(folder)
     config = folder.config
     count = config.num_hidden_layers
-    trained = set(range(count)) if train_all else set(trained_blocks)
-    first = min(trained, default=count)
-
-    def block_class(index: int) -> BlockClass:
-        if index in trained:
-            return BlockClass.TRAINED
-        return BlockClass.PREFIX if index < first else BlockClass.FROZEN
-
+    classes = block_classes(count, range(count) if train_all else trained_blocks)
+    recompute = recompute or [Recompute.NONE] * count
     how = {"trained": train_all, "dtype": dtype, "device": device}
     embed_tokens = load_embedding(folder, **how)
     blocks = [
-        load_block(folder, index, dtype=dtype, block_class=block_class(index), device=device) for index in range(count)
+        load_block(folder, index, dtype=dtype, block_class=block_class, recompute=policy, device=device)
+        for index, (block_class, policy) in enumerate(zip(classes, recompute, strict=True))
     ]
     norm = RMSNorm(folder.tensor(FINAL_NORM).to(device), config.rms_norm_eps, trained=train_all, compute_dtype=dtype)
     lm_head = None if config.tie_word_embeddings else load_embedding(folder, name=HEAD, **how)

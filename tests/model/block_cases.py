@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, BlockContext
+from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute
 from llama_pro_fast.families import BlockSpec
 from llama_pro_kernels import select_attention_backend
 
@@ -52,10 +52,17 @@ def make_tensors(spec: BlockSpec, seed: int = 0) -> dict[str, torch.Tensor]:
     return made
 
 
-def make_block(spec: BlockSpec, block_class: BlockClass, dtype: torch.dtype, seed: int = 0) -> Block:
+def make_block(
+    spec: BlockSpec,
+    block_class: BlockClass,
+    dtype: torch.dtype,
+    seed: int = 0,
+    recompute: Recompute = Recompute.NONE,
+) -> Block:
     """On the default device; of weights that bf16 can hold, so that a narrow copy of a master is exact."""
     tensors = {name: tensor.bfloat16() for name, tensor in make_tensors(spec, seed).items()}
-    return Block(spec, tensors, block_class=block_class, compute_dtype=dtype).to(torch.get_default_device())
+    block = Block(spec, tensors, block_class=block_class, compute_dtype=dtype, recompute=recompute)
+    return block.to(torch.get_default_device())
 
 
 def make_context(spec: BlockSpec, dtype: torch.dtype, lengths=LENGTHS, attention: str | None = None) -> BlockContext:

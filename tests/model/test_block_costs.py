@@ -13,50 +13,85 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llama_pro_fast import block as block_module
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import BlockClass
-from llama_pro_fast.cost import step_cost
+from llama_pro_fast.block import BlockClass, Recompute
+from llama_pro_fast.cost import attention_flops, kept_bytes, matrices, recomputed_flops, step_cost
+from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.model import load_model
 from llama_pro_kernels import select_attention_backend
 
-CLASSES = {name: (block_class, need_dx) for name, block_class, need_dx in memory.ROWS}
 TOKENS = (24, 56)
 
 
 def measured(name, which, dtype=torch.bfloat16):
-    spec, (block_class, need_dx) = SPECS[name], CLASSES[which]
+    spec = SPECS[name]
     attention = select_attention_backend("cpu", dtype, window=spec.window, head_dim=spec.head_dim)
-    return memory.measure_block(spec, block_class, need_dx, dtype, TOKENS, attention)
+    return memory.measure_block(spec, *memory.ROWS[which], dtype, TOKENS, attention)
 
 
-@pytest.mark.parametrize("which", CLASSES)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        (name, which)
+        for name in SPECS
+        for which, (_, _, policy) in memory.ROWS.items()
+        if policy is Recompute.NONE or name in ("gqa", "mqa", "qk norm", "all")
+    ],
+)
 def test_bytes_and_work_equal_their_formulas(name, which):
-    row, spec = measured(name, which), SPECS[name]
+    row, spec, (_, _, policy) = measured(name, which), SPECS[name], memory.ROWS[which]
+    which = which.split(", ")[0] if "lowest" not in which else "lowest"
     H, I, N, K, D = spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads, spec.head_dim
-    in_bf16 = 2 * (2 * H + 4) + 4 * (N + K) * D + 4 * N + 4 * I
-    assert row["bytes"] == row["bytes_formula"] == (0 if which == "prefix" else in_bf16)
+    in_bf16 = {
+        "none": 2 * (2 * H + 4) + 4 * (N + K) * D + 4 * N + 4 * I,
+        "mlp": 2 * (2 * H + 4) + 4 * (N + K) * D + 4 * N,
+        "attention": 2 * H + 2 * N * D + 4 * N,
+        "block": 2 * H,
+    }
+    assert row["bytes"] == row["bytes_formula"] == (0 if which == "prefix" else in_bf16[policy.value])
 
-    qkv, rest = H * (N + 2 * K) * D, H * N * D + 3 * H * I
+    qkv, o, gate_up, down = H * (N + 2 * K) * D, H * N * D, 2 * H * I, H * I
+    weights = qkv + o + gate_up + down
     backward = {  # dX and dW, in weights
         "prefix": 0,
-        "trained, the lowest": rest + (qkv + rest),
-        "frozen": qkv + rest,
-        "trained": 2 * (qkv + rest),
+        "lowest": (weights - qkv) + weights,
+        "frozen": weights,
+        "trained": 2 * weights,
     }
+    replayed = {"none": 0, "mlp": gate_up, "attention": weights - down, "block": weights - down}
     tokens, lengths = TOKENS[1], memory.documents(TOKENS[1])
     window = spec.window or tokens
     pairs = sum(1 for n in lengths for query in range(n) for key in range(query + 1) if query - key < window)
     attention = 4 * N * D * pairs
     assert row["work"] == row["work_formula"]
     assert row["work"] == {
-        "products forward": 2 * tokens * (qkv + rest),
-        "products backward": 2 * tokens * backward[which],
+        "products forward": 2 * tokens * weights,
+        "products backward": 2 * tokens * (backward[which] + replayed[policy.value]),
         "attention forward": attention,
-        "attention backward": 0 if which == "prefix" else attention * 5 // 2,
+        "attention backward": (0 if which == "prefix" else attention * 5 // 2)
+        + (attention if policy.value == "block" else 0),
     }
 
 
-@pytest.mark.parametrize("which", CLASSES)
+def test_what_the_policies_cost_at_the_shape_of_llama_2_7b():
+    """The figures of a frozen block, documents of 4,096 tokens, attention's backward 2.5 times its forward."""
+    cost = sum(2 * 2 * elements for elements in matrices(memory.SPEC).values())
+    cost += 3.5 * attention_flops(memory.SPEC, 4096)
+    figures = {
+        policy.value: (
+            kept_bytes(memory.SPEC, BlockClass.FROZEN, torch.bfloat16, policy),
+            round(recomputed_flops(memory.SPEC, policy, 4096) / cost, 3),
+        )
+        for policy in Recompute
+    }
+    assert figures == {
+        "none": (93_320, 0),
+        "mlp": (49_288, 0.195),
+        "attention": (16_512, 0.339),
+        "block": (8_192, 0.376),
+    }
+
+
+@pytest.mark.parametrize("which", memory.ROWS)
 def test_bytes_in_fp32(which):
     row = measured("all", which, torch.float32)
     assert row["bytes"] == row["bytes_formula"]
@@ -159,7 +194,7 @@ class TestCommand:
         code, last, result = run("--check")
         assert code == 0
         assert last.startswith("EQUAL: products 1.0000 of the formula, kept bytes 1.0000 of the formula; 472 bytes")
-        assert [row["block"] for row in result["rows"]] == [*CLASSES, "frozen head"]
+        assert [row["block"] for row in result["rows"]] == [*memory.ROWS, "frozen head"]
         assert {"device", "commit", "versions", "command"} <= result.keys()
 
     @pytest.mark.parametrize("broken", ["kept_bytes", "expected_work"])
@@ -181,17 +216,25 @@ class TestCommand:
 @pytest.mark.parametrize("trained", [[2, 3], [1, 3], "all"])
 def test_a_steps_products_are_those_of_step_cost(family, trained, make_base):
     """From the embedding to the loss and back: prefix, lowest, frozen, trained and head together."""
+    recompute = [Recompute.NONE, Recompute.MLP, Recompute.ATTENTION, Recompute.BLOCK]
     train_all = trained == "all"
     folder = make_base(**family)
     model = load_model(
-        folder, trained_blocks=() if train_all else trained, train_all=train_all, attention="cpu_flash", max_length=12
+        folder,
+        trained_blocks=() if train_all else trained,
+        train_all=train_all,
+        attention="cpu_flash",
+        max_length=12,
+        recompute=recompute,
     )
     batch = PackedBatch.from_documents([list(range(12)), list(range(20, 32))])
     with FlopCounterMode(display=False) as counter:
         model.loss(batch, torch.tensor(1.0)).backward()
     products = memory.by_kind(counter, "made")["products made"]
-    cost = step_cost(folder.config, () if train_all else trained, seq_len=12, train_all=train_all)
-    assert products == 24 * (cost.forward + cost.dx + cost.dw)
+    cost = step_cost(folder.config, () if train_all else trained, seq_len=12, train_all=train_all, recompute=recompute)
+    attention_again = attention_flops(BlockSpec.from_config(folder.config, 3), 12)
+    assert cost.recomputed > attention_again
+    assert products == 24 * (cost.forward + cost.dx + cost.dw + cost.recomputed - attention_again)
 
 
 def test_step_cost_counts_half_the_square_and_a_band_where_there_is_a_window(make_base):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from block_cases import LENGTHS, SPECS, hf_weights, make_block, make_context, make_rows, plain_block, unpack
 
-from llama_pro_fast.block import BlockClass
+from llama_pro_fast.block import BlockClass, Recompute
 
 fp32, fp64, bf16 = torch.float32, torch.float64, torch.bfloat16
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -24,9 +24,9 @@ def device(request):
         yield request.param
 
 
-def run_ours(spec, block_class, dtype, *, need_dx=True, attention=None, seed=0):
+def run_ours(spec, block_class, dtype, *, need_dx=True, attention=None, seed=0, recompute=Recompute.NONE):
     """``(y, dx or None, {Hugging Face's name: gradient})``; None for a tensor without one."""
-    block = make_block(spec, block_class, dtype, seed)
+    block = make_block(spec, block_class, dtype, seed, recompute)
     x = make_rows(spec, dtype, seed=seed + 1).requires_grad_(need_dx)
     y = block(x, make_context(spec, dtype, attention=attention))
     y.backward(make_rows(spec, dtype, seed=seed + 2))
@@ -113,6 +113,35 @@ def test_bf16_holds_the_2x_rule(name, block_class):
             by_autograd[tensor] += relative(got, expected) ** 2
     for tensor, squares in by_hand.items():
         assert squares**0.5 <= 2 * by_autograd[tensor] ** 0.5, tensor
+
+
+@pytest.mark.parametrize("recompute", [policy for policy in Recompute if policy is not Recompute.NONE])
+@pytest.mark.parametrize("which", ["trained", "lowest", "frozen"])
+@pytest.mark.parametrize("dtype", [fp32, fp64, bf16])
+@pytest.mark.parametrize("name", SPECS)
+def test_recomputing_changes_no_bit(name, dtype, which, recompute):
+    """What is made again is made by the code of forward, of the same numbers; so all of the above holds for it too.
+
+    On a GPU flash attention's backward sums in any order, so there the backend is one that repeats.
+    """
+    how = {"need_dx": which != "lowest", "attention": None if torch.get_default_device().type == "cpu" else "reference"}
+    block_class = BlockClass.FROZEN if which == "frozen" else BlockClass.TRAINED
+    kept = run_ours(SPECS[name], block_class, dtype, **how)
+    again = run_ours(SPECS[name], block_class, dtype, **how, recompute=recompute)
+    assert (kept[1] is None) == (again[1] is None) == (which == "lowest")
+    compared = list(pairs(again, kept))
+    assert len(compared) >= (13 if name == "all" else 9 if which == "lowest" else 2)
+    for tensor, got, expected in compared:
+        assert torch.equal(got, expected), tensor
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+@pytest.mark.parametrize("name", ["gqa", "all"])
+def test_every_policy_equals_autograd_in_fp64(name, recompute):
+    for tensor, got, expected in pairs(
+        run_ours(SPECS[name], BlockClass.TRAINED, fp64, recompute=recompute), run_plain(SPECS[name], fp64)
+    ):
+        assert relative(got, expected) < 1e-10, tensor
 
 
 @pytest.mark.parametrize("name", ["gqa", "all"])
@@ -204,11 +233,12 @@ def test_a_prefix_block_builds_no_graph_and_is_the_same_function():
     assert torch.equal(y, make_block(spec, BlockClass.TRAINED, fp64)(x, context).detach())
 
 
+@pytest.mark.parametrize("recompute", Recompute)
 @pytest.mark.parametrize("name", ["gqa", "qk norm"])
 @pytest.mark.parametrize("block_class", [BlockClass.TRAINED, BlockClass.FROZEN])
-def test_a_second_backward_is_refused_before_anything_is_computed(name, block_class):
+def test_a_second_backward_is_refused_before_anything_is_computed(name, block_class, recompute):
     spec = SPECS[name]
-    block, x = make_block(spec, block_class, fp32), make_rows(spec, fp32).requires_grad_()
+    block, x = make_block(spec, block_class, fp32, recompute=recompute), make_rows(spec, fp32).requires_grad_()
     # Behind hooks the saved tensors carry no version: the flag must not need them.
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
         y = block(x, make_context(spec, fp32))
@@ -219,10 +249,15 @@ def test_a_second_backward_is_refused_before_anything_is_computed(name, block_cl
     assert torch.equal(x.grad, before)
 
 
-def test_the_input_and_the_incoming_gradient_are_left_alone():
+@pytest.mark.parametrize("recompute", Recompute)
+def test_the_input_and_the_incoming_gradient_are_left_alone(recompute):
     """Buffers are reused, but only the block's own."""
     spec = SPECS["all"]
-    block, x, dy = make_block(spec, BlockClass.TRAINED, fp32), make_rows(spec, fp32), make_rows(spec, fp32, seed=2)
+    block, x, dy = (
+        make_block(spec, BlockClass.TRAINED, fp32, recompute=recompute),
+        make_rows(spec, fp32),
+        make_rows(spec, fp32, seed=2),
+    )
     kept = x.clone(), dy.clone(), {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
     block(x.requires_grad_(), make_context(spec, fp32)).backward(dy)
     assert torch.equal(x.detach(), kept[0])
@@ -267,7 +302,7 @@ def test_the_triton_path_is_the_same_code(device):
         "no:cacheprovider",
         __file__,
         "-k",
-        "(fp32 or no_token) and (gqa or all) or left_alone",
+        "(fp32 or float32 or no_token) and (gqa or all) or left_alone",
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
