@@ -316,6 +316,7 @@ def _norm_linear_dw(
     norm = torch.where(norm.abs() < least, least, norm)
     normed, _ = rms_norm_forward(x, norm, spec.norm_eps)
     dweight = linear_dw(dz, normed)
+    del normed
     return dweight, _dbias(dz, bias), linear_dscale(weight, dweight, norm)
 
 

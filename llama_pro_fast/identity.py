@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ import transformers
 
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.block import BlockContext
+from llama_pro_fast.devices import available_memory
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan, Progress, block_tensor_name, split_name, write_expanded
 from llama_pro_fast.families import BlockSpec, window_within
@@ -267,26 +267,3 @@ def _require(holds: bool, folder: PretrainedFolder, what: str, otherwise: str) -
             f"{folder.path}: the expanded model is not its base: {what}: {otherwise}; nothing was kept, "
             "check the disk and expand again"
         )
-
-
-def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may still take.
-
-    Args:
-        group: where control groups are mounted, version 2 or 1; a limit there, as containers have it, counts.
-    """
-    page, meminfo = os.sysconf("SC_PAGE_SIZE"), Path("/proc/meminfo")
-    available = page * os.sysconf("SC_PHYS_PAGES")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = 1024 * int(fields["MemAvailable"].split()[0])
-    for folder, limit, usage, inactive in (
-        (group, "memory.max", "memory.current", "inactive_file"),
-        (group / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        if (folder / limit).exists() and (text := (folder / limit).read_text().strip()).isdigit():
-            fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            # Pages of files not used lately are given back when memory is asked for.
-            used = int((folder / usage).read_text()) - int(fields[inactive])
-            available = min(available, int(text) - used)
-    return available

@@ -40,6 +40,7 @@ from .linear_cross_entropy import (
     linear_cross_entropy_backward,
     linear_cross_entropy_backward_,
     linear_cross_entropy_forward,
+    rows_per_chunk,
 )
 from .linear_kl import linear_kl
 from .qk_norm_rotary import QKNormRotaryOutput, qk_norm_rotary_backward, qk_norm_rotary_forward
@@ -77,6 +78,7 @@ __all__ = [
     "rotary_backward",
     "rotary_forward",
     "rotary_forward_",
+    "rows_per_chunk",
     "select_attention_backend",
     "swiglu",
     "swiglu_backward",

@@ -1,0 +1,105 @@
+"""The cards a run may be planned for: what they hold and how fast they are, and how much of either a plan counts on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+CONTEXT = GIB
+"""Of a card, outside PyTorch's allocator: the CUDA context (0.5 GiB on an 80 GB card when kernels load lazily, 0.9 when
+they do not: stas00/ml-engineering, training/performance) and libraries' workspaces."""
+
+SPARE = 0.03
+"""Of what is left, for blocks the allocator holds and cannot use. An assumption."""
+
+SHARE = 0.4
+"""Of a card's dense bf16 peak, what products and attention reach over whole steps. An assumption, until a GPU has run
+this code: torchtitan's published 6,667 tokens/s of Llama-3.1-8B on an H100 are a share of about 0.35."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A card, or the CPU.
+
+    Attributes:
+        title: for people.
+        memory: bytes PyTorch can reach; of a card the least of what users' messages report for it.
+        flops: dense bf16 products with float32 sums, FLOP/s (data sheet).
+        bandwidth: of its memory, bytes/s (data sheet).
+    """
+
+    title: str
+    memory: int
+    flops: float
+    bandwidth: float
+    is_cpu: bool = False
+
+    @property
+    def usable(self) -> int:
+        """Bytes a plan may fill."""
+        return self.memory if self.is_cpu else int((self.memory - CONTEXT) * (1 - SPARE))
+
+
+def _card(title: str, gib: float, tflops: float, terabytes: float) -> Device:
+    return Device(title=title, memory=int(gib * GIB), flops=tflops * 1e12, bandwidth=terabytes * 1e12)
+
+
+DEVICES = {
+    "h200": _card("H200 141 GB", 139.7, 989, 4.8),
+    "h100": _card("H100 80 GB", 79.1, 989, 3.35),
+    "a100-80": _card("A100 80 GB", 79.1, 312, 2.039),
+    "a100-40": _card("A100 40 GB", 39.4, 312, 1.555),
+    "4090": _card("RTX 4090 24 GB", 23.5, 165, 1.008),
+}
+"""By the name `--gpu` takes, the largest first. The H100 is the SXM one."""
+
+
+def cpu() -> Device:
+    """This machine's processor. Its speed is nominal: it weighs a byte against a FLOP, and predicts nothing."""
+    return Device(title="CPU", memory=int(0.9 * available_memory()), flops=1e11, bandwidth=2e10, is_cpu=True)
+
+
+def present() -> Device:
+    """The device of this machine: its GPU with what is free of it now, or the CPU."""
+    if not torch.cuda.is_available():
+        return cpu()
+    name = torch.cuda.get_device_name()
+    known = next((device for device in DEVICES.values() if _same(device, name)), DEVICES["h100"])
+    free, _ = torch.cuda.mem_get_info()
+    # What is free is less than the card by the context already; `usable` takes it off once more.
+    return Device(title=name, memory=free + CONTEXT, flops=known.flops, bandwidth=known.bandwidth)
+
+
+def _same(device: Device, name: str) -> bool:
+    """Whether PyTorch's name of a GPU, such as ``NVIDIA H100 80GB HBM3``, is of this row."""
+    words = device.title.replace(" GB", "GB").split()
+    model, size = words[-2], words[-1]
+    return model in name.replace("-", " ").split() and (size in name or model in ("H200", "H100", "4090"))
+
+
+def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process may still take.
+
+    Args:
+        group: where control groups are mounted, version 2 or 1; a limit there, as containers have it, counts.
+    """
+    page, meminfo = os.sysconf("SC_PAGE_SIZE"), Path("/proc/meminfo")
+    available = page * os.sysconf("SC_PHYS_PAGES")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = 1024 * int(fields["MemAvailable"].split()[0])
+    for folder, limit, usage, inactive in (
+        (group, "memory.max", "memory.current", "inactive_file"),
+        (group / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if (folder / limit).exists() and (text := (folder / limit).read_text().strip()).isdigit():
+            fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # Pages of files not used lately are given back when memory is asked for.
+            used = int((folder / usage).read_text()) - int(fields[inactive])
+            available = min(available, int(text) - used)
+    return available

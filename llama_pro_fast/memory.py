@@ -1,0 +1,336 @@
+"""What a training step holds in memory, from the shapes alone.
+
+A step is fullest at one of a few moments, each computed here, and the fullest of them is the peak:
+
+    loss            everything kept for backward, the head's inputs and gradient, one chunk of logits
+    backward of i   what the blocks up to i keep; block i's replayed activations and scratch; gradients so far
+    optimizer       all gradients, nothing kept
+
+beside what is always there: weights, masters, shadows, moments. Gradients come into being from the top block down; with
+several micro-batches a step all are there from the second one on, and a block's new ones are made beside them. An
+evaluation has neither, but two chunks of logits, of the model and of its base.
+
+Bytes are those PyTorch's allocator hands out, what `torch.cuda.max_memory_allocated` counts: without the CUDA context,
+what lies cached or in between (`devices.Device.usable` leaves room for those), and on a CPU without the process itself.
+On a CPU the reference implementations make temporaries that the Triton kernels do not; both are counted. Scratch of
+the attention backends is what their sources allocate.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llama_pro_fast.block import BlockClass, Recompute, block_classes
+from llama_pro_fast.cost import activation_bytes, kept_bytes, matrices, num_parameters, num_trained_parameters
+from llama_pro_fast.families import BlockSpec
+from llama_pro_kernels import compute_dtype, rows_per_chunk
+from llama_pro_kernels.linear import DSCALE_ROWS
+
+BATCH_BYTES = 3 * 8
+"""A token's id, label and position, int64 each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What of a run decides its memory and its work.
+
+    Attributes:
+        config: the model's transformers config, expanded if it will be.
+        trained_blocks: indices of the blocks that train.
+        train_all: every parameter trains.
+        dtype: of the computation.
+        seq_len: tokens per sequence.
+        attention: the attention backend's name.
+        triton: whether the operations are Triton kernels or the reference in PyTorch.
+    """
+
+    config: Any
+    trained_blocks: tuple[int, ...]
+    train_all: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    seq_len: int = 4096
+    attention: str = "flash"
+    triton: bool = True
+
+    @functools.cached_property
+    def specs(self) -> list[BlockSpec]:
+        return [BlockSpec.from_config(self.config, index) for index in range(self.config.num_hidden_layers)]
+
+    @functools.cached_property
+    def classes(self) -> list[BlockClass]:
+        trained = range(len(self.specs)) if self.train_all else self.trained_blocks
+        return block_classes(len(self.specs), trained)
+
+    @property
+    def first(self) -> int:
+        """The lowest block with a backward."""
+        return next(
+            (index for index, kind in enumerate(self.classes) if kind is not BlockClass.PREFIX), len(self.classes)
+        )
+
+    @functools.cached_property
+    def num_trained(self) -> int:
+        return num_trained_parameters(self.config, self.trained_blocks, train_all=self.train_all)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes at the fullest moment of a step, by kind.
+
+    Attributes:
+        weights: frozen ones, the only copy.
+        masters: trained weights in float32.
+        shadows: their narrow copies for the products; 0 where the computation is as wide as the masters.
+        moments: AdamW's two.
+        gradients: those that are there at that moment.
+        kept_frozen, kept_trained: activations kept for backward, by the class of the blocks that keep them.
+        logits: the chunk that exists at one time, where the moment has one.
+        transient: everything else: a block's replayed activations and scratch, the batch, rotary tables.
+        moment: when.
+    """
+
+    weights: int
+    masters: int
+    shadows: int
+    moments: int
+    gradients: int
+    kept_frozen: int
+    kept_trained: int
+    logits: int
+    transient: int
+    moment: str
+
+    KINDS = (
+        "weights", "masters", "shadows", "moments", "gradients", "kept_frozen", "kept_trained", "logits", "transient",
+    )  # fmt: skip
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, kind) for kind in self.KINDS)
+
+    @property
+    def states(self) -> int:
+        """What is there whatever the batch."""
+        return self.weights + self.masters + self.shadows + self.moments
+
+
+def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: int, accumulating: bool) -> StepMemory:
+    """The peak of a step over micro-batches of ``micro_batch_size`` sequences.
+
+    Args:
+        recompute: of each block.
+        accumulating: whether a step has several micro-batches.
+    """
+    tokens = micro_batch_size * job.seq_len
+    narrow, wide = job.dtype.itemsize, compute_dtype(job.dtype).itemsize
+    config, trained = job.config, job.num_trained
+    head_size = config.vocab_size * config.hidden_size
+    states = _states(job)
+
+    # What stays over every moment of the step.
+    always = tokens * BATCH_BYTES + 2 * job.seq_len * (job.specs[0].head_dim // 2) * 4
+    kept = [
+        tokens * kept_bytes(spec, kind, job.dtype, policy)
+        for spec, kind, policy in zip(job.specs, job.classes, recompute, strict=True)
+    ]
+    every = wide * trained
+    top = tokens * (narrow * config.hidden_size + wide)  # what the final norm keeps: the last block's output, rstd
+
+    def moment(name: str, blocks: int, gradients: int, transient: int, logits: int = 0) -> StepMemory:
+        by_class = [0, 0]
+        for index in range(job.first, blocks):
+            by_class[job.classes[index] is BlockClass.TRAINED] += kept[index]
+        return StepMemory(
+            **states,
+            gradients=gradients,
+            kept_frozen=by_class[0],
+            kept_trained=by_class[1],
+            logits=logits,
+            transient=always + transient,
+            moment=name,
+        )
+
+    rows = min(tokens, rows_per_chunk(config.vocab_size, job.dtype))
+    chunk = rows * config.vocab_size * narrow
+    copies = 0 if job.triton or narrow == wide else rows * config.vocab_size * wide
+    layers = len(job.specs)
+    dhead = wide * head_size if job.train_all else 0
+
+    # The head: its input and dX, a loss a token, and where it trains dW.
+    loss = moment(
+        "the loss",
+        layers,
+        every if accumulating else 0,
+        top + tokens * (2 * narrow * config.hidden_size + wide) + copies + dhead,
+        logits=chunk,
+    )
+    moments = [loss]
+    made = dhead  # gradients of this micro-batch so far
+    for index in reversed(range(job.first, layers)):
+        spec, kind = job.specs[index], job.classes[index]
+        transient = _backward_peak(
+            spec, kind, recompute[index], index > job.first or job.train_all, job.dtype, job.triton, job.attention,
+            tokens, micro_batch_size,
+        )  # fmt: skip
+        gradients = every if accumulating else made
+        # What this micro-batch has made of the head waits for the embedding's, where they are one table.
+        waiting = made if accumulating and job.train_all and config.tie_word_embeddings else 0
+        moments.append(moment(f"backward of block {index}", index + 1, gradients, transient + waiting))
+        if kind is BlockClass.TRAINED and not accumulating:
+            made += wide * spec.num_parameters()
+    if job.train_all:
+        table = wide * head_size
+        tied = 2 * table if config.tie_word_embeddings else 0
+        dx = tokens * (narrow + (wide if wide != narrow else 0)) * config.hidden_size
+        moments.append(
+            moment("backward of the embedding", 0, every if accumulating else every - table, table + tied + dx)
+        )
+    moments.append(moment("the optimizer's step", 0, every, 0))
+    return max(moments, key=lambda found: found.total)
+
+
+def evaluation_memory(job: Job, *, micro_batch_size: int) -> int:
+    """Bytes at the fullest moment of an evaluation (`evaluate.evaluate`) with the base beside the model."""
+    spec, narrow, wide = job.specs[0], job.dtype.itemsize, compute_dtype(job.dtype).itemsize
+    tokens = micro_batch_size * job.seq_len
+    H, I, Q, KV = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
+    # In a block, while the MLP's product is made or its input is normed; the model's own result waits.
+    widened = 0 if job.triton or narrow == wide else 2 * wide
+    mlp = narrow * (2 * H + 3 * I) + max(widened * I, narrow * (2 * Q + 2 * KV)) + 2 * wide
+    block = tokens * (narrow * H + mlp + wide * spec.num_heads)
+    # The two chunks of logits; the reference makes three wide ones of them.
+    chunk = min(tokens, rows_per_chunk(job.config.vocab_size, job.dtype)) * job.config.vocab_size
+    losses = chunk * (2 * narrow + (0 if job.triton else 3 * wide)) + tokens * (2 * narrow * H + 2 * wide)
+    always = tokens * BATCH_BYTES + 2 * job.seq_len * (spec.head_dim // 2) * 4
+    return sum(_states(job).values()) + always + max(block, losses)
+
+
+def _states(job: Job) -> dict[str, int]:
+    narrow, wide = job.dtype.itemsize, compute_dtype(job.dtype).itemsize
+    trained = job.num_trained
+    shadowed = 0
+    if narrow != wide:  # of matrices and tables; norms and biases are read as they are
+        shadowed = sum(
+            sum(matrices(spec).values())
+            for spec, kind in zip(job.specs, job.classes, strict=True)
+            if kind is BlockClass.TRAINED
+        )
+        if job.train_all:
+            shadowed += job.config.vocab_size * job.config.hidden_size * (1 if job.config.tie_word_embeddings else 2)
+    return {
+        "weights": narrow * (num_parameters(job.config) - trained),
+        "masters": wide * trained,
+        "shadows": narrow * shadowed,
+        "moments": 2 * wide * trained,
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_peak(
+    spec: BlockSpec,
+    block_class: BlockClass,
+    recompute: Recompute,
+    need_dx: bool,
+    dtype: torch.dtype,
+    triton: bool,
+    attention: str,
+    tokens: int,
+    sequences: int,
+) -> int:
+    """Bytes that a block's backward needs at its fullest, beyond what the blocks up to it keep.
+
+    It follows `block._DecoderBlock.backward` line by line: the incoming gradient, then each product with what is alive
+    beside it. Per-token sizes first, weights' gradients behind.
+    """
+    narrow, wide = dtype.itemsize, compute_dtype(dtype).itemsize
+    trained, copied = block_class is BlockClass.TRAINED, not triton and narrow != wide
+    H, I, Q, KV = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
+    hidden, inner, q, kv = narrow * H, narrow * I, narrow * Q, narrow * KV
+    qkv = q + 2 * kv
+    sizes = activation_bytes(spec, dtype)
+
+    def replayed(*names: str) -> int:
+        return sum(sizes[name] for name in names if name not in recompute.kept)
+
+    # Gradients of the weights, each alive until the block is done; and scratch on the way to a norm's.
+    def dw(*names: str) -> int:
+        return wide * sum(matrices(spec)[f"{name}.weight"] for name in names) if trained else 0
+
+    def dscale(rows: int) -> int:
+        return wide * H * min(rows, DSCALE_ROWS) if trained else 0
+
+    # Temporaries of the reference; a Triton kernel has none.
+    norm_forward = 2 * wide * H if copied else 0
+    norm_backward = 0 if triton else (4 * wide * H - hidden if copied else 2 * wide * H)
+    swiglu_backward = 0 if triton else wide * I * (6 if copied else 3)
+    rotation = 0 if triton else 3 * wide * max(Q, KV) // 2 + 2 * wide * spec.head_dim
+    head_norms = 0 if triton else wide * Q * (3 if copied else 2)
+    widened = wide if copied and trained else 0  # of rows, for a weight's gradient
+
+    # (bytes a token, bytes), from dy to d(gate, up) and ds
+    mlp = hidden + replayed("s", "post_rstd", "gate_up")
+    if "o" not in recompute.kept:
+        mlp += replayed("rstd", "qkv", "o", "lse")
+    normed = hidden + max(norm_forward, widened * (H + 2 * I))
+    made = dw("down_proj", "gate_up_proj")
+    moments = [
+        (mlp + (hidden + norm_forward if replayed("gate_up") else 0), 0),
+        (mlp + inner + (inner if trained else 0) + swiglu_backward, 0),
+        (mlp + inner + (inner if trained else 0) + widened * (H + I), dw("down_proj")),
+        (mlp + (normed if trained else 0), made),
+        (mlp, made + dscale(2 * I)),
+        (mlp + 2 * hidden + norm_backward, made),
+    ]
+    # from ds to d(q, k, v) and dx
+    branch = 2 * hidden + replayed("rstd", "qkv")
+    if "o" not in recompute.kept:
+        branch += replayed("o", "lse")
+    head_rstd = wide * (spec.num_heads + spec.num_kv_heads) if spec.qk_norm else 0
+    scratch, scores = _attention_scratch(attention, spec, narrow, wide, tokens, sequences)
+    moments += [
+        (branch + (hidden + norm_forward if replayed("qkv") else 0), made),
+        (branch + q + (q + kv + head_rstd if spec.qk_norm else 0) + qkv + scratch, made + scores),
+        (branch + head_rstd + 2 * qkv + rotation, made),
+        (branch + head_rstd + 2 * qkv + (q + kv + head_norms if spec.qk_norm else 0), made),
+    ]
+    after = branch - replayed("qkv") + qkv
+    normed = hidden + max(norm_forward, widened * (H + Q + 2 * KV))
+    made = dw("down_proj", "gate_up_proj", "o_proj", "qkv_proj")
+    moments += [
+        (after + widened * (H + Q), made - dw("qkv_proj")),
+        (after + (normed if trained else 0), made),
+        (after, made + dscale(Q + 2 * KV)),
+    ]
+    if need_dx:
+        moments.append((after + 2 * hidden + norm_backward, made))
+    return max(tokens * per_token + constant for per_token, constant in moments)
+
+
+def _attention_scratch(
+    backend: str, spec: BlockSpec, narrow: int, wide: int, tokens: int, sequences: int
+) -> tuple[int, int]:
+    """What a backend's backward allocates beside its results: bytes a token, and bytes.
+
+    A backend for the CPU takes one document at a time; the longest is a sequence.
+    """
+    q, kv = spec.q_size, spec.kv_size
+    grouped = spec.num_kv_heads < spec.num_heads
+    if backend in ("flash", "flash_attn"):
+        # dq is summed in float32, and dk, dv are made for every query head where heads share them.
+        return 4 * q + 8 * spec.num_heads + (2 * narrow * q if grouped else 0), 0
+    if backend in ("flash_3", "flash_4"):
+        return 4 * q + 8 * spec.num_heads + (2 * 4 * kv if grouped else 0), 0
+    if backend == "cudnn":  # copies of q, k, v, o and do besides
+        return 4 * q + 3 * narrow * q + 2 * narrow * kv, 0
+    if backend == "reference":
+        length = tokens // sequences
+        document = wide * (5 * q + 4 * kv) if narrow != wide else 2 * narrow * (q + kv)
+        return document // sequences, 2 * wide * spec.num_heads * length * length
+    assert backend == "cpu_flash", backend
+    document = narrow * (3 * q + 2 * kv) + (3 * wide * q if narrow != wide else 0)
+    return document // sequences, 0
