@@ -113,11 +113,6 @@ class StepMemory:
     def total(self) -> int:
         return sum(getattr(self, kind) for kind in self.KINDS)
 
-    @property
-    def states(self) -> int:
-        """What is there whatever the batch."""
-        return self.weights + self.masters + self.shadows + self.moments
-
 
 def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: int, accumulating: bool) -> StepMemory:
     """The peak of a step over micro-batches of ``micro_batch_size`` sequences.
@@ -208,6 +203,11 @@ def evaluation_memory(job: Job, *, micro_batch_size: int) -> int:
     losses = chunk * (2 * narrow + (0 if job.triton else 3 * wide)) + tokens * (2 * narrow * H + 2 * wide)
     always = tokens * BATCH_BYTES + 2 * job.seq_len * (spec.head_dim // 2) * 4
     return sum(_states(job).values()) + always + max(block, losses)
+
+
+def states_bytes(job: Job) -> int:
+    """What a step needs whatever its batch: weights, masters, shadows, moments and gradients."""
+    return sum(_states(job).values()) + compute_dtype(job.dtype).itemsize * job.num_trained
 
 
 def _states(job: Job) -> dict[str, int]:

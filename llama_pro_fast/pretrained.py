@@ -25,6 +25,7 @@ import transformers
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.families import FAMILIES, BlockSpec, check_rope
 from llama_pro_fast.files import first_line
+from llama_pro_fast.shapes import SHAPES
 
 ASSETS = Path(__file__).parent / "assets"
 BUILTIN = "builtin:"
@@ -79,40 +80,7 @@ class PretrainedFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"model folder {self.path} does not exist; give a folder with {CONFIG_FILE}")
-        self.raw_config = _read_json(self.path / CONFIG_FILE, "a Hugging Face model folder has one")
-        architecture, model_type = self.raw_config.get("architectures"), self.raw_config.get("model_type")
-        if isinstance(architecture, list) and architecture:
-            architecture = architecture[0]
-        known = [(family.architecture, name) for name, family in FAMILIES.items()]
-        if (architecture, model_type) not in known:
-            supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
-            raise UserError(
-                f"{self.path / CONFIG_FILE}: architecture {architecture} of model_type {model_type} is not supported; "
-                f"supported: {supported}"
-            )
-        if self.raw_config.get("quantization_config") is not None:
-            raise UserError(f"{self.path}: the weights are quantised; give the original bf16/fp16/fp32 checkpoint")
-        try:
-            self.config = transformers.AutoConfig.from_pretrained(self.path)
-        except Exception as error:
-            # Its first line often says only that something is wrong.
-            said = " ".join(str(error).split())
-            raise UserError(f"{self.path / CONFIG_FILE}: transformers refuses it: {said}") from error
-        if self.config.model_type != model_type:
-            raise UserError(
-                f"{self.path / CONFIG_FILE}: transformers takes this {model_type} for a {self.config.model_type}, "
-                "which is not supported; remove layer_types if all blocks are alike"
-            )
-        try:
-            check_rope(self.config)
-            for index in range(self.config.num_hidden_layers):
-                BlockSpec.from_config(self.config, index)
-        except UserError as error:
-            raise UserError(f"{self.path / CONFIG_FILE}: {error}") from error
-        if self.config.hidden_act not in ("silu", "swish"):
-            raise UserError(
-                f"{self.path / CONFIG_FILE}: hidden_act {self.config.hidden_act} is not supported (silu is)"
-            )
+        self.raw_config, self.config = read_config(self.path / CONFIG_FILE)
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -240,9 +208,12 @@ class PretrainedFolder:
         return sorted(found)
 
 
-def resolve(path_or_id: str) -> Path:
+def resolve(path_or_id: str, *, weights: bool = True) -> Path:
     """The local folder of a model: itself, one in the package (``builtin:name``), or the hub's snapshot of an id such
     as ``org/name``.
+
+    Args:
+        weights: whether the hub is asked for more than config.json.
 
     Raises:
         UserError: neither a folder nor an id the hub gave us.
@@ -262,7 +233,7 @@ def resolve(path_or_id: str) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 path_or_id,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", *COMPANION_PATTERNS],
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", *COMPANION_PATTERNS] if weights else CONFIG_FILE,
                 # A second copy of the weights in a format of their authors' own.
                 ignore_patterns=["consolidated*", "original/*"],
             )
@@ -272,6 +243,60 @@ def resolve(path_or_id: str) -> Path:
             f"model {path_or_id}: no such folder, and the hub did not give it ({first_line(error)}); "
             "check the name, the network and, for gated models, `hf auth login`"
         ) from error
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Any]:
+    """A config.json, as it is written and as transformers takes it.
+
+    Raises:
+        UserError: it is missing, damaged, or of an architecture this project does not know.
+    """
+    raw = _read_json(path, "a Hugging Face model folder has one")
+    architecture, model_type = raw.get("architectures"), raw.get("model_type")
+    if isinstance(architecture, list) and architecture:
+        architecture = architecture[0]
+    known = [(family.architecture, name) for name, family in FAMILIES.items()]
+    if (architecture, model_type) not in known:
+        supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
+        raise UserError(
+            f"{path}: architecture {architecture} of model_type {model_type} is not supported; supported: {supported}"
+        )
+    if raw.get("quantization_config") is not None:
+        raise UserError(f"{path.parent}: the weights are quantised; give the original bf16/fp16/fp32 checkpoint")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path.parent)
+    except Exception as error:
+        # Its first line often says only that something is wrong.
+        raise UserError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from error
+    if config.model_type != model_type:
+        raise UserError(
+            f"{path}: transformers takes this {model_type} for a {config.model_type}, which is not supported; remove "
+            "layer_types if all blocks are alike"
+        )
+    try:
+        check_rope(config)
+        for index in range(config.num_hidden_layers):
+            BlockSpec.from_config(config, index)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if config.hidden_act not in ("silu", "swish"):
+        raise UserError(f"{path}: hidden_act {config.hidden_act} is not supported (silu is)")
+    return raw, config
+
+
+def find_config(path_or_id: str) -> tuple[dict[str, Any], Any]:
+    """A model's config without its weights: of a folder, one in the package, a well-known shape, or from the hub.
+
+    Returns:
+        As :func:`read_config`; of a well-known shape (`shapes.SHAPES`) nothing is read.
+
+    Raises:
+        UserError: as :func:`resolve` and :func:`read_config`.
+    """
+    if path_or_id in SHAPES and not os.path.isdir(path_or_id):
+        shape = SHAPES[path_or_id]
+        return shape, transformers.AutoConfig.for_model(**shape)
+    return read_config(resolve(path_or_id, weights=False) / CONFIG_FILE)
 
 
 def read_header(path: Path) -> list[TensorEntry]:
