@@ -17,6 +17,7 @@ from llama_pro_fast.errors import UserError
 
 PROGRAM = "llama-pro-fast"
 VERBS = {
+    "plan": "what a run will need in memory and cost, from the model's config alone",
     "expand": "insert identity copies of decoder blocks into a Llama-family checkpoint",
     "train": "train the new blocks of an expanded checkpoint on a domain",
     "export": "write a run's model as an ordinary Hugging Face checkpoint",

@@ -132,8 +132,16 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per optimizer step."""
 
-    micro_batch_size: int = 1
-    """Sequences per forward and backward; divides `batch_size`."""
+    micro_batch_size: int | None = None
+    """Sequences per forward and backward; divides `batch_size`. By default what fits `memory` and should be fastest."""
+
+    recompute: str = "auto"
+    """What blocks make again in backward instead of keeping it: `none`, `mlp`, `attention` or `block`, for all, or a
+    letter for each block (`.`, `m`, `a`, `b`). `auto`: as little as fits `memory`."""
+
+    memory: float | Literal["auto"] = "auto"
+    """GiB the run may take on its device; `auto` is what is free there, with something to spare. A run that needs more
+    is refused before it loads anything."""
 
     seed: int = 0
     """Seeds the order of the data and random initial weights."""
