@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute, RMSNorm, block_classes, parameter
@@ -134,6 +133,9 @@ def rotary_tables(config, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     depend on how long the text is, ``length`` decides, once for the run: transformers would decide anew for each batch
     by its longest document.
     """
+    # Imported here: it takes seconds, and who only plans has no use for it.
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     positions = torch.arange(length)[None]
     cos, sin = LlamaRotaryEmbedding(config)(torch.empty(0, dtype=torch.float32), positions)
     half = cos.shape[-1] // 2

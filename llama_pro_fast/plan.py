@@ -221,7 +221,8 @@ def show(question: Question, found: Fit | None) -> None:
     trained = range(len(job.specs)) if job.train_all else job.trained_blocks
     new = f" + {len(question.expansion.new_indices)} blocks" if question.expansion else ""
     rows = [
-        ("blocks", f"{_strip(job)}  (X trains, o passes the gradient, . no backward)"),
+        ("blocks", _strip(job)),
+        ("", f"{len(job.specs)}: X trains, o passes the gradient on, . has no backward"),
         (
             "parameters",
             f"{amount(num_parameters(job.config))}, of which {amount(job.num_trained)} train "
@@ -449,8 +450,8 @@ def _show_ways(question: Question, found: Fit | None) -> None:
         speed = ("–", "–") if question.device.is_cpu or not way.fits else (
             f"{1 / way.seconds:,.0f}", _length(question, way.seconds),
         )  # fmt: skip
-        memory = f"{way.peak / GIB:.1f}" if way.fits else f"{way.peak / GIB:.1f}, too much"
-        rows.append((way.name, amount(way.trained), f"{way.gflop:.1f}", memory, way.how, *speed))
+        how = way.how if way.fits else "does not fit"
+        rows.append((way.name, amount(way.trained), f"{way.gflop:.1f}", f"{way.peak / GIB:.1f}", how, *speed))
     columns = ("way", "trained", "GFLOP/token", "GiB", "micro-batch", "tokens/s", f"{amount(question.tokens)} tokens")
     table("other places for the new blocks, and other methods on the base", columns, rows)
 
