@@ -11,17 +11,25 @@ import torch
 
 from llama_pro_fast.config import RunConfig
 from llama_pro_fast.console import amount, block_strip, box, duration, say, table
-from llama_pro_fast.cost import num_parameters, num_trained_parameters, step_cost
+from llama_pro_fast.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.devices import GIB
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import Decoder
+from llama_pro_fast.planner import Fit
 from llama_pro_fast.pretrained import PretrainedFolder
 from llama_pro_fast.run_folder import resume_command, shown
 from llama_pro_kernels import implementation_name
 
 
 def show_start(
-    config: RunConfig, folder: PretrainedFolder, model: Decoder, corpus: Corpus, *, manifest: Manifest | None
+    config: RunConfig,
+    folder: PretrainedFolder,
+    model: Decoder,
+    corpus: Corpus,
+    *,
+    manifest: Manifest | None,
+    planned: Fit,
 ) -> None:
     """The box before the first step."""
     train = config.train
@@ -29,7 +37,6 @@ def show_start(
     trained = model.trained_blocks
     parameters = num_parameters(folder.config)
     count = num_trained_parameters(folder.config, trained, train_all=train_all)
-    cost = step_cost(folder.config, trained, seq_len=train.seq_len, train_all=train_all)
     if train_all:
         meter = "off: all parameters train, the base is not kept"
     elif not manifest.base_intact:
@@ -41,6 +48,7 @@ def show_start(
             if text.source.role == "general"
         )
     device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads"
+    process = " for tensors, the process comes on top" if train.device == "cpu" else ""
     kernels = implementation_name(train.device, getattr(torch, train.dtype))
     box(
         f"llama-pro-fast · {Path(config.output).name}",
@@ -48,11 +56,13 @@ def show_start(
             ("model", f"{config.model.path}  ({folder.config.architectures[0]}, {len(model.blocks)} blocks)"),
             ("blocks", f"{block_strip(len(model.blocks), trained)}  (X trains, o is frozen)"),
             ("trained", f"{amount(count)} of {amount(parameters)} parameters ({count / parameters:.1%})"),
-            ("cost", f"{cost.total / 1e9:.4g} GFLOP per token (causal attention, its backward 2x)"),
+            ("cost", f"{planned.cost.total / 1e9:.4g} GFLOP per token (causal attention, its backward 2x)"),
             ("text", corpus.description()),
             ("step", f"{train.batch_size} x {train.seq_len} = {train.batch_size * train.seq_len:,} tokens, "
-                     f"{train.batch_size // train.micro_batch_size} micro-batches; {train.steps:,} steps, "
+                     f"{train.batch_size // train.micro_batch_size} micro-batches of {train.micro_batch_size}; "
+                     f"{train.steps:,} steps, "
                      f"{amount(train.steps * train.batch_size * train.seq_len)} tokens"),
+            ("memory", f"{_gib(planned.peak / GIB)} planned{process}; recomputed in backward: {train.recompute}"),
             ("rate", f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} steps of warm-up"),
             ("device", f"{device}; {train.dtype}, attention {train.attention}, kernels {kernels}"),
             ("forgetting", meter),
@@ -81,13 +91,17 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
     table("the same in bits per byte, beside two simple compressors", columns, bits, words=2)
 
     share = summary["trained_parameters"] / summary["parameters"]
-    speed = summary["median_tokens_per_second"]
+    speed, planned = summary["median_tokens_per_second"], summary["planned_tokens_per_second"]
+    aimed = "" if planned is None else f" (planned {planned:,.0f})"
+    of = " of the process" if summary["device"] == "cpu" else ""
+    tensors = " for its tensors" if summary["device"] == "cpu" else ""
     facts = [
         ("trained", f"{amount(summary['trained_parameters'])} of {amount(summary['parameters'])} parameters "
                     f"({share:.1%}), blocks {', '.join(map(str, summary['trained_blocks']))}"),
-        ("speed", f"{'–' if speed is None else format(speed, ',.0f')} tokens/s; "
+        ("speed", f"{'–' if speed is None else format(speed, ',.0f')} tokens/s{aimed}; "
                   f"{duration(summary['seconds_of_steps'])} of training steps"),
-        ("memory", f"peak {summary['peak_memory_gib']:.2f} GiB"),
+        ("memory", f"peak {summary['peak_memory_gib']:.2f} GiB{of}; planned "
+                   f"{_gib(summary['planned_memory_gib'])}{tensors}"),
         ("export", summary["export_check"]["said"]),
         ("model", f"{shown(exported)}  (an ordinary Hugging Face folder)"),
         ("report", f"{shown(output / 'report')}/  summary.md, loss.png, summary.json"),
@@ -110,3 +124,7 @@ print(generate("import os", max_new_tokens=60, do_sample=False)[0]["generated_te
     say(shlex.join(["tensorboard", "--logdir", shown(output / "tensorboard")]))
     say("# go on with a run after Ctrl-C or a crash")
     say(resume_command(output))
+
+
+def _gib(amount: float) -> str:
+    return f"{amount:.2f} GiB"

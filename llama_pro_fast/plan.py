@@ -173,7 +173,11 @@ def ask(options: Any) -> Question:
         raise UserError(f"--micro-batch: {micro_batch_size} does not divide the batch of {batch_size} sequences")
     device = _device(options.gpu)
     job = job_on(device, config, trained, train_all=train_all, seq_len=seq_len)
-    recompute = options.recompute or (train.recompute if train else "auto")
+    text = options.recompute or (train.recompute if train else "auto")
+    try:
+        recompute = None if text == "auto" else parse_recompute(text, job.classes)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
     tokens = options.tokens or (train and (train.tokens or (train.steps and train.steps * batch_size * seq_len)))
     return Question(
         model=model,
@@ -183,7 +187,7 @@ def ask(options: Any) -> Question:
         device=device,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
-        recompute=None if recompute == "auto" else parse_recompute(recompute, job.classes),
+        recompute=recompute,
         tokens=tokens or 1e9,
         price=options.price,
         share=options.share,

@@ -189,14 +189,78 @@ def expanded_shape(config: Any, plan: ExpansionPlan) -> Any:
 # -- where nothing fits --------------------------------------------------------------------------------------------
 
 
+def why(
+    found: Fit,
+    job: Job,
+    device: Device,
+    *,
+    batch_size: int,
+    usable: int,
+    micro_batch_size: int | None = None,
+    recompute: Sequence[Recompute] | None = None,
+) -> str:
+    """What was chosen and for what reason, in one line; the arguments are those of :func:`best_fit`."""
+    size = found.micro_batch_size
+    sequences = f"{size} sequence{'s' if size > 1 else ''} at a time"
+    larger = next((n for n in range(size + 1, batch_size + 1) if batch_size % n == 0), None)
+    if micro_batch_size is not None:
+        sequences += " as asked"
+    elif larger is None:
+        sequences += ", the whole batch"
+    else:
+        other = best_fit(
+            job, device, batch_size=batch_size, micro_batch_size=larger, recompute=recompute, usable=usable
+        )
+        if other is None:
+            sequences += f" ({larger} do not fit)"
+        elif other.cost.recomputed > found.cost.recomputed:
+            sequences += f" ({larger} would fit with more recomputed only)"
+        else:
+            sequences += f" ({larger} would hardly be faster)"
+    made_again = f"{recompute_text(found.recompute, job.first)} recomputed"
+    if recompute is not None:
+        made_again += " as asked"
+    elif not found.cost.recomputed:
+        made_again = "nothing recomputed, for all fits"
+    if found.cost.recomputed:
+        made_again += f", {found.cost.recomputed / found.cost.total:.1%} more work"
+    return f"{sequences}; {made_again}"
+
+
 def shortfall(
-    job: Job, device: Device, *, batch_size: int, usable: int, base: Any = None, plan: ExpansionPlan | None = None
+    job: Job,
+    device: Device,
+    *,
+    batch_size: int,
+    usable: int,
+    base: Any = None,
+    plan: ExpansionPlan | None = None,
+    micro_batch_size: int | None = None,
+    recompute: Sequence[Recompute] | None = None,
 ) -> str:
     """Why nothing fits, and the smallest changes that would, in one line.
 
     Args:
         base, plan: the config before the expansion and the expansion, where the run makes one.
+        micro_batch_size, recompute: what was asked for, where it was.
     """
+    free = best_fit(job, device, batch_size=batch_size, usable=usable)
+    if free is not None:
+        asked = fit(
+            job,
+            device,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size or 1,
+            recompute=recompute or list(policies(job))[-1],
+            share=SHARE,
+        )
+        wanted = [f"micro-batch {micro_batch_size}"] if micro_batch_size else []
+        wanted += ["the recomputation asked for"] if recompute is not None else []
+        return (
+            f"{' and '.join(wanted)} needs {_gib(asked.peak)}, and {_gib(usable)} are usable on {device.title}. What "
+            f"would fit: micro-batch {free.micro_batch_size} with recompute {recompute_text(free.recompute, job.first)}"
+            f", which needs {_gib(free.peak)}; leave both out and they are chosen"
+        )
     least = min(
         (
             fit(job, device, batch_size=batch_size, micro_batch_size=1, recompute=rung, share=SHARE)
@@ -251,7 +315,7 @@ def _changes(job: Job, device: Device, *, usable: int, base: Any, plan: Expansio
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB ({size / 1e9:.1f} GB)"
+    return f"{size / GIB:.1f} GiB ({size / 1e9:.1f} GB)" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def adapter_parameters(job: Job, rank: int) -> int:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llama_pro_fast import run_folder
+from llama_pro_fast import devices, run_folder
 from llama_pro_fast.config import OptimConfig, RunConfig
 from llama_pro_fast.console import progress_bars
 from llama_pro_fast.data import resolve_sources
 from llama_pro_fast.data.tokenizer import save_tokenizer, train_tokenizer
+from llama_pro_fast.devices import GIB
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec, window_within
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.identity import IdentityProof, expand_and_prove
 from llama_pro_fast.manifest import Manifest
+from llama_pro_fast.memory import Job
 from llama_pro_fast.model import check_tensors
+from llama_pro_fast.planner import Fit, best_fit, expanded_shape, fit, parse_recompute, recompute_text, shortfall, why
 from llama_pro_fast.pretrained import PretrainedFolder, no_progress_bars, resolve
 from llama_pro_kernels import implementation_name, select_attention_backend
 
@@ -64,6 +68,7 @@ def check_config(config: RunConfig) -> None:
         "train.seq_len": train.seq_len,
         "train.batch_size": train.batch_size,
         "train.micro_batch_size": train.micro_batch_size,
+        "train.memory": None if train.memory == "auto" else train.memory,
         "train.threads": train.threads,
         "train.log_every": train.log_every,
         "train.checkpoint_every": train.checkpoint_every,
@@ -92,7 +97,7 @@ def check_config(config: RunConfig) -> None:
         raise UserError(
             f"--data.held_out: {config.data.held_out} is not between 0 and 1; 0.02 keeps every 50th document"
         )
-    if train.batch_size % train.micro_batch_size:
+    if train.micro_batch_size is not None and train.batch_size % train.micro_batch_size:
         raise UserError(
             f"--train.micro_batch_size: {train.micro_batch_size} does not divide --train.batch_size {train.batch_size}"
         )
@@ -167,6 +172,66 @@ def resolve_device(config: RunConfig, base: PretrainedFolder, seq_len: int) -> t
         torch.set_num_threads(train.threads)
     train.threads = torch.get_num_threads()
     return device, dtype
+
+
+def resolve_memory(config: RunConfig, base: PretrainedFolder, plan: ExpansionPlan | None) -> str:
+    """Fill in micro-batch and recomputation so that the run fits its device, and say why these.
+
+    Args:
+        base: the model of the recipe, before the expansion by ``plan``.
+
+    Raises:
+        UserError: it would not fit; what would is said.
+    """
+    train, manifest = config.train, Manifest.from_config(base.raw_config)
+    shape, trained = base.config, () if manifest is None else manifest.trained_blocks
+    if plan is not None:
+        shape, trained = expanded_shape(base.config, plan), plan.new_indices
+    job, device = _job(config, shape, trained), devices.present() if train.device == "cuda" else devices.cpu()
+    usable = device.usable if train.memory == "auto" else int(train.memory * GIB)
+    try:
+        recompute = None if train.recompute == "auto" else parse_recompute(train.recompute, job.classes)
+    except UserError as error:
+        raise UserError(f"--train.{error}") from error
+    asked = {"micro_batch_size": train.micro_batch_size, "recompute": recompute}
+    found = best_fit(job, device, batch_size=train.batch_size, usable=usable, **asked)
+    if found is None:
+        raise UserError(
+            "--train.memory: "
+            + shortfall(job, device, batch_size=train.batch_size, usable=usable, base=base.config, plan=plan, **asked)
+        )
+    reason = why(found, job, device, batch_size=train.batch_size, usable=usable, **asked)
+    train.micro_batch_size, train.memory = found.micro_batch_size, round(usable / GIB, 2)
+    train.recompute = recompute_text(found.recompute, job.first)
+    return reason
+
+
+def planned(config: RunConfig, folder: PretrainedFolder) -> Fit:
+    """What the settings of a run should take, whatever device it now has."""
+    manifest = Manifest.from_config(folder.raw_config)
+    job = _job(config, folder.config, () if manifest is None else manifest.trained_blocks)
+    device = devices.present() if config.train.device == "cuda" else devices.cpu()
+    return fit(
+        job,
+        device,
+        batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        recompute=parse_recompute(config.train.recompute, job.classes),
+        share=devices.SHARE,
+    )
+
+
+def _job(config: RunConfig, shape: Any, trained: Collection[int]) -> Job:
+    train = config.train
+    return Job(
+        config=shape,
+        trained_blocks=tuple(trained),
+        train_all=train.parameters == "all",
+        dtype=DTYPES[train.dtype],
+        seq_len=train.seq_len,
+        attention=train.attention,
+        triton=implementation_name(train.device, DTYPES[train.dtype]).startswith("triton"),
+    )
 
 
 def resolve_seq_len(config: RunConfig, base: PretrainedFolder) -> int:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llama_pro_fast import checkpoint, prepare, run_folder
+from llama_pro_fast.block import block_classes
 from llama_pro_fast.cards import show_end, show_start
 from llama_pro_fast.cli import INTERRUPTED, run_entry_point
 from llama_pro_fast.config import RunConfig
@@ -22,6 +23,7 @@ from llama_pro_fast.console import amount, block_strip, peak_memory_gib, say, wa
 from llama_pro_fast.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.data import default_cache
 from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.devices import GIB
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluate import Meter
 from llama_pro_fast.export import export_run
@@ -29,6 +31,7 @@ from llama_pro_fast.generation import read_export_back, unchecked
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.optimizer import Optimizer
+from llama_pro_fast.planner import parse_recompute
 from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
 from llama_pro_fast.progress import Log, StopSignal
 from llama_pro_fast.recipe import RECIPES, absolute, parse
@@ -61,6 +64,10 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
             base, plan = prepare.open_base(config)
         seq_len = prepare.resolve_seq_len(config, base)
         device, dtype = prepare.resolve_device(config, base, seq_len)
+        if not resume:
+            say(f"memory: {prepare.resolve_memory(config, base, plan)}")
+        elif config.train.recompute == "auto":
+            config.train.recompute = "none"  # the run is of a version that knew nothing else
 
         # Text to tokens, once; then the length of the run is known.
         with waiting("reading text ...") as update:
@@ -106,7 +113,8 @@ def train(
     """From the first step, or the last complete checkpoint, to the last step; False when asked to stop before."""
     manifest = Manifest.from_config(folder.raw_config)
     train_all = config.train.parameters == "all"
-    steps, seq_len = config.train.steps, config.train.seq_len
+    steps, seq_len, depth = config.train.steps, config.train.seq_len, folder.config.num_hidden_layers
+    classes = block_classes(depth, range(depth) if train_all else manifest.trained_blocks)
     model = load_model(
         folder,
         trained_blocks=() if train_all else manifest.trained_blocks,
@@ -115,6 +123,7 @@ def train(
         device=device,
         max_length=seq_len,
         attention=config.train.attention,
+        recompute=parse_recompute(config.train.recompute, classes),
     )
     optimizer = Optimizer(model, model.trained_parameters(), config.optim, steps)
 
@@ -146,7 +155,8 @@ def train(
         say("no complete checkpoint yet: starting from the first step")
     done = info.progress
     metrics = MetricsWriter(output, resumed_at=done.step if complete else None)
-    show_start(config, folder, model, corpus, manifest=manifest)
+    planned = prepare.planned(config, folder)
+    show_start(config, folder, model, corpus, manifest=manifest, planned=planned)
 
     # Without its new blocks the model is its base only as long as nothing else has trained.
     metered = () if train_all or not manifest.base_intact else manifest.trained_blocks
@@ -191,7 +201,8 @@ def finish(
         UserError: the export, or what stock transformers computes from it, is not what was trained (the report stands
             all the same), or no space is left.
     """
-    train, manifest = config.train, Manifest.from_config(folder.raw_config)
+    train, manifest, device = config.train, Manifest.from_config(folder.raw_config), torch.device(config.train.device)
+    planned = prepare.planned(config, folder)
     depth, all_train = folder.config.num_hidden_layers, train.parameters == "all"
     trained = range(depth) if all_train else manifest.trained_blocks
     exported, _ = export_run(output)
@@ -211,6 +222,10 @@ def finish(
         "threads": train.threads,
         "dtype": train.dtype,
         "attention": train.attention,
+        "micro_batch_size": train.micro_batch_size,
+        "recompute": train.recompute,
+        "planned_memory_gib": round(planned.peak / GIB, 3),
+        "planned_tokens_per_second": None if device.type == "cpu" else round(1 / planned.seconds, 1),
         "learning_rate": config.optim.lr,
         "export": str(exported),
     }
@@ -225,9 +240,7 @@ def finish(
     except UserError as error:
         write_report(output, facts | unchecked(f"failed: {error}") | measured)
         raise
-    measured["peak_memory_gib"] = max(
-        measured["peak_memory_gib"], round(peak_memory_gib(torch.device(train.device)), 3)
-    )
+    measured["peak_memory_gib"] = max(measured["peak_memory_gib"], round(peak_memory_gib(device), 3))
     summary = facts | read_back | measured
     write_report(output, summary)
     show_end(summary, output, exported)

@@ -1,0 +1,64 @@
+"""Every packaged recipe for a real card is planned here: it fits, and its comment says what the plan says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from llama_pro_fast.devices import GIB
+from llama_pro_fast.plan import _parser, ask
+from llama_pro_fast.planner import best_fit, recompute_text
+from llama_pro_fast.recipe import RECIPES, packaged_recipes
+
+LOCAL = ("prose-3m", "quickstart")  # for any machine
+PLANNED = re.compile(
+    r"#   (?P<card>\S+) +(?P<gib>[\d.]+) GiB  (?P<micro>\d+) x (?P<seq>\d+) tokens at a time  "
+    r"recompute (?P<recompute>\w+)  (?P<speed>[\d,]+) tokens/s  (?P<hours>[\d,]+) h"
+)
+ROWS = [
+    (name, row.groupdict())
+    for name in packaged_recipes()
+    for row in PLANNED.finditer((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+]
+
+
+def planned(*argv):
+    question = ask(_parser().parse_args(argv))
+    return question, best_fit(question.job, question.device, batch_size=question.batch_size)
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS, ids=[f"{name}-{row['card']}" for name, row in ROWS])
+def test_a_recipe_is_planned_as_its_comment_says(name, row):
+    question, found = planned("--config", name, "--gpu", row["card"])
+    assert found is not None
+    assert found.peak <= question.device.usable
+    text = recompute_text(found.recompute, question.job.first)
+    assert row == {
+        "card": row["card"],
+        "gib": f"{found.peak / GIB:.1f}",
+        "micro": str(found.micro_batch_size),
+        "seq": str(question.job.seq_len),
+        "recompute": "mixed" if "." in text else text,
+        "speed": f"{1 / found.seconds:,.0f}",
+        "hours": f"{question.tokens * found.seconds / 3600:,.0f}",
+    }
+
+
+def test_each_recipe_for_a_card_says_what_it_needs_and_where_its_rate_is_from():
+    cards = {name: {row["card"] for other, row in ROWS if other == name} for name in packaged_recipes()}
+    assert [name for name, found in cards.items() if not found] == list(LOCAL)
+    assert {"h100", "h200"} <= cards["llama-3.1-8b"] | cards["llama-3.1-8b-h200"]
+    assert "h100" in cards["qwen3-8b"]
+    assert cards["llama-3.2-1b"] == {"4090"}
+    for name in cards.keys() - set(LOCAL):
+        text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+        assert re.search(r"arXiv|[\w-]+/[\w-]+", text), name
+        assert "arm-up" in text, name
+
+
+def test_eight_blocks_in_an_8b_model_do_not_fit_24_gb():
+    """What the README says plainly."""
+    question, found = planned("--config", "llama-3.1-8b", "--gpu", "4090")
+    assert found is None
+    assert question.job.num_trained > 1.7e9
