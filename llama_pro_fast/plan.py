@@ -37,6 +37,7 @@ from llama_pro_fast.planner import (
     parse_recompute,
     recompute_text,
     shortfall,
+    why,
 )
 from llama_pro_fast.pretrained import find_config
 from llama_pro_fast.recipe import packaged_recipes, parse
@@ -257,9 +258,18 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
         f"{question.batch_size} x {job.seq_len} = {per_step:,} tokens, in {question.batch_size // size} micro-batches "
         f"of {size}",
     )
-    recompute = recompute_text(found.recompute, job.first)
-    again = "" if not cost.recomputed else f", {cost.recomputed / cost.total:.1%} more work"
-    yield "recompute", recompute + again
+    yield (
+        "chosen",
+        why(
+            found,
+            job,
+            question.device,
+            batch_size=question.batch_size,
+            usable=question.device.usable,
+            micro_batch_size=question.micro_batch_size,
+            recompute=question.recompute,
+        ),
+    )
     yield (
         "memory",
         f"{found.peak / GIB:.1f} GiB at the fullest, of {question.device.usable / GIB:.1f} usable on "
@@ -269,6 +279,11 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
         "work",
         f"{cost.total / 1e9:.4g} GFLOP a token: forward {cost.forward / 1e9:.4g}, dX {cost.dx / 1e9:.4g}, dW "
         f"{cost.dw / 1e9:.4g}, attention {cost.attention / 1e9:.4g} (causal, backward 2x)",
+    )
+    yield (
+        "disk",
+        f"{12 * job.num_trained / 1e9:.1f} GB a checkpoint; {2 * num_parameters(job.config) / 1e9:.1f} GB each the "
+        "expanded and the exported model, in 16 bits",
     )
     if question.device.is_cpu:
         return
