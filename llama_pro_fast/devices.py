@@ -31,6 +31,7 @@ class Device:
         memory: bytes PyTorch can reach; of a card the least of what users' messages report for it.
         flops: dense bf16 products with float32 sums, FLOP/s (data sheet).
         bandwidth: of its memory, bytes/s (data sheet).
+        speed_known: whether these two are of this device; else they only weigh a byte against a FLOP.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Device:
     flops: float
     bandwidth: float
     is_cpu: bool = False
+    speed_known: bool = True
 
     @property
     def usable(self) -> int:
@@ -60,8 +62,9 @@ DEVICES = {
 
 
 def cpu() -> Device:
-    """This machine's processor. Its speed is nominal: it weighs a byte against a FLOP, and predicts nothing."""
-    return Device(title="CPU", memory=int(0.9 * available_memory()), flops=1e11, bandwidth=2e10, is_cpu=True)
+    """This machine's processor, with what is free of its memory now."""
+    free = int(0.9 * available_memory())
+    return Device(title="CPU", memory=free, flops=1e11, bandwidth=2e10, is_cpu=True, speed_known=False)
 
 
 def present() -> Device:
@@ -69,10 +72,17 @@ def present() -> Device:
     if not torch.cuda.is_available():
         return cpu()
     name = torch.cuda.get_device_name()
-    known = next((device for device in DEVICES.values() if _same(device, name)), DEVICES["h100"])
+    known = next((device for device in DEVICES.values() if _same(device, name)), None)
     free, _ = torch.cuda.mem_get_info()
-    # What is free is less than the card by the context already; `usable` takes it off once more.
-    return Device(title=name, memory=free + CONTEXT, flops=known.flops, bandwidth=known.bandwidth)
+    alike = known or DEVICES["h100"]
+    # The context is there by now, so what is free is less by it already.
+    return Device(
+        title=name,
+        memory=free + CONTEXT,
+        flops=alike.flops,
+        bandwidth=alike.bandwidth,
+        speed_known=known is not None,
+    )
 
 
 def _same(device: Device, name: str) -> bool:

@@ -246,8 +246,8 @@ def show(question: Question, found: Fit | None) -> None:
         _show_memory(question, found)
     _show_policies(question)
     _show_ways(question, found)
-    say("Memory is computed from the shapes, speed from the share of the peak named above; neither is measured.")
-    say("LoRA is an estimate for another trainer, with fused norms and SwiGLU.")
+    say("Memory is computed from the shapes, speed from the share of the peak above; neither is measured.")
+    say("LoRA is an estimate, for another trainer with fused norms and SwiGLU.")
 
 
 def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
@@ -285,7 +285,7 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
         f"{12 * job.num_trained / 1e9:.1f} GB a checkpoint; {2 * num_parameters(job.config) / 1e9:.1f} GB each the "
         "expanded and the exported model, in 16 bits",
     )
-    if question.device.is_cpu:
+    if not question.device.speed_known:
         return
     yield (
         "speed",
@@ -341,7 +341,7 @@ def _show_policies(question: Question) -> None:
         way = fit(
             job,
             device,
-            batch_size=max(1, largest),
+            batch_size=max(question.batch_size, largest),
             micro_batch_size=max(1, largest),
             recompute=recompute,
             share=question.share,
@@ -355,7 +355,7 @@ def _show_policies(question: Question) -> None:
                 f"{again / way.cost.total:+.1%}",
                 f"{one.peak / GIB:.1f}",
                 f"{largest} x {job.seq_len}" if largest else "none",
-                "–" if device.is_cpu or not largest else f"{1 / way.seconds:,.0f}",
+                "–" if not (largest and device.speed_known) else f"{1 / way.seconds:,.0f}",
             )
         )
     columns = ("recomputed", "bytes kept a token", "work", "GiB for 1 sequence", "largest micro-batch", "tokens/s")
@@ -466,7 +466,7 @@ def _lora(question: Question, whole: Job) -> Way:
 def _show_ways(question: Question, found: Fit | None) -> None:
     rows = []
     for way in ways(question):
-        speed = ("–", "–") if question.device.is_cpu or not way.fits else (
+        speed = ("–", "–") if not (way.fits and question.device.speed_known) else (
             f"{1 / way.seconds:,.0f}", _length(question, way.seconds),
         )  # fmt: skip
         how = way.how if way.fits else "does not fit"
@@ -504,7 +504,7 @@ def as_dict(question: Question, found: Fit | None) -> dict[str, Any]:
             "memory": {kind: getattr(found.memory, kind) for kind in StepMemory.KINDS},
             "moment": found.memory.moment,
             "flops_per_token": dataclasses.asdict(found.cost),
-            "tokens_per_second": None if device.is_cpu else 1 / found.seconds,
+            "tokens_per_second": 1 / found.seconds if device.speed_known else None,
         }
     plain["ways"] = [dataclasses.asdict(way) for way in ways(question)]
     return plain

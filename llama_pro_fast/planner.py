@@ -221,7 +221,7 @@ def why(
     if recompute is not None:
         made_again += " as asked"
     elif not found.cost.recomputed:
-        made_again = "nothing recomputed, for all fits"
+        made_again = "nothing recomputed: everything fits"
     if found.cost.recomputed:
         made_again += f", {found.cost.recomputed / found.cost.total:.1%} more work"
     return f"{sequences}; {made_again}"

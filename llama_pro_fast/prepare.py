@@ -17,7 +17,7 @@ from llama_pro_fast.config import OptimConfig, RunConfig
 from llama_pro_fast.console import progress_bars
 from llama_pro_fast.data import resolve_sources
 from llama_pro_fast.data.tokenizer import save_tokenizer, train_tokenizer
-from llama_pro_fast.devices import GIB
+from llama_pro_fast.devices import GIB, Device
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec, window_within
@@ -187,7 +187,7 @@ def resolve_memory(config: RunConfig, base: PretrainedFolder, plan: ExpansionPla
     shape, trained = base.config, () if manifest is None else manifest.trained_blocks
     if plan is not None:
         shape, trained = expanded_shape(base.config, plan), plan.new_indices
-    job, device = _job(config, shape, trained), devices.present() if train.device == "cuda" else devices.cpu()
+    job, device = _job(config, shape, trained), _device(config)
     usable = device.usable if train.memory == "auto" else int(train.memory * GIB)
     try:
         recompute = None if train.recompute == "auto" else parse_recompute(train.recompute, job.classes)
@@ -210,15 +210,23 @@ def planned(config: RunConfig, folder: PretrainedFolder) -> Fit:
     """What the settings of a run should take, whatever device it now has."""
     manifest = Manifest.from_config(folder.raw_config)
     job = _job(config, folder.config, () if manifest is None else manifest.trained_blocks)
-    device = devices.present() if config.train.device == "cuda" else devices.cpu()
     return fit(
         job,
-        device,
+        _device(config),
         batch_size=config.train.batch_size,
         micro_batch_size=config.train.micro_batch_size,
         recompute=parse_recompute(config.train.recompute, job.classes),
         share=devices.SHARE,
     )
+
+
+def planned_speed(config: RunConfig, planned: Fit) -> float | None:
+    """Tokens per second, where the device's own speed is known."""
+    return round(1 / planned.seconds, 1) if _device(config).speed_known else None
+
+
+def _device(config: RunConfig) -> Device:
+    return devices.present() if config.train.device == "cuda" else devices.cpu()
 
 
 def _job(config: RunConfig, shape: Any, trained: Collection[int]) -> Job:

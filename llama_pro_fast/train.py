@@ -225,7 +225,7 @@ def finish(
         "micro_batch_size": train.micro_batch_size,
         "recompute": train.recompute,
         "planned_memory_gib": round(planned.peak / GIB, 3),
-        "planned_tokens_per_second": None if device.type == "cpu" else round(1 / planned.seconds, 1),
+        "planned_tokens_per_second": prepare.planned_speed(config, planned),
         "learning_rate": config.optim.lr,
         "export": str(exported),
     }

@@ -41,7 +41,7 @@ def test_what_was_chosen_stands_in_the_resolved_config(make_config, tmp_path, ca
     said, chosen = capsys.readouterr().out, load_config(tmp_path / "run").train
     assert (chosen.micro_batch_size, chosen.recompute, chosen.attention, chosen.threads) == (4, "none", "cpu_flash", 1)
     assert 0 < chosen.memory < 10_000
-    assert "memory: 4 sequences at a time, the whole batch; nothing recomputed, for all fits" in said
+    assert "memory: 4 sequences at a time, the whole batch; nothing recomputed: everything fits" in said
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
     assert summary["micro_batch_size"] == 4
     assert summary["recompute"] == "none"
@@ -77,7 +77,7 @@ def test_the_policies_reach_the_blocks(make_config, monkeypatch):
 def test_short_of_memory_it_recomputes_only_what_it_must(ask):
     plenty, reason, needed = ask(micro_batch_size=4)
     assert plenty.train.recompute == "none"
-    assert reason == "4 sequences at a time as asked; nothing recomputed, for all fits"
+    assert reason == "4 sequences at a time as asked; nothing recomputed: everything fits"
     short, reason, less = ask(needed - 1, micro_batch_size=4)
     assert set(short.train.recompute) & set("mab")
     assert "." in short.train.recompute[4:], "the lowest blocks give enough"
