@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llama_pro_fast.devices import GIB
+from llama_pro_fast.devices import DEVICES, GIB
 from llama_pro_fast.plan import _parser, ask
 from llama_pro_fast.planner import best_fit, recompute_text
 from llama_pro_fast.recipe import RECIPES, packaged_recipes
@@ -62,3 +62,12 @@ def test_eight_blocks_in_an_8b_model_do_not_fit_24_gb():
     question, found = planned("--config", "llama-3.1-8b", "--gpu", "4090")
     assert found is None
     assert question.job.num_trained > 1.7e9
+
+
+def test_the_readme_shows_every_recipe_as_planned():
+    readme = (RECIPES.parent.parent / "README.md").read_text(encoding="utf-8")
+    for name, row in ROWS:
+        cells = (
+            f"{row['gib']} GiB | {row['micro']} x {row['seq']} | {row['recompute']} | {row['speed']} | {row['hours']} |"
+        )
+        assert f"| `{name}` | {DEVICES[row['card']].title} | {cells}" in readme
