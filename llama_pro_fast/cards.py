@@ -116,6 +116,8 @@ print(generate("import os", max_new_tokens=60, do_sample=False)[0]["generated_te
     say("\nnext")
     say('# your model (a folder or hub id of a Llama-family checkpoint) and text (one {"text": ...} a line)')
     say(f"{own}\n    --optim.lr 5e-5 --output runs/mine")
+    say("# before that: will it fit, and what will it cost")
+    say("python -m llama_pro_fast.plan --model MODEL --gpu h100 --groups 8")
     say("# generate")
     say(shlex.join(["python", "-c", pipeline]))
     say('# evaluate, after pip install "lm_eval[hf]"')

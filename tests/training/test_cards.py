@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llama_pro_fast import console, train
+from llama_pro_fast import console, plan, train
 from llama_pro_fast.cards import show_end
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.pretrained import PretrainedFolder
@@ -130,6 +130,11 @@ def test_the_commands_of_the_card_can_be_typed(summary, card, tmp_path, monkeypa
     config = parse(argv[3:]).config
     assert (config.model.path, config.data.domain, config.expand.groups) == ("MODEL", "mine.jsonl", 8)
     assert config.optim.lr
+
+    argv = command("will it fit", text)
+    assert argv[:3] == ["python", "-m", "llama_pro_fast.plan"]
+    options = plan._parser().parse_args(argv[3:])
+    assert (options.model, options.groups, options.gpu) == ("MODEL", 8, "h100")
 
     python, c, code = command("generate", text)
     assert (python, c) == ("python", "-c")
