@@ -31,6 +31,7 @@ from llama_pro_fast.memory import Job, StepMemory
 from llama_pro_fast.planner import (
     Fit,
     best_fit,
+    divisors,
     expanded_shape,
     fit,
     lora_estimate,
@@ -446,8 +447,8 @@ def _way(question: Question, name: str, job: Job) -> Way:
 
 
 def _lora(question: Question, whole: Job) -> Way:
-    usable, sizes = question.device.usable, range(question.batch_size, 0, -1)
-    for size in (size for size in sizes if question.batch_size % size == 0):
+    usable = question.device.usable
+    for size in reversed(divisors(question.batch_size)):
         estimate = lora_estimate(whole, rank=LORA_RANK, micro_batch_size=size, usable=usable)
         if estimate.peak <= usable and (not estimate.recomputed or size == 1):
             break

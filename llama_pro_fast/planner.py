@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def best_fit(
         usable: bytes, in place of the device's own.
     """
     usable = device.usable if usable is None else usable
-    sizes = [micro_batch_size] if micro_batch_size else [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    sizes = [micro_batch_size] if micro_batch_size else divisors(batch_size)
     found: list[Fit] = []
     for size in sizes:
         way = functools.partial(fit, job, device, batch_size=batch_size, micro_batch_size=size, share=share)
@@ -114,6 +115,12 @@ def best_fit(
         return None
     least = min(way.seconds for way in found)
     return next(way for way in found if way.seconds <= least * (1 + NEARLY))
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, rising."""
+    lower = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*lower, *(number // n for n in lower)})
 
 
 def policies(job: Job) -> Iterator[tuple[Recompute, ...]]:
@@ -202,7 +209,7 @@ def why(
     """What was chosen and for what reason, in one line; the arguments are those of :func:`best_fit`."""
     size = found.micro_batch_size
     sequences = f"{size} sequence{'s' if size > 1 else ''} at a time"
-    larger = next((n for n in range(size + 1, batch_size + 1) if batch_size % n == 0), None)
+    larger = next((n for n in divisors(batch_size) if n > size), None)
     if micro_batch_size is not None:
         sequences += " as asked"
     elif larger is None:
