@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, RMSNorm, block_classes
+from llama_pro_fast.block import Block, Recompute, RMSNorm, block_classes
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, Embedding, hf_tensors, rotary_tables
@@ -74,7 +74,7 @@ def _llama3_rope(factor: float) -> dict[str, Any]:
     }
 
 
-def _base(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict:
+def base_shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict:
     return {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -88,10 +88,12 @@ def _base(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int
 
 
 SIZES = {
-    "tiny": Size(base=_base(8, 256, 688, 8, 4, 4096), groups=2, seq=256, micro_batch=2, steps=6, warmup=2, rounds=3),
+    "tiny": Size(
+        base=base_shape(8, 256, 688, 8, 4, 4096), groups=2, seq=256, micro_batch=2, steps=6, warmup=2, rounds=3
+    ),
     # Llama-3.2-1B
     "1b": Size(
-        base=_base(16, 2048, 8192, 32, 8, 128_256, tie_word_embeddings=True, rope_parameters=_llama3_rope(32.0)),
+        base=base_shape(16, 2048, 8192, 32, 8, 128_256, tie_word_embeddings=True, rope_parameters=_llama3_rope(32.0)),
         groups=4,
         seq=4096,
         micro_batch=4,
@@ -99,7 +101,7 @@ SIZES = {
     ),
     # LLaMA-2-7B. Two sequences, so that stock Hugging Face without checkpointing fits a card of 141 GB with room.
     "7b": Size(
-        base=_base(32, 4096, 11_008, 32, 32, 32_000, max_position_embeddings=4096),
+        base=base_shape(32, 4096, 11_008, 32, 32, 32_000, max_position_embeddings=4096),
         groups=8,
         seq=4096,
         micro_batch=2,
@@ -107,7 +109,7 @@ SIZES = {
     ),
     # Llama-3.1-8B
     "8b": Size(
-        base=_base(32, 4096, 14_336, 32, 8, 128_256, rope_parameters=_llama3_rope(8.0)),
+        base=base_shape(32, 4096, 14_336, 32, 8, 128_256, rope_parameters=_llama3_rope(8.0)),
         groups=8,
         seq=4096,
         micro_batch=2,
@@ -133,10 +135,13 @@ class Workload:
         """Of the computation and of every frozen weight."""
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
+    @property
+    def shape(self) -> Size:
+        return SIZES[self.size]
+
     @cached_property
     def plan(self) -> ExpansionPlan:
-        size = SIZES[self.size]
-        return ExpansionPlan.from_groups(size.base["num_hidden_layers"], size.groups)
+        return ExpansionPlan.from_groups(self.shape.base["num_hidden_layers"], self.shape.groups)
 
     @property
     def trained_blocks(self) -> list[int]:
@@ -145,7 +150,7 @@ class Workload:
     @property
     def config(self) -> LlamaConfig:
         """Of the expanded model."""
-        return LlamaConfig(**(SIZES[self.size].base | {"num_hidden_layers": len(self.plan.sources)}))
+        return LlamaConfig(**(self.shape.base | {"num_hidden_layers": len(self.plan.sources)}))
 
     def token_batches(self) -> Iterator[torch.Tensor]:
         """For each step other random tokens ``[B, S]``; every sequence is one document."""
@@ -187,7 +192,8 @@ class Runner:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def build_ours(workload: Workload) -> Runner:
+def build_ours(workload: Workload, *, recompute: Recompute = Recompute.NONE) -> Runner:
+    """Every block that has a backward makes ``recompute`` again."""
     config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
     spec = BlockSpec.from_config(config, 0)
     shapes = tensor_shapes(config)
@@ -198,7 +204,7 @@ def build_ours(workload: Workload) -> Runner:
             ours: torch.cat([workload.draw(f"model.layers.{index}.{name}", shape) for name, shape in parts])
             for ours, parts in spec.tensors().items()
         }
-        return Block(spec, packed, block_class=classes[index], compute_dtype=dtype)
+        return Block(spec, packed, block_class=classes[index], compute_dtype=dtype, recompute=recompute)
 
     def embedding(name: str) -> Embedding:
         return Embedding(workload.draw(name, shapes[name]), trained=False, compute_dtype=dtype)
@@ -225,11 +231,31 @@ def build_ours(workload: Workload) -> Runner:
     )
 
 
-def build_hf(workload: Workload, *, checkpointing: bool = False, pure: bool = False) -> Runner:
+def build_hf(
+    workload: Workload,
+    *,
+    attention: str = "sdpa",
+    checkpointing: str = "none",
+    pure: bool = False,
+    liger: bool = False,
+) -> Runner:
+    """Hugging Face's LlamaForCausalLM.
+
+    Args:
+        attention: transformers' name for it.
+        checkpointing: of layers: ``none``; ``all``, by the model's own switch; ``trained``, those that have a trained
+            parameter, which is LLaMA-Factory's way.
+        pure: trained weights in bf16 too, no autocast.
+        liger: with Liger's kernels; they stay in this process's transformers.
+    """
     if pure and workload.device != "cuda":
         raise ValueError("hf-bf16 is for a GPU: a CPU computes in float32 here")
     config, device, dtype = workload.config, workload.device, workload.dtype
-    config._attn_implementation = "sdpa"
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    config._attn_implementation = attention
     config.use_cache = False
     # Without memory first: transformers would draw weights of its own beside ours.
     with torch.device("meta"):
@@ -244,14 +270,19 @@ def build_hf(workload: Workload, *, checkpointing: bool = False, pure: bool = Fa
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     model.train()
-    if checkpointing:
+    if checkpointing != "none":
         # The name transformers is moving to, else the one it had; both default to recomputing whole blocks.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable()
+    if checkpointing == "trained":
+        # Enabling makes the embedding's output need a gradient, which all layers then pass down; not so here.
+        model.disable_input_require_grads()
+        for index, layer in enumerate(model.model.layers):
+            layer.gradient_checkpointing = index in workload.trained_blocks
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
-        autocast = torch.autocast("cuda", dtype) if device == "cuda" and not pure else contextlib.nullcontext()
-        with autocast:
+        mixed = dtype == torch.bfloat16 and not pure
+        with torch.autocast(device, dtype) if mixed else contextlib.nullcontext():
             return model(input_ids=tokens, labels=tokens).loss
 
     return Runner(
@@ -269,7 +300,7 @@ def build_hf(workload: Workload, *, checkpointing: bool = False, pure: bool = Fa
 CONTESTANTS: dict[str, Callable[[Workload], Runner]] = {
     "ours": build_ours,
     "hf": build_hf,
-    "hf-checkpointing": lambda workload: build_hf(workload, checkpointing=True),
+    "hf-checkpointing": lambda workload: build_hf(workload, checkpointing="all"),
     "hf-bf16": lambda workload: build_hf(workload, pure=True),
 }
 
