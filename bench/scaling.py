@@ -1,0 +1,336 @@
+"""What a step costs as one thing at a time grows, measured beside what the planner says.
+
+    PYTHONPATH=.:kernels python bench/scaling.py
+
+Axes: sequences in a micro-batch, tokens of a sequence, number of new blocks, where they stand, width and depth of the
+model. One base geometry, of which each point of an axis changes one extent; random weights and tokens, our decoder, one
+micro-batch a step.
+
+    memory   counted at the fullest moment of a whole optimizer step, everything allocated before it included
+             (bench/peak_bytes.py; on a GPU `torch.cuda.max_memory_allocated`), beside `llama_pro_fast.memory`
+    work     products with a weight by PyTorch's FLOP counter, beside `llama_pro_fast.cost`; attention is not in it, for
+             it is counted otherwise on every device (tests/model/test_block_costs.py holds it to its pairs)
+    time     the median of a few steps, as a multiple of that of the axis' first point, beside the same multiple of the
+             planner's prediction. The points of an axis take turns, so that drift hits all alike.
+
+The bench ends with 1 where memory is off by more than 5 % or a product is. Time is shown and not judged: a small model
+on a CPU is not bound by its products alone, and the planner knows this device's speed only in name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from block_counts import by_kind
+from contestants import Runner, Size, Workload, base_shape, build_ours
+from peak_bytes import PeakBytes
+from throughput import OPTIM
+from torch.utils.flop_counter import FlopCounterMode
+
+from llama_pro_fast.block import Recompute
+from llama_pro_fast.devices import GIB, SHARE, cpu, present
+from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.memory import Job
+from llama_pro_fast.optimizer import Optimizer
+from llama_pro_fast.planner import Fit, fit
+from llama_pro_kernels import implementation_name, select_attention_backend
+
+TOLERANCE = 0.05
+PICTURE = common.ROOT / "docs" / "pictures" / "scaling.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point(Workload):
+    """A model and a micro-batch.
+
+    Attributes:
+        layers, hidden: of the base; heads are 32 wide on a CPU and 128 on a GPU, two of them to a key head.
+        after: the base's blocks that are followed by a new one.
+    """
+
+    layers: int
+    hidden: int
+    after: tuple[int, ...]
+
+    @property
+    def shape(self) -> Size:
+        heads = self.hidden // (128 if self.device == "cuda" else 32)
+        base = base_shape(self.layers, self.hidden, self.hidden * 43 // 16, heads, heads // 2, 8 * self.hidden)
+        return Size(base=base, groups=0, seq=self.seq, micro_batch=self.micro_batch, steps=self.steps)
+
+    @cached_property
+    def plan(self) -> ExpansionPlan:
+        return ExpansionPlan.from_after(self.layers, list(self.after))
+
+    @property
+    def predicted(self) -> Fit:
+        device = torch.device(self.device)
+        attention = select_attention_backend(
+            device, self.dtype, head_dim=self.hidden // self.config.num_attention_heads
+        )
+        job = Job(
+            config=self.config,
+            trained_blocks=tuple(self.trained_blocks),
+            dtype=self.dtype,
+            seq_len=self.seq,
+            attention=attention,
+            triton=implementation_name(device, self.dtype).startswith("triton"),
+        )
+        return fit(
+            job,
+            present() if self.device == "cuda" else cpu(),
+            batch_size=self.micro_batch,
+            micro_batch_size=self.micro_batch,
+            recompute=[Recompute.NONE] * self.config.num_hidden_layers,
+            share=SHARE,
+        )
+
+
+def interleaved(layers: int, new: int) -> tuple[int, ...]:
+    return tuple((group + 1) * layers // new - 1 for group in range(new))
+
+
+def axes(base: Point) -> dict[str, list[tuple[str, Point]]]:
+    """Name of the axis -> (name of the point, point), from small to large."""
+    layers, new = base.layers, len(base.after)
+    top, middle = tuple(range(layers - new, layers)), layers // 2
+    upper = tuple(middle + (place + 1) * (layers - middle) // new - 1 for place in range(new))
+    return {
+        "sequences in a micro-batch": [
+            (str(n * base.micro_batch), replace(base, micro_batch=n * base.micro_batch)) for n in (1, 2, 4, 8)
+        ],
+        "tokens of a sequence": [(str(n * base.seq), replace(base, seq=n * base.seq)) for n in (1, 2, 4, 8)],
+        "new blocks": [(str(n), replace(base, after=interleaved(layers, n))) for n in (1, 2, 4, 8)],
+        "where new blocks stand": [
+            ("top", replace(base, after=top)),
+            ("upper half", replace(base, after=upper)),
+            ("interleaved", replace(base, after=interleaved(layers, new))),
+            ("bottom", replace(base, after=tuple(range(new)))),
+        ],
+        "width": [(str(n * base.hidden // 2), replace(base, hidden=n * base.hidden // 2)) for n in (1, 2, 3, 4)],
+        "depth": [
+            (str(n * layers // 2), replace(base, layers=n * layers // 2, after=interleaved(n * layers // 2, new)))
+            for n in (1, 2, 3, 4)
+        ],
+    }
+
+
+class Measured:
+    """A point, built: what its step holds and computes, and how long it takes."""
+
+    def __init__(self, point: Point) -> None:
+        self.point, self.steps = point, 0
+        self.runner: Runner = build_ours(point)
+        self.optimizer = Optimizer(self.runner.model, self.runner.trained, OPTIM, 1000)
+        self.optimizer.state()
+        self.tokens = next(point.token_batches())
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        # The batch is made here, as it is part of what a step holds.
+        loss = self.runner.loss(self.runner.prepare(self.tokens))
+        loss.backward()
+        del loss
+        self.optimizer.step(self.steps)
+        self.steps += 1
+
+    def peak(self) -> int:
+        """Bytes allocated at the fullest moment of a step, those before it included."""
+        self.step()
+        gc.collect()
+        if self.point.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() - self.own_bytes()  # of the axis' other points
+            self.step()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        with PeakBytes() as peak:
+            self.step()
+        return self.own_bytes() + peak.bytes
+
+    def own_bytes(self) -> int:
+        """Of weights, tables and moments."""
+        state = [tensor for values in self.optimizer.adamw.state.values() for tensor in values.values()]
+        tensors = [*self.runner.model.parameters(), *self.runner.model.buffers(), *state]
+        return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+    def products(self) -> int:
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return by_kind(counter, "made")["products made"]
+
+    def time(self) -> None:
+        if self.point.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.step()
+        if self.point.device == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def measure_axis(points: list[tuple[str, Point]], rounds: int) -> list[dict[str, Any]]:
+    """A row for each point."""
+    built = [Measured(point) for _, point in points]
+    rows = []
+    for (name, point), measured in zip(points, built, strict=True):
+        tokens, predicted = point.micro_batch * point.seq, point.predicted
+        cost = predicted.cost
+        rows.append(
+            {
+                "point": name,
+                "tokens": tokens,
+                "trained_blocks": point.trained_blocks,
+                "layers": point.config.num_hidden_layers,
+                "hidden": point.hidden,
+                "peak_bytes": measured.peak(),
+                "peak_bytes_predicted": predicted.memory.total,
+                "moment": predicted.memory.moment,
+                "product_flops": measured.products(),
+                "product_flops_predicted": round(tokens * (cost.forward + cost.dx + cost.dw)),
+                "flops_predicted": tokens * cost.total,
+                "seconds_predicted": tokens * predicted.seconds,
+            }
+        )
+    for turn in range(rounds):
+        at = turn % len(built)
+        for measured in built[at:] + built[:at]:
+            measured.time()
+    for row, measured in zip(rows, built, strict=True):
+        row["seconds"] = statistics.median(measured.seconds)
+    return rows
+
+
+def wrong(rows: list[dict[str, Any]]) -> list[str]:
+    """What is not as the planner says, in words."""
+    said = []
+    for row in rows:
+        off = row["peak_bytes_predicted"] / row["peak_bytes"] - 1
+        if abs(off) > TOLERANCE:
+            said.append(f"{row['axis']} {row['point']}: the planner's memory is off by {off:+.1%}")
+        if row["product_flops"] != row["product_flops_predicted"]:
+            said.append(
+                f"{row['axis']} {row['point']}: {row['product_flops']:,} FLOPs of products, the planner says "
+                f"{row['product_flops_predicted']:,}"
+            )
+    return said
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [
+            row["point"],
+            f"{row['peak_bytes'] / 2**20:,.1f}",
+            f"{row['peak_bytes_predicted'] / 2**20:,.1f}",
+            f"{row['peak_bytes_predicted'] / row['peak_bytes'] - 1:+.2%}",
+            f"{row['product_flops'] / 1e9:,.2f}",
+            "equal" if row["product_flops"] == row["product_flops_predicted"] else "NOT EQUAL",
+            f"{1e3 * row['seconds']:,.0f}",
+            f"{row['seconds'] / rows[0]['seconds']:.2f}",
+            f"{row['seconds_predicted'] / rows[0]['seconds_predicted']:.2f}",
+        ]
+        for row in rows
+    ]
+    columns = ["peak MiB", "planned", "off", "products GFLOP", "planned", "step ms", "x first", "planned"]
+    return common.table([rows[0]["axis"], *columns], cells)
+
+
+def draw(rows: list[dict[str, Any]], path: Path, device: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["axis"] for row in rows))
+    figure, grid = plt.subplots(2, len(names), figsize=(15, 6), sharey="row", layout="constrained")
+    for column, axis in zip(grid.T, names, strict=True):
+        points = [row for row in rows if row["axis"] == axis]
+        labels = [row["point"] for row in points]
+        pairs = (
+            ([row["peak_bytes"] / GIB for row in points], [row["peak_bytes_predicted"] / GIB for row in points]),
+            (
+                [row["seconds"] / points[0]["seconds"] for row in points],
+                [row["seconds_predicted"] / points[0]["seconds_predicted"] for row in points],
+            ),
+        )
+        for plot, (measured, planned) in zip(column, pairs, strict=True):
+            plot.plot(labels, planned, color="tab:blue", label="planned")
+            plot.plot(labels, measured, "o", color="tab:orange", markersize=8, label="measured")
+            plot.grid(alpha=0.3)
+            plot.set_ylim(bottom=0)
+            plot.tick_params(labelsize=11, axis="both")
+        column[1].set_xlabel(axis, fontsize=13)
+    grid[0, 0].set_ylabel("memory of a step, GiB", fontsize=13)
+    grid[1, 0].set_ylabel("time of a step, × the first", fontsize=13)
+    grid[0, 0].legend(fontsize=12, frameon=False)
+    figure.suptitle(f"A step's memory and time, planned and measured ({device})", fontsize=15)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def base_point(device: str) -> Point:
+    large = device == "cuda"
+    return Point(
+        size="",
+        seq=1024 if large else 128,
+        micro_batch=1,
+        steps=1,
+        warmup=0,
+        device=device,
+        layers=16 if large else 8,
+        hidden=2048 if large else 256,
+        after=interleaved(16 if large else 8, 4 if large else 2),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each point (default: 7)")
+    parser.add_argument("--out", type=Path, help="default: bench/results/scaling-DEVICE.json")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error(f"--rounds: {options.rounds} is below 1")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = common.device_name(device)
+    out = options.out or common.RESULTS / f"scaling-{common.slug(name)}.json"
+    rows: list[dict[str, Any]] = []
+    for axis, points in axes(base_point(device)).items():
+        found = [{"axis": axis, **row} for row in measure_axis(points, options.rounds)]
+        rows += found
+        result = {
+            "device": name,
+            "commit": common.commit(),
+            "versions": common.versions(),
+            "command": common.command(),
+            "threads": torch.get_num_threads(),
+            "tolerance": TOLERANCE,
+            "rows": rows,
+        }
+        common.write_json(out, result, row_per_line="rows")
+        print(show(found) + "\n", flush=True)
+    draw(rows, options.picture, "CPU" if device == "cpu" else name)
+    print(f"written to {out} and {options.picture}")
+    said = wrong(rows)
+    furthest = max((abs(row["peak_bytes_predicted"] / row["peak_bytes"] - 1) for row in rows), default=0.0)
+    print("\n".join(said) or f"AS PLANNED: memory within {furthest:.2%} of what was counted, products equal")
+    return 1 if said else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
