@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# One part of what a machine with a GPU should run: bench/suite.sh tests|kernels|train|throughput|quickstart
+# One part of what a machine with a GPU should run: bench/suite.sh tests|kernels|train|throughput|memory|quickstart
 #
 #   tests        the tests of the kernels and of the block, natively
 #   kernels      every op by the clock, beside eager PyTorch, torch.compile, and Liger and quack where installed
 #   train        train, kill, resume, compare bit for bit
 #   throughput   ours against Hugging Face; on a GPU the sizes 1b and 7b, else tiny
+#   memory       what a step holds: ours and others, and the plan beside what is measured along six axes
 #   quickstart   `python -m llama_pro_fast.train` without options, by the clock
 #
 # Each part ends within 470 s, needs no network, no installation and no git (say COMMIT=... where there is none), and
@@ -13,9 +14,9 @@ set -euo pipefail
 
 part=${1:-}
 case $part in
-    tests | kernels | train | throughput | quickstart) ;;
+    tests | kernels | train | throughput | memory | quickstart) ;;
     *)
-        echo "usage: bench/suite.sh tests|kernels|train|throughput|quickstart" >&2
+        echo "usage: bench/suite.sh tests|kernels|train|throughput|memory|quickstart" >&2
         exit 2
         ;;
 esac
@@ -52,6 +53,10 @@ case $part in
         for size in $sizes; do
             "$python" bench/throughput.py --size "$size" --out "$OUT/throughput-$size.json"
         done
+        ;;
+    memory)
+        "$python" bench/scaling.py --out "$OUT/scaling.json" --picture "$OUT/scaling.png"
+        "$python" bench/memory.py --out "$OUT/memory.json" --picture "$OUT/memory.png"
         ;;
     quickstart)
         "$python" bench/quickstart.py --out "$OUT/quickstart.json"
