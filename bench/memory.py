@@ -17,13 +17,13 @@ float32 with products in bf16 (ours by narrow copies, Hugging Face under autocas
                                output need a gradient, so that the layers below the first new one keep their inputs and
                                make a backward too
 
-On a GPU the model is measured as it is. A CPU measures it in the small (bench/miniature.py): at three widths, which
-give for each count of bytes the a + b·k + c·k² that goes through them; at a fourth, where every count must be equal to
-the last byte, or the bench ends with 1; and reads the full size, k = 32, from that. So bytes a token, entry and FLOPs
-are exact, for they are sums of tensors' sizes. The full-size peak is exact for what runs on a CPU if the fullest moment
-of a step is the same there as in the small. A GPU runs other kernels: ours then makes none of the float32 temporaries
-of the reference implementations (what `llama_pro_fast.memory` expects for it stands beside, and is not measured);
-Hugging Face's element-wise operations make the same ones. Contestants run in processes of their own.
+On a GPU the model is measured as it is. A CPU measures it in the small (bench/miniature.py), at its full depth: at three
+widths, which give for each count of bytes the a + b·k + c·k² that goes through them; at a fourth, where every count
+must be equal to the last byte, or the bench ends with 1; and reads the full size from that. So bytes a token, entry and
+FLOPs are exact, for they are sums of tensors' sizes. The full-size peak is exact for what runs on a CPU if the fullest
+moment of a step is the same there as in the small. A GPU runs other kernels: ours then makes none of the float32
+temporaries of the reference implementations (what `llama_pro_fast.memory` expects for it stands in the JSON, and is not
+measured); Hugging Face's element-wise operations make the same ones. Contestants run in processes of their own.
 
 Extra work is beyond what `llama_pro_fast.cost` says the step needs, attention causal, in %.
 """
@@ -47,7 +47,7 @@ from contestants import build_hf, build_ours
 from miniature import FULL, LOWEST, Miniature, layer_classes, measure, miniature, needed_work
 from throughput import in_child
 
-from llama_pro_fast.block import BlockClass, Recompute, block_classes
+from llama_pro_fast.block import Recompute, block_classes
 from llama_pro_fast.devices import DEVICES, GIB
 from llama_pro_fast.memory import Job, step_memory
 
@@ -65,6 +65,8 @@ CONTESTANTS = {name: partial(build_ours, recompute=policy) for name, policy in O
     "HF SDPA, all layers checkpointed": partial(build_hf, checkpointing="all"),
 }
 NEEDS_GPU = {"HF SDPA + Liger": "not run: Liger's kernels need a GPU"}
+KS = (2, 3, 4, 6)
+"""The small sizes: three for a law, one to check it."""
 PARTS = {
     "frozen weights": "0.35",
     "training state": "0.6",
@@ -75,39 +77,38 @@ PARTS = {
 """Of a bar, with its colour: states in greys, activations in colours."""
 
 
-def law(values: dict[int, int | Fraction], k: int) -> Fraction:
-    """At ``k``, what goes through ``values`` (by their own k): a polynomial of as many coefficients."""
+def law(values: dict[int, int | Fraction], at: int) -> Fraction:
+    """What goes through ``values`` (by their place), at another place: a polynomial of as many coefficients."""
     return sum(
-        value * prod(Fraction(k - other, at - other) for other in values if other != at) for at, value in values.items()
+        value * prod(Fraction(at - other, place - other) for other in values if other != place)
+        for place, value in values.items()
     )
 
 
-def flat(measured: dict[str, Any]) -> dict[str, int | Fraction]:
-    """Counts of bytes by the path to them."""
-    nested = {f"{key}: {name}": value for key in ("entry", "kept a token", "kept besides")
-              for name, value in measured[key].items()}  # fmt: skip
-    return nested | {"peak": measured["peak"]}
+def flat(measured: dict[str, Any], k: int) -> dict[str, int | Fraction]:
+    """Every count by the path to it; FLOPs by k³."""
+    counts = {"peak": measured["peak"]}
+    for key in ("entry", "kept a token", "kept besides"):
+        counts |= {f"{key}: {name}": value for name, value in measured[key].items()}
+    return counts | {f"work: {kind}": Fraction(flops, k**3) for kind, flops in measured["work"].items()}
 
 
-def at_full_size(by_k: dict[int, dict[str, Any]]) -> dict[str, Fraction]:
-    """Every count of bytes, and FLOPs, at k = 32, from measurements at smaller k of which the largest is the check.
+def at_full_size(by_k: dict[int, dict[str, Any]]) -> dict[str, int | Fraction]:
+    """Every count at k = :data:`FULL`, from measurements at smaller k of which the largest is the check.
 
     Raises:
         ValueError: a count at the largest k is not what the others say.
     """
-    *inner, outer = sorted(by_k)
-    counts = {k: flat(measured) for k, measured in by_k.items()}
+    counts = {k: flat(measured, k) for k, measured in by_k.items()}
+    if FULL in counts:
+        return counts[FULL]
+    *inner, check = sorted(counts)
     full = {}
-    for name, found in counts[outer].items():
+    for name, found in counts[check].items():
         values = {k: counts[k][name] for k in inner}
-        if law(values, outer) != found:
-            raise ValueError(f"{name} at k = {outer} is {found}, and {law(values, outer)} by k = {inner}")
+        if law(values, check) != found:
+            raise ValueError(f"NOT LAWFUL: {name} at k = {check} is {found}, and {law(values, check)} by k = {inner}")
         full[name] = law(values, FULL)
-    for kind, found in by_k[outer]["work"].items():
-        # Products of tokens, in and out.
-        if any(measured["work"][kind] * outer**3 != found * k**3 for k, measured in by_k.items()):
-            raise ValueError(f"FLOPs of {kind} do not grow as k³: { {k: m['work'][kind] for k, m in by_k.items()} }")
-        full[f"work: {kind}"] = Fraction(found * FULL**3, outer**3)
     return full
 
 
@@ -193,7 +194,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["rows"] if not row["error"]]
+    if not (rows := [row for row in result["rows"] if not row["error"]]):
+        return
     figure = Figure(figsize=(11, 0.62 * len(rows) + 1.9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -233,45 +235,40 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def compare(options: argparse.Namespace) -> int:
     """Measure everybody, print, write, draw; 1 where a law does not hold."""
-    shape = {"device": options.device, "layers": options.layers, "groups": options.groups}
-    parts = [FULL] if options.device == "cuda" else sorted(options.parts)
-    full_size = miniature(FULL, **shape)
+    ks = [FULL] if options.device == "cuda" else KS
+    full_size = miniature(FULL, device=options.device, groups=options.groups)
     facts = in_child(options.device, provenance, options.device)
     rows, broken = [], []
     for name in options.contestants or CONTESTANTS:
         error, by_k = NEEDS_GPU.get(name) if options.device == "cpu" else None, {}
-        for k in parts if error is None else ():
-            by_k[k] = in_child(options.device, measure, CONTESTANTS[name], miniature(k, **shape))
-            error = error or by_k[k].get("error")
+        for k in ks:
+            if error is None:
+                small = miniature(k, device=options.device, groups=options.groups)
+                by_k[k] = in_child(options.device, measure, CONTESTANTS[name], small)
+                error = by_k[k].get("error")
         if error is None:
             try:
-                rows.append(make_row(name, full_counts(by_k), full_size))
+                rows.append(make_row(name, at_full_size(by_k), full_size))
             except ValueError as wrong:
                 error = str(wrong)
                 broken.append(name)
         if error is not None:
             rows.append({"contestant": name, "error": error})
         print(f"{name}: {error or 'measured'}", flush=True)
+    classes = [kind.value for kind in block_classes(len(full_size.plan.sources), full_size.trained_blocks)]
     result = facts | {
         "command": common.command(),
         "full_size": f"{full_size.micro_batch} x {full_size.seq:,} tokens of LLaMA-2-7B + {options.groups} blocks",
-        "blocks": {kind.value: block_classes(len(full_size.plan.sources), full_size.trained_blocks).count(kind)
-                   for kind in BlockClass},
-        "measured_at_k_of_32": parts,
+        "blocks": {name: classes.count(name) for name in ("prefix", "frozen", "trained")},
+        "measured_at": [f"{k}/{FULL}" for k in ks],
         "rows": rows,
-    }  # fmt: skip
+    }
     common.write_json(options.out, result)
     print(f"\n{result['full_size']}; bytes kept a token by class of block; GiB; TFLOP of a micro-batch")
     print(show(rows))
     draw(result, options.picture)
     print(f"written to {options.out} and {options.picture}")
     return 1 if broken else 0
-
-
-def full_counts(by_k: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    if set(by_k) != {FULL}:
-        return at_full_size(by_k)
-    return flat(by_k[FULL]) | {f"work: {kind}": value for kind, value in by_k[FULL]["work"].items()}
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -284,9 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="end with 1 unless our blocks equal their formulas")
     parser.add_argument("--tokens", type=int, nargs=2, default=[64, 160], help="of --check's two batches")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 3, 4], help="k of the small sizes on a CPU")
-    parser.add_argument("--layers", type=int, default=32, help="of the base")
-    parser.add_argument("--groups", type=int, default=8, help="of its expansion, a new block for each")
+    parser.add_argument("--groups", type=int, default=8, help="depth: groups of four base layers and a new one")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), metavar="NAME")
     parser.add_argument("--out", type=Path, help="default: in bench/results")
     parser.add_argument("--picture", type=Path, default=common.ROOT / "docs" / "pictures" / "memory.png")
@@ -294,8 +289,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not 16 <= options.tokens[0] < options.tokens[1]:
         parser.error(f"--tokens: {options.tokens} are not two numbers from 16 on, the smaller first")
-    if len(set(options.parts)) < 4:
-        parser.error(f"--parts: {options.parts} are not four numbers, three for a law and one to check it")
     if options.check:
         return block_counts.check(options)
     if options.device == "auto":

@@ -1,12 +1,13 @@
-"""One training step of LLaMA-2-7B + 8 in the small: every extent times w = k/32. What it holds, what it computes.
+"""One training step of LLaMA-2-7B + 8 in the small: every extent times k/64. What it holds, what it computes.
 
 Hidden and intermediate size, head dimension, vocabulary and sequence length shrink by the same factor; the 40 layers,
-the 32 heads and the number of sequences stay. Every tensor of a step is then a product of at most two shrunk extents
+the 32 heads and the 4 sequences stay. Every tensor of a step is then a product of at most two shrunk extents
 (a weight, a row of activations for each token, a square of scores for each head), so that any count of bytes is
 a + b·k + c·k², FLOPs are c·k³, and shares are the same at every k but for the lower terms: the moment at which a step
 is fullest in the small is the moment at which it is fullest at full size. (Fewer heads instead of narrower ones would
-break this: the scores of eager attention would grow as k³ and overtake the logits somewhere on the way.) Chunks that
-have a fixed length in our code (of logits; of a sum over a weight's rows) shrink with the rest. k = 32 is the model
+break this: the scores of eager attention would grow as k³ and overtake the logits somewhere on the way. So would fewer
+layers: how many there are decides which moment it is.) Chunks that
+have a fixed length in our code (of logits; of a sum over a weight's rows) shrink with the rest. k = 64 is the model
 itself, and the same code measures it.
 
     entry   bytes allocated before the step's second micro-batch, by kind: frozen weights, trained weights (masters),
@@ -16,7 +17,7 @@ itself, and the same code measures it.
             nothing is kept, and is not in it.
     kept    by each layer for backward: storages alive when the next layer starts that were not when this one did, its
             output left out, its input counted where it is still held (bench/live_storages.py). With two numbers of
-            sequences: bytes a token, and bytes whatever the tokens, which are the narrow copies of weights that
+            sequences, bytes a token, and bytes whatever the tokens, which are the narrow copies of weights that
             autocast makes and autograd keeps.
     work    FLOPs of forward and backward by PyTorch's counter: products with a weight, and attention. Attention that is
             one operation counts as in `llama_pro_fast.cost`, the causal half and its backward twice its forward; eager
@@ -47,22 +48,17 @@ from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.cost import step_cost
 from llama_pro_fast.optimizer import Optimizer
 
-FULL = 32
+FULL = 64
 LOWEST = "lowest trained"
 OPTIM = OptimConfig(lr=1e-5, schedule="wsd", warmup_steps=0, decay_steps=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Miniature(Workload):
-    """``k`` parts of 32 of LLaMA-2-7B, expanded. In bf16 on every device; its weights do not matter.
-
-    Attributes:
-        layers, groups: of the base and of its expansion.
-    """
+    """``k`` parts of 64 of LLaMA-2-7B's extents, expanded; of its depth ``groups`` of 8. In bf16 on every device."""
 
     k: int
-    layers: int = 32
-    groups: int = 8
+    groups: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,16 +67,13 @@ class Miniature(Workload):
     @property
     def shape(self) -> Size:
         k = self.k
-        narrow = {"head_dim": 4 * k, "max_position_embeddings": 128 * k}
-        base = base_shape(self.layers, 128 * k, 344 * k, 32, 32, 1000 * k, **narrow)
+        narrow = {"head_dim": 2 * k, "max_position_embeddings": 64 * k}
+        base = base_shape(4 * self.groups, 64 * k, 172 * k, 32, 32, 500 * k, **narrow)
         return Size(base=base, groups=self.groups, seq=self.seq, micro_batch=self.micro_batch, steps=self.steps)
 
 
-def miniature(k: int, *, device: str, sequences: int = 4, layers: int = 32, groups: int = 8) -> Miniature:
-    return Miniature(
-        size="7b", k=k, layers=layers, groups=groups, seq=128 * k, micro_batch=sequences, steps=2, warmup=0,
-        device=device,
-    )  # fmt: skip
+def miniature(k: int, *, device: str, groups: int = 8) -> Miniature:
+    return Miniature(size="7b", k=k, groups=groups, seq=64 * k, micro_batch=4, steps=2, warmup=0, device=device)
 
 
 def layer_classes(workload: Workload) -> list[str]:
@@ -109,9 +102,10 @@ def measure(build: Callable[[Workload], Runner], workload: Miniature) -> dict[st
     trained = runner.trained
     optimizer = Optimizer(runner.model, trained, OPTIM, workload.steps)
     moments = optimizer.state().values()
-    first, second = (runner.prepare(tokens) for tokens in workload.token_batches())
+    first, second = workload.token_batches()
+    second = runner.prepare(second)
     kept = kept_by_layer(runner, workload, layer_classes(workload))
-    work = count_work(runner, first, workload)
+    work = count_work(runner, runner.prepare(first[:1]), workload)
     gc.collect()
     entry = {
         "frozen weights": _bytes(p for p in runner.model.parameters() if not p.requires_grad),
@@ -138,7 +132,7 @@ def kept_by_layer(runner: Runner, workload: Miniature, names: list[str]) -> dict
         ValueError: two layers of a class differ.
     """
     tokens = next(workload.token_batches())
-    few, many = workload.micro_batch // 2, workload.micro_batch
+    few, many = 1, 2
     counts = [live_between_layers(runner, runner.prepare(tokens[:sequences])) for sequences in (few, many)]
     found: dict[str, set] = {}
     for name, less, more in zip(names, *counts, strict=True):
@@ -177,7 +171,7 @@ def live_between_layers(runner: Runner, batch: Any) -> list[int]:
 
 
 def count_work(runner: Runner, batch: Any, workload: Miniature) -> dict[str, int]:
-    """FLOPs of forward, loss and backward; leaves the gradients behind."""
+    """FLOPs of a micro-batch, from one sequence of it; leaves gradients behind."""
 
     # The first argument of each is as large as the queries: 2·S FLOPs for each of its elements is the causal half.
     def forward(shape: Any, *rest: Any, **options: Any) -> int:
@@ -203,7 +197,8 @@ def count_work(runner: Runner, batch: Any, workload: Miniature) -> dict[str, int
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     # Batched products are eager attention's: no weight has a batch.
     attention = sum(flops for op, flops in counts.items() if "attention" in op or "bmm" in op)
-    return {"products": sum(counts.values()) - attention, "attention": attention}
+    products = sum(counts.values()) - attention
+    return {"products": workload.micro_batch * products, "attention": workload.micro_batch * attention}
 
 
 def needed_work(workload: Miniature) -> dict[str, float]:
