@@ -17,13 +17,14 @@ float32 with products in bf16 (ours by narrow copies, Hugging Face under autocas
                                output need a gradient, so that the layers below the first new one keep their inputs and
                                make a backward too
 
-On a GPU the model is measured as it is. A CPU measures it in the small (bench/miniature.py), at its full depth: at three
-widths, which give for each count of bytes the a + b·k + c·k² that goes through them; at a fourth, where every count
-must be equal to the last byte, or the bench ends with 1; and reads the full size from that. So bytes a token, entry and
-FLOPs are exact, for they are sums of tensors' sizes. The full-size peak is exact for what runs on a CPU if the fullest
-moment of a step is the same there as in the small. A GPU runs other kernels: ours then makes none of the float32
-temporaries of the reference implementations (what `llama_pro_fast.memory` expects for it stands in the JSON, and is not
-measured); Hugging Face's element-wise operations make the same ones. Contestants run in processes of their own.
+On a GPU the model is measured as it is. A CPU measures it in the small (bench/miniature.py), at its full depth: at
+three widths, which give for each count of bytes the a + b·k + c·k² that goes through them; at a fourth, where every
+count must be equal to the last byte, or the bench ends with 1; and reads the full size from that. So bytes a token,
+entry and FLOPs are exact, for they are sums of tensors' sizes. The full-size peak is exact for what runs on a CPU, if
+the fullest moment of a step is the same there as in the small. A GPU runs other kernels: ours then makes none of the
+float32 temporaries of the reference implementations (what `llama_pro_fast.memory` expects for it stands in the JSON,
+and is not measured); Hugging Face's element-wise operations make the same ones. Contestants run in processes of their
+own.
 
 Extra work is beyond what `llama_pro_fast.cost` says the step needs, attention causal, in %.
 """
@@ -65,7 +66,7 @@ CONTESTANTS = {name: partial(build_ours, recompute=policy) for name, policy in O
     "HF SDPA, all layers checkpointed": partial(build_hf, checkpointing="all"),
 }
 NEEDS_GPU = {"HF SDPA + Liger": "not run: Liger's kernels need a GPU"}
-KS = (2, 3, 4, 6)
+KS = (1, 2, 3, 4)
 """The small sizes: three for a law, one to check it."""
 PARTS = {
     "frozen weights": "0.35",
@@ -196,10 +197,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     if not (rows := [row for row in result["rows"] if not row["error"]]):
         return
-    figure = Figure(figsize=(11, 0.62 * len(rows) + 1.9), dpi=150, layout="constrained")
+    height = 0.6 * len(rows) + 1.6
+    figure = Figure(figsize=(11, height), dpi=150)
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    names = [row["contestant"] for row in rows]
+    axes = figure.add_axes((0.2, 1.05 / height, 0.78, 1 - 1.45 / height))
+    names = [row["contestant"].replace(", ", ",\n") for row in rows]
     left = [0.0] * len(rows)
     for part, color in PARTS.items():
         widths = [row["parts_bytes"][part] / GIB for row in rows]
@@ -213,7 +215,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.annotate(title, (memory, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
                       textcoords="offset points", ha="center", fontsize=10)  # fmt: skip
     for place, (row, total) in enumerate(zip(rows, left, strict=True)):
-        extra = f"{row['extra_work']:+.0%} work" if row["extra_work"] > 5e-4 else "no extra work"
+        extra = f"{row['extra_work']:+.{0 if row['extra_work'] > 0.01 else 1}%} work"
+        extra = extra if row["extra_work"] else "no extra work"
         look = {"textcoords": "offset points", "va": "center", "fontsize": 9.5, "zorder": 4}
         if total < end:
             box = {"facecolor": "w", "edgecolor": "none", "pad": 1}
@@ -228,7 +231,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.grid(axis="x", alpha=0.25)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False, fontsize=9.5)
+    figure.legend(loc="lower center", ncols=len(PARTS), frameon=False, fontsize=9.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
