@@ -86,10 +86,15 @@ def present() -> Device:
 
 
 def _same(device: Device, name: str) -> bool:
-    """Whether PyTorch's name of a GPU, such as ``NVIDIA H100 80GB HBM3``, is of this row."""
-    words = device.title.replace(" GB", "GB").split()
-    model, size = words[-2], words[-1]
-    return model in name.replace("-", " ").split() and (size in name or model in ("H200", "H100", "4090"))
+    """Whether PyTorch's name of a GPU, such as ``NVIDIA H100 80GB HBM3``, is of this row.
+
+    A namesake with another chip, or a slice of a card, is not: an H100 without its size in the name is the PCIe or the
+    NVL one, both slower.
+    """
+    words, row = set(name.replace("-", " ").split()), device.title.replace(" GB", "GB").split()
+    model, size = row[-2], row[-1]
+    named = model in words and (size in words or model in ("H200", "4090"))
+    return named and words.isdisjoint({"Laptop", "D", "NVL", "MIG"})
 
 
 def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
