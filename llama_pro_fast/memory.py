@@ -19,6 +19,7 @@ the attention backends is what their sources allocate.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,18 +134,20 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         tokens * kept_bytes(spec, kind, job.dtype, policy)
         for spec, kind, policy in zip(job.specs, job.classes, recompute, strict=True)
     ]
+    # Of each class, what all blocks below an index keep.
+    kept_below = {
+        which: [0, *itertools.accumulate(b * (kind is which) for b, kind in zip(kept, job.classes, strict=True))]
+        for which in (BlockClass.FROZEN, BlockClass.TRAINED)
+    }
     every = wide * trained
     top = tokens * (narrow * config.hidden_size + wide)  # what the final norm keeps: the last block's output, rstd
 
     def moment(name: str, blocks: int, gradients: int, transient: int, logits: int = 0) -> StepMemory:
-        by_class = [0, 0]
-        for index in range(job.first, blocks):
-            by_class[job.classes[index] is BlockClass.TRAINED] += kept[index]
         return StepMemory(
             **states,
             gradients=gradients,
-            kept_frozen=by_class[0],
-            kept_trained=by_class[1],
+            kept_frozen=kept_below[BlockClass.FROZEN][blocks],
+            kept_trained=kept_below[BlockClass.TRAINED][blocks],
             logits=logits,
             transient=always + transient,
             moment=name,
@@ -180,7 +183,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
             made += wide * spec.num_parameters()
     if job.train_all:
         table = wide * head_size
-        tied = 2 * table if config.tie_word_embeddings else 0
+        tied = table if config.tie_word_embeddings else 0
         dx = tokens * (narrow + (wide if wide != narrow else 0)) * config.hidden_size
         moments.append(
             moment("backward of the embedding", 0, every if accumulating else every - table, table + tied + dx)
