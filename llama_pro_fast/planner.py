@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import functools
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,10 +76,17 @@ def fit(
         micro_batch_size=micro_batch_size,
         recompute=tuple(recompute),
         memory=memory,
-        peak=max(memory.total, evaluation_memory(job, micro_batch_size=micro_batch_size)),
+        peak=_peak(job, recompute, micro_batch_size, batch_size),
         cost=cost,
         seconds=executed / (share * device.flops) + traffic / device.bandwidth,
     )
+
+
+def _peak(job: Job, recompute: Sequence[Recompute], micro_batch_size: int, batch_size: int) -> int:
+    """Bytes at the fullest moment of a run, evaluation included."""
+    accumulating = batch_size > micro_batch_size
+    step = step_memory(job, recompute, micro_batch_size=micro_batch_size, accumulating=accumulating)
+    return max(step.total, evaluation_memory(job, micro_batch_size=micro_batch_size))
 
 
 def best_fit(
@@ -101,16 +107,23 @@ def best_fit(
         usable: bytes, in place of the device's own.
     """
     usable = device.usable if usable is None else usable
+    if states_bytes(job) > usable:
+        return None
     sizes = [micro_batch_size] if micro_batch_size else divisors(batch_size)
     found: list[Fit] = []
+    too_large = False
     for size in sizes:
+        if too_large and size < sizes[-1]:
+            continue
         way = functools.partial(fit, job, device, batch_size=batch_size, micro_batch_size=size, share=share)
-        ladder = [tuple(recompute)] if recompute is not None else list(policies(job))
-        # Each rung needs no more memory than the one before; the first that fits is the cheapest.
-        index = bisect_left(ladder, True, key=lambda rung, way=way: way(recompute=rung).peak <= usable)
-        if index == len(ladder):
-            break  # nor will a larger one
-        found.append(way(recompute=ladder[index]))
+        # Work rises along the ladder, so the first that fits is the cheapest. Memory need not fall all along it: what a
+        # block no longer keeps it makes again in its own backward.
+        ladder = [tuple(recompute)] if recompute is not None else policies(job)
+        fitting = next((rung for rung in ladder if _peak(job, rung, size, batch_size) <= usable), None)
+        if fitting is not None:
+            found.append(way(recompute=fitting))
+        elif size < sizes[-1]:
+            too_large = True  # so is every larger one, but for the whole batch: there no gradients wait for the next
     if not found:
         return None
     least = min(way.seconds for way in found)
@@ -268,15 +281,9 @@ def shortfall(
             f"would fit: micro-batch {free.micro_batch_size} with recompute {recompute_text(free.recompute, job.first)}"
             f", which needs {_gib(free.peak)}; leave both out and they are chosen"
         )
-    least = min(
-        (
-            fit(job, device, batch_size=batch_size, micro_batch_size=1, recompute=rung, share=SHARE)
-            for rung in (list(policies(job))[-1], (Recompute.NONE,) * len(job.specs))
-        ),
-        key=lambda way: way.peak,
-    )
+    least = min(_peak(job, rung, 1, batch_size) for rung in policies(job))
     said = (
-        f"needs {_gib(least.peak)}, with one sequence of {job.seq_len} tokens at a time and everything recomputed that "
+        f"needs {_gib(least)}, with one sequence of {job.seq_len} tokens at a time and everything recomputed that "
         f"can be, and {_gib(usable)} are usable on {device.title}; weights, masters, moments and gradients alone take "
         f"{_gib(states_bytes(job))}"
     )
