@@ -359,8 +359,8 @@ def _show_policies(question: Question) -> None:
                 "–" if not (largest and device.speed_known) else f"{1 / way.seconds:,.0f}",
             )
         )
-    columns = ("recomputed", "bytes kept a token", "work", "GiB for 1 sequence", "largest micro-batch", "tokens/s")
-    table("if all blocks recompute alike: bytes in a block, memory, room", columns, rows)
+    columns = ("recomputed", "bytes a token", "work", "GiB for 1", "most at a time", "tokens/s")
+    table("if all blocks recompute alike: kept in a block, peak with one sequence, room", columns, rows)
 
 
 def _largest(question: Question, recompute: tuple[Recompute, ...]) -> int:
@@ -467,12 +467,10 @@ def _lora(question: Question, whole: Job) -> Way:
 def _show_ways(question: Question, found: Fit | None) -> None:
     rows = []
     for way in ways(question):
-        speed = ("–", "–") if not (way.fits and question.device.speed_known) else (
-            f"{1 / way.seconds:,.0f}", _length(question, way.seconds),
-        )  # fmt: skip
-        how = way.how if way.fits else "does not fit"
-        rows.append((way.name, amount(way.trained), f"{way.gflop:.1f}", f"{way.peak / GIB:.1f}", how, *speed))
-    columns = ("way", "trained", "GFLOP/token", "GiB", "micro-batch", "tokens/s", f"{amount(question.tokens)} tokens")
+        length = _length(question, way.seconds) if way.fits and question.device.speed_known else "–"
+        how = way.how if way.fits else "too large"
+        rows.append((way.name, amount(way.trained), f"{way.gflop:.1f}", f"{way.peak / GIB:.1f}", how, length))
+    columns = ("way", "trained", "GFLOP", "GiB", "at a time", f"{amount(question.tokens)} tokens")
     table("other places for the new blocks, and other methods on the base", columns, rows)
 
 
