@@ -98,6 +98,9 @@ def shrink_chunks(k: int) -> None:
 def measure(build: Callable[[Workload], Runner], workload: Miniature) -> dict[str, Any]:
     """Entry, peak, kept and work of one contestant, in a process of its own."""
     shrink_chunks(workload.k)
+    if workload.device == "cpu":
+        # Attention's scratch is per thread: no count is to depend on the machine.
+        torch.set_num_threads(1)
     runner = build(workload)
     trained = runner.trained
     optimizer = Optimizer(runner.model, trained, OPTIM, workload.steps)

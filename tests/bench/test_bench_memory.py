@@ -14,7 +14,7 @@ from throughput import in_child
 @pytest.fixture(scope="module")
 def measured():
     """The smallest there is, 10 layers, each in a process of its own."""
-    small = miniature.miniature(2, device="cpu", groups=2)
+    small = miniature.miniature(1, device="cpu", groups=2)
     names = ("ours", "HF SDPA", "HF SDPA, trained layers checkpointed")
     return small, {name: in_child("cpu", miniature.measure, memory.CONTESTANTS[name], small) for name in names}
 
@@ -26,7 +26,7 @@ def test_a_miniature_keeps_what_the_shapes_say(measured):
     a_token = {name: row["kept a token"] for name, row in rows.items()}
     ours = 2 * (2 * H + 4) + 8 * H + 4 * N + 4 * I
     assert a_token["ours"] == {"prefix": 0, "lowest trained": ours, "frozen": ours, "trained": ours}
-    # Two float32 copies for the norms, their products and results, q, k, v before and after, …: 131,720 at k = 64.
+    # 131,720 at k = 64, of which lse and the norms' rstd do not shrink.
     frozen = Fraction(131_720 - 136, 64) * k + 136
     assert a_token["HF SDPA"]["frozen"] == frozen
     assert a_token["HF SDPA"]["prefix"] == 0
@@ -106,7 +106,7 @@ def test_a_run_that_breaks_the_law_ends_with_1_and_one_that_fails_is_a_row(monke
     said = capsys.readouterr().out
     assert "HF eager: OutOfMemoryError: 10 GiB" in said
     assert "HF SDPA + Liger: not run: Liger's kernels need a GPU" in said
-    assert max(map(len, said.splitlines()[:30])) <= 120
+    assert max(len(line) for line in said.splitlines() if not line.startswith("written to")) <= 120
     assert (tmp_path / "memory.png").stat().st_size > 10_000
     assert memory.main(["--draw", *paths]) == 0
     broken = 2
