@@ -145,7 +145,8 @@ def in_child(device: str, function: Any, *arguments: Any) -> dict[str, Any]:
     # might start CUDA, and that does not survive a fork.
     context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
     if device != "cuda":
-        context.set_forkserver_preload(["llama_pro_fast.model", "llama_pro_fast.optimizer"])
+        llama = "transformers.models.llama.modeling_llama"
+        context.set_forkserver_preload(["llama_pro_fast.model", "llama_pro_fast.optimizer", llama])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(function, arguments, sender))
     child.start()
