@@ -49,6 +49,8 @@ def test_the_parts_make_the_peak(measured):
     row = memory.make_row("ours", memory.flat(rows["ours"], small.k), small)
     assert sum(row["parts_bytes"].values()) == row["peak_bytes"] == rows["ours"]["peak"]
     assert all(size > 0 for size in row["parts_bytes"].values())
+    assert row["extra_work"] == 0
+    assert {kind: row[f"{kind}_flop"] for kind in rows["ours"]["work"]} == rows["ours"]["work"]
 
 
 def lawful(k: int) -> dict:
@@ -95,7 +97,7 @@ def test_a_run_that_breaks_the_law_ends_with_1_and_one_that_fails_is_a_row(monke
             "kept a token": dict.fromkeys(classes, 1 if small.k < 4 else broken),
             "kept besides": dict.fromkeys(classes, 0),
             "entry": dict.fromkeys(("frozen weights", "masters", "copies", "gradients", "moments"), 2**20 * small.k),
-            "work": {"products": small.k**3, "attention": small.k**3},
+            "work": {"products": 2**32 * small.k**3, "attention": 2**30 * small.k**3},
         }
         return found
 
