@@ -91,7 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     show(question, found)
     if options.json:
-        Path(options.json).write_text(json.dumps(as_dict(question, found), indent=1) + "\n", encoding="utf-8")
+        try:
+            Path(options.json).write_text(json.dumps(as_dict(question, found), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--json {options.json}: cannot be written ({error.strerror}); give another file"
+            ) from error
         say(f"written to {options.json}")
     return 0 if found else 1
 
@@ -239,7 +244,14 @@ def show(question: Question, found: Fit | None) -> None:
     if found is None:
         usable = device.usable
         said = shortfall(
-            job, device, batch_size=question.batch_size, usable=usable, base=question.base, plan=question.expansion
+            job,
+            device,
+            batch_size=question.batch_size,
+            usable=usable,
+            base=question.base,
+            plan=question.expansion,
+            micro_batch_size=question.micro_batch_size,
+            recompute=question.recompute,
         )
         box(f"{question.model}{new} on one {device.title}: does not fit", [*rows, ("memory", said)])
     else:

@@ -1,0 +1,263 @@
+"""`llama-pro-fast plan`: what it says of well-known models, and how it refuses; all without the network or a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+from rich.console import Console
+
+from llama_pro_fast import console, expand, plan, shapes
+from llama_pro_fast.cli import run_entry_point
+from llama_pro_fast.devices import DEVICES
+
+LLAMA_7B, LLAMA_8B, LLAMA_70B = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-2-70b-hf"
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch):
+    """A known shape is planned without asking anybody."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    for name in ("snapshot_download", "hf_hub_download", "model_info", "HfApi"):
+        monkeypatch.setattr(huggingface_hub, name, asked)
+
+
+@pytest.fixture
+def said(capsys, monkeypatch):
+    """``(exit code, what is printed on 100 columns, the same in one line without frames)``."""
+    monkeypatch.setattr(console, "console", Console(width=100, highlight=False))
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = run_entry_point(plan.main, [str(word) for word in argv])
+        captured = capsys.readouterr()
+        assert not captured.err, captured.err
+        return code, captured.out, " ".join(re.sub(r"[│╭╮╰╯─]", " ", captured.out).split())
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(*argv: str) -> str:
+        assert run_entry_point(plan.main, [str(word) for word in argv]) == 2
+        captured = capsys.readouterr()
+        (line,) = captured.err.splitlines()
+        assert line.startswith("llama-pro-fast: error: ")
+        return line
+
+    return run
+
+
+def test_eight_blocks_in_llama_2_7b_on_an_h100(said):
+    code, _, text = said("--model", LLAMA_7B, "--gpu", "h100", "--groups", 8)
+    assert code == 0
+    for fact in (
+        f"{LLAMA_7B} + 8 blocks on one H100 80 GB",
+        "....XooooXooooXooooXooooXooooXooooXooooX",
+        "8.36 B, of which 1.62 B train (19.4%): blocks 4, 9, 14, 19, 24, 29, 34, 39",
+        "16 x 4096 = 65,536 tokens, in 8 micro-batches of 2",
+        "66.5 GiB at the fullest, of 75.8 usable on 79.1",
+        "38.18 GFLOP a token: forward 16.45, dX 14.73, dW 3.238, attention 3.758",
+        "93,320 +0.0% 53.5 2 x 4096",
+        "should products and attention reach 40% of 989 TFLOP/s",
+        "8 in the upper half",
+        "full fine-tuning 6.74 B 54.0 115.0 too large",
+        "LoRA, rank 16 40 M",
+        "neither is measured",
+    ):
+        assert fact in text, fact
+
+
+def test_eight_blocks_in_llama_3_1_8b(said):
+    code, _, text = said("--model", LLAMA_8B, "--gpu", "h200", "--groups", 8)
+    assert code == 0
+    assert f"{LLAMA_8B} + 8 blocks on one H200 141 GB" in text
+    assert "9.78 B, of which 1.74 B train (17.9%)" in text
+
+
+def test_a_70b_model_fits_no_card_and_that_is_said(said):
+    code, _, text = said("--model", LLAMA_70B, "--gpu", "h200", "--groups", 8)
+    assert code == 1
+    assert "on one H200 141 GB: does not fit" in text
+    assert "No card in the list holds it, and sharding over several is not there yet" in text
+    assert "weights, masters, moments and gradients alone take 24" in text
+
+
+def test_all_of_the_expanded_7b_does_not_fit_141_gb(said):
+    code, _, text = said("--model", LLAMA_7B, "--gpu", "h200", "--groups", 8, "--all")
+    assert code == 1
+    assert "weights, masters, moments and gradients alone take 140.1 GiB (150.4 GB)" in text
+    assert "134.5 GiB (144.5 GB) are usable on H200 141 GB" in text
+    assert "8 new blocks in place of all parameters" in text
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--model", LLAMA_7B, "--gpu", "h100", "--groups", 8, "--price", 2.5),
+        ("--model", LLAMA_8B, "--gpu", "4090", "--groups", 8),
+        ("--model", LLAMA_70B, "--gpu", "a100-80", "--after", "79"),
+        ("--model", LLAMA_7B, "--gpu", "cpu", "--groups", 8),
+    ],
+)
+def test_it_fits_80_columns(said, argv, monkeypatch):
+    """What a terminal has until it is widened, and a pipe always."""
+    monkeypatch.setattr("llama_pro_fast.console.console.width", 80)
+    _, printed, _ = said(*argv)
+    framed = [line for line in printed.splitlines() if line.startswith(("│", "╭", "├", "╰"))]
+    assert max(map(len, framed)) <= 80
+    # No column is so narrow that a word or a figure breaks.
+    for word in ("full fine-tuning", "LoRA, rank 16", "GFLOP", "at a time"):
+        assert word in printed
+
+
+def test_what_was_asked_for_is_kept_and_said(said):
+    code, _, text = said(
+        "--model", LLAMA_7B, "--gpu", "h100", "--groups", 8, "--micro-batch", 4, "--recompute", "block"
+    )
+    assert code == 0
+    assert "in 4 micro-batches of 4" in text
+    assert "32.8% more work" in text
+
+
+def test_where_only_what_was_asked_for_does_not_fit_it_says_what_would(said):
+    code, _, text = said(
+        "--model", LLAMA_7B, "--gpu", "h100", "--groups", 8, "--micro-batch", 16, "--recompute", "none"
+    )
+    assert code == 1
+    assert "memory micro-batch 16 and the recomputation asked for needs " in text
+    assert "What would fit: micro-batch 2 with recompute none" in text
+
+
+def test_the_price_is_of_the_hours(said):
+    _, _, text = said("--model", LLAMA_7B, "--gpu", "h100", "--groups", 8, "--price", 2, "--tokens", "1e9")
+    hours, cost = re.search(r"1 B tokens: ([\d.]+) h, cost (\d+) \(an hour costs 2\)", text).groups()
+    assert abs(2 * float(hours) - int(cost)) <= 0.6
+
+
+@pytest.mark.parametrize("gpu", ["h100", "4090", "cpu"])
+def test_the_json_agrees_with_what_is_said(said, tmp_path, gpu, monkeypatch):
+    monkeypatch.setattr("llama_pro_fast.devices.available_memory", lambda: 100 * 2**30)
+    path = tmp_path / "plan.json"
+    code, _, text = said("--model", LLAMA_7B, "--gpu", gpu, "--groups", 8, "--json", path)
+    figures = json.loads(path.read_text())
+    assert f"written to {path}" in text
+    assert figures["fits"] == (code == 0) == (gpu != "4090")
+    assert (figures["layers"], figures["trained_blocks"]) == (40, [4, 9, 14, 19, 24, 29, 34, 39])
+    assert (figures["parameters"], figures["trained_parameters"]) == (8_357_482_496, 8 * 202_383_360)
+    assert figures["ways"][0]["name"] == "this plan"
+    if not figures["fits"]:
+        assert "peak_bytes" not in figures
+        return
+    assert figures["peak_bytes"] <= figures["usable_bytes"]
+    assert f"{figures['peak_bytes'] / 2**30:.1f} GiB at the fullest" in text
+    assert sum(figures["memory"].values()) <= figures["peak_bytes"]
+    assert f"in {figures['moment']}" in text
+    micro, batch = figures["micro_batch_size"], figures["batch_size"]
+    assert f"in {batch // micro} micro-batches of {micro}" in text
+    cost = figures["flops_per_token"]
+    assert f"{sum(cost[part] for part in ('forward', 'dx', 'dw', 'attention')) / 1e9:.4g} GFLOP a token" in text
+    if gpu == "cpu":
+        assert figures["tokens_per_second"] is None
+        assert "tokens/s, should" not in text
+    else:
+        assert f"{figures['tokens_per_second']:,.0f} tokens/s" in text
+        assert figures["device"] == DEVICES[gpu].title
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        ((), ("--model: say which model", LLAMA_7B)),
+        (("--model", "no/such/folder"), ("no/such/folder", "no such folder")),
+        (("--model", LLAMA_7B), ("nothing in it is new", "--groups 8", "--all")),
+        (("--model", LLAMA_7B, "--groups", 33), ("groups 33", "from 1 to 32")),
+        (("--model", LLAMA_7B, "--groups", "eight"), ("--groups", "eight", "--help")),
+        (("--model", LLAMA_7B, "--groups", 8, "--after", "3"), ("--after", "--groups")),
+        (("--model", LLAMA_7B, "--after", "3,x"), ("after 3,x", "3,7,11")),
+        (("--model", LLAMA_7B, "--after", "32"), ("after 32", "0 to 31")),
+        (("--model", LLAMA_7B, "--groups", 8, "--copies", 0), ("--copies: 0 is below 1",)),
+        (("--model", LLAMA_7B, "--groups", 8, "--copies", 5), ("copies 5", "give fewer")),
+        (("--model", LLAMA_7B, "--groups", 8, "--seq", 8192), ("--seq 8192", "4096", "at most")),
+        (("--model", LLAMA_7B, "--groups", 8, "--seq", 1), ("--seq: 1 is below 2",)),
+        (("--model", LLAMA_7B, "--groups", 8, "--batch", 0), ("--batch: 0 is below 1",)),
+        (("--model", LLAMA_7B, "--groups", 8, "--micro-batch", 3), ("--micro-batch: 3", "batch of 16")),
+        (("--model", LLAMA_7B, "--groups", 8, "--micro-batch", 0), ("--micro-batch: 0 is below 1",)),
+        (
+            ("--model", LLAMA_7B, "--groups", 8, "--recompute", "all"),
+            ("--recompute all", "none, mlp, attention, block"),
+        ),
+        (("--model", LLAMA_7B, "--groups", 8, "--recompute", ".b"), ("--recompute .b", "each of the 40 blocks")),
+        (("--model", LLAMA_7B, "--groups", 8, "--tokens", "nan"), ("--tokens", "nan")),
+        (("--model", LLAMA_7B, "--groups", 8, "--price", -1), ("--price: -1 is below 0",)),
+        (("--model", LLAMA_7B, "--groups", 8, "--share", 0), ("--share: 0", "above 0")),
+        (("--model", LLAMA_7B, "--groups", 8, "--share", 1.5), ("--share: 1.5", "at most 1")),
+        (("--config", "no-such-recipe"), ("no-such-recipe", "quickstart")),
+        (("--model", LLAMA_7B, "--groups", 8, "--depth", 3), ("--depth", "--help")),
+    ],
+)
+def test_a_bad_option_is_one_line_with_the_remedy(refused, argv, fragments):
+    line = refused("--gpu", "h100", *argv)
+    for fragment in fragments:
+        assert fragment in line
+
+
+def test_an_unknown_card_and_a_file_that_cannot_be_written_too(refused, capsys, tmp_path):
+    line = refused("--model", LLAMA_7B, "--groups", 8, "--gpu", "h101")
+    assert "h101" in line
+    assert "h200" in line
+    line = refused("--model", LLAMA_7B, "--groups", 8, "--gpu", "h100", "--json", tmp_path / "none" / "plan.json")
+    assert f"--json {tmp_path / 'none' / 'plan.json'}: cannot be written" in line
+
+
+def test_a_recipe_is_planned_and_options_win(said):
+    code, _, text = said("--config", "llama-2-7b", "--gpu", "h100")
+    assert code == 0
+    assert f"{LLAMA_7B} + 8 blocks" in text
+    _, _, text = said("--config", "llama-2-7b", "--gpu", "h100", "--groups", 4, "--seq", 1024, "--batch", 6)
+    assert f"{LLAMA_7B} + 4 blocks" in text
+    assert "6 x 1024 = 6,144 tokens" in text
+
+
+def test_of_a_folder_only_the_config_is_read(said, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shapes.SHAPES[LLAMA_7B] | {"architectures": ["LlamaForCausalLM"]}))
+    code, _, text = said("--model", folder, "--gpu", "h100", "--groups", 8)
+    assert code == 0
+    assert "38.18 GFLOP a token" in text
+
+
+def test_an_expanded_folder_says_itself_what_trains(said, make_base, tmp_path):
+    make_base()
+    assert expand.main([str(tmp_path / "base"), str(tmp_path / "expanded"), "--after", "0,2"]) == 0
+    for path in (tmp_path / "expanded").glob("*.safetensors*"):
+        path.unlink()
+    path = tmp_path / "plan.json"
+    code, _, text = said("--model", tmp_path / "expanded", "--gpu", "h100", "--json", path)
+    assert code == 0
+    assert json.loads(path.read_text())["trained_blocks"] == [1, 4]
+    assert "XooXo" in text  # nothing below the first has a backward
+    assert "64 = " in text  # no more positions than the model has
+
+
+def test_in_a_fresh_process_it_ends_without_a_network_or_a_gpu():
+    environment = os.environ | {
+        "COLUMNS": "100",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
+    command = [sys.executable, "-m", "llama_pro_fast.plan", "--model", LLAMA_7B, "--gpu", "h100", "--groups", "8"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "38.18 GFLOP a token" in done.stdout
+    assert max(map(len, (line for line in done.stdout.splitlines() if line[:1] in "│╭├╰"))) <= 100

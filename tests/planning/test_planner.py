@@ -1,0 +1,502 @@
+"""What is chosen fits, is the cheapest that does, and where nothing does, what is named instead does."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_pro_fast import devices, planner
+from llama_pro_fast.block import BlockClass, Recompute
+from llama_pro_fast.cost import kept_bytes, recomputed_flops, step_cost
+from llama_pro_fast.devices import DEVICES
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.families import BlockSpec
+from llama_pro_fast.memory import Job
+from llama_pro_fast.planner import (
+    NEARLY,
+    best_fit,
+    expanded_shape,
+    fit,
+    parse_recompute,
+    policies,
+    recompute_text,
+    shortfall,
+    why,
+)
+
+NONE, MLP, ATTENTION, BLOCK = Recompute
+CARD = DEVICES["h100"]
+
+
+def job_of(
+    *, family="llama", layers=8, new=(1, 3, 5, 7), seq_len=512, dtype=torch.bfloat16, train_all=False, **changes
+) -> Job:
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 2000,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": 1 << 20,
+    }
+    config = transformers.AutoConfig.for_model(family, **(sizes | changes))
+    return Job(config=config, trained_blocks=tuple(new), seq_len=seq_len, dtype=dtype, train_all=train_all)
+
+
+JOBS = {
+    "usual": job_of(),
+    "short sequences": job_of(seq_len=16),
+    "attention dearer than products": job_of(seq_len=65_536),
+    "window": job_of(family="mistral", sliding_window=64, seq_len=4096),
+    "windows in some blocks": job_of(
+        family="qwen3",
+        head_dim=32,
+        use_sliding_window=True,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 4,
+        seq_len=8192,
+    ),
+    "one head for k and v": job_of(num_key_value_heads=1, seq_len=2048),
+    "wide heads": job_of(head_dim=128, num_key_value_heads=8, intermediate_size=256),
+    "top block only": job_of(new=(7,)),
+    "lowest block": job_of(new=(0,)),
+    "everything": job_of(new=(), train_all=True),
+    "everything, tied": job_of(new=(), train_all=True, tie_word_embeddings=True),
+    "fp32": job_of(dtype=torch.float32),
+}
+
+
+def peak(job: Job, recompute, micro_batch_size=1, batch_size=2) -> int:
+    return fit(
+        job, CARD, batch_size=batch_size, micro_batch_size=micro_batch_size, recompute=recompute, share=devices.SHARE
+    ).peak
+
+
+def least(job: Job, micro_batch_size=1, batch_size=2) -> int:
+    return min(peak(job, rung, micro_batch_size, batch_size) for rung in policies(job))
+
+
+def sizes(batch_size: int) -> list[int]:
+    return [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+
+
+def work(job: Job, recompute) -> float:
+    return step_cost(
+        job.config, job.trained_blocks, seq_len=job.seq_len, train_all=job.train_all, recompute=recompute
+    ).recomputed
+
+
+# -- the ladder of mixtures ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_each_rung_keeps_less_for_more_work(name):
+    """So the first that fits is the cheapest that does."""
+    job, rungs = JOBS[name], list(policies(JOBS[name]))
+    kept = [sum(map(kept_bytes, job.specs, job.classes, [job.dtype] * 8, rung)) for rung in rungs]
+    assert kept == sorted(set(kept), reverse=True)
+    again = [work(job, rung) for rung in rungs]
+    assert again == sorted(set(again))
+
+
+def test_a_rung_may_need_more_memory_than_the_one_before():
+    """What the block that is the fullest makes again is there just then; so none may be skipped over."""
+    rises = 0
+    for job in JOBS.values():
+        needed = [peak(job, rung, 4, 8) for rung in policies(job)]
+        rises += needed != sorted(needed, reverse=True)
+        for usable in needed:
+            found = best_fit(job, CARD, batch_size=8, micro_batch_size=4, usable=usable)
+            assert found.peak == next(size for size in needed if size <= usable)
+    assert rises
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_rung_changes_one_block_and_the_ladder_ends_at_the_least(name):
+    job, rungs = JOBS[name], list(policies(JOBS[name]))
+    assert rungs[0] == (NONE,) * 8
+    above = [kind is not BlockClass.PREFIX for kind in job.classes]
+    assert rungs[-1] == tuple(BLOCK if backward else NONE for backward in above)
+    for before, after in pairwise(rungs):
+        (changed,) = (index for index in range(8) if before[index] is not after[index])
+        assert above[changed]
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "windows in some blocks"])
+def test_blocks_alike_change_from_the_lowest_up(name):
+    """What the lowest keep is there while all others run backward; and the cheapest bytes go first in all of them."""
+    job = JOBS[name]
+    for rung in policies(job):
+        order = [list(Recompute).index(policy) for policy in rung[job.first :]]
+        assert order == sorted(order, reverse=True), recompute_text(rung, job.first)
+        assert len(set(order)) <= 2
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_bytes_never_get_cheaper_along_the_ladder(name):
+    """FLOPs for each byte saved; no way between two rungs, and none beyond them, is cheaper than the ones taken."""
+    job, rungs = JOBS[name], list(policies(JOBS[name]))
+    kept = [sum(map(kept_bytes, job.specs, job.classes, [job.dtype] * 8, rung)) for rung in rungs]
+    flops = [work(job, rung) for rung in rungs]
+    rates = [(flops[i + 1] - flops[i]) / (kept[i] - kept[i + 1]) for i in range(len(rungs) - 1)]
+    assert all(later >= earlier * (1 - 1e-3) for earlier, later in pairwise(rates))
+    # Every policy, in every block, lies on or above the hull.
+    for spec, kind in zip(job.specs, job.classes, strict=True):
+        if kind is not BlockClass.PREFIX:
+            full = kept_bytes(spec, kind, job.dtype)
+            for policy in (MLP, ATTENTION, BLOCK):
+                saved = full - kept_bytes(spec, kind, job.dtype, policy)
+                assert recomputed_flops(spec, policy, job.seq_len) / saved >= min(rates) * (1 - 1e-3)
+
+
+def test_long_sequences_do_not_make_attention_again_until_they_must():
+    """Its quadratic part is by far the dearest there; in short sequences it is next to nothing."""
+    usual = list(policies(JOBS["attention dearer than products"]))
+    assert any(set(rung[1:]) == {ATTENTION} for rung in usual)
+    rates = {}
+    for name in ("short sequences", "attention dearer than products"):
+        spec, job = JOBS[name].specs[0], JOBS[name]
+        rates[name] = recomputed_flops(spec, BLOCK, job.seq_len) / recomputed_flops(spec, ATTENTION, job.seq_len)
+    assert rates["short sequences"] < 1.05
+    assert rates["attention dearer than products"] > 5
+
+
+# -- the choice ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+@pytest.mark.parametrize("name", JOBS)
+def test_nothing_is_recomputed_where_it_fits(name, batch_size):
+    job = JOBS[name]
+    found = best_fit(job, CARD, batch_size=batch_size)
+    assert found is not None
+    assert found.recompute == (NONE,) * 8
+    assert found.cost.recomputed == 0
+    assert batch_size % found.micro_batch_size == 0
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_just_short_of_that_a_mixture_fits_and_its_last_change_was_needed(name):
+    job = JOBS[name]
+    rungs = list(policies(job))
+    usable = peak(job, rungs[0]) - 1
+    found = best_fit(job, CARD, batch_size=2, micro_batch_size=1, usable=usable)
+    if least(job) > usable:  # weights' gradients, or logits, are all there is at the fullest moment
+        assert found is None
+        return
+    assert found.peak <= usable
+    index = rungs.index(found.recompute)
+    assert index > 0
+    assert peak(job, rungs[index - 1]) > usable
+
+
+@pytest.mark.parametrize("name", ["usual", "attention dearer than products", "everything", "fp32"])
+def test_every_budget_from_plenty_to_the_least_gets_the_first_rung_that_fits(name):
+    job = JOBS[name]
+    rungs = list(policies(job))
+    needed = [peak(job, rung) for rung in rungs]
+    for usable in {*needed, *(size - 1 for size in needed), *(size + 1 for size in needed)}:
+        found = best_fit(job, CARD, batch_size=2, micro_batch_size=1, usable=usable)
+        first = next((rung for rung, size in zip(rungs, needed, strict=True) if size <= usable), None)
+        assert (found and found.recompute) == first, usable
+
+
+@st.composite
+def questions(draw):
+    layers = draw(st.integers(1, 6))
+    kv_heads = draw(st.sampled_from([1, 2, 4]))
+    train_all = draw(st.booleans())
+    family = draw(st.sampled_from(["llama", "qwen3", "mistral"]))
+    job = job_of(
+        family=family,
+        layers=layers,
+        new=() if train_all else sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1))),
+        train_all=train_all,
+        seq_len=draw(st.sampled_from([8, 100, 1024, 16_384])),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float32])),
+        hidden_size=draw(st.sampled_from([32, 128, 512])),
+        intermediate_size=draw(st.sampled_from([16, 200, 2048])),
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=draw(st.sampled_from([8, 64])),
+        vocab_size=draw(st.sampled_from([50, 5000, 150_000])),
+        tie_word_embeddings=draw(st.booleans()),
+        **({"sliding_window": draw(st.sampled_from([None, 16]))} if family == "mistral" else {}),
+    )
+    return job, draw(st.integers(1, 12)), draw(st.floats(0, 1))
+
+
+@settings(max_examples=80, deadline=None)
+@given(questions())
+def test_no_plan_is_over_its_budget_and_a_possible_one_is_found(question):
+    job, batch_size, where = question
+    rungs = list(policies(job))
+    smallest = min(least(job, size, batch_size) for size in sizes(batch_size))
+    most = peak(job, rungs[0], batch_size, batch_size)
+    usable = int(smallest + where * abs(most - smallest) * 1.1)
+    found = best_fit(job, CARD, batch_size=batch_size, usable=usable)
+    assert found is not None
+    assert found.peak <= usable
+    assert batch_size % found.micro_batch_size == 0
+    assert found.peak == peak(job, found.recompute, found.micro_batch_size, batch_size)
+    # No way that fits is faster by more than is thought alike.
+    for size in sizes(batch_size):
+        for rung in rungs:
+            other = fit(job, CARD, batch_size=batch_size, micro_batch_size=size, recompute=rung, share=devices.SHARE)
+            assert other.peak > usable or found.seconds <= other.seconds * (1 + NEARLY)
+
+
+@settings(max_examples=25, deadline=None)
+@given(questions())
+def test_below_the_least_there_is_none(question):
+    job, batch_size, _ = question
+    smallest = min(least(job, size, batch_size) for size in sizes(batch_size))
+    assert best_fit(job, CARD, batch_size=batch_size, usable=smallest) is not None
+    assert best_fit(job, CARD, batch_size=batch_size, usable=smallest - 1) is None
+
+
+def test_a_batch_that_is_one_micro_batch_may_fit_where_its_half_does_not():
+    """No gradients wait for a next one."""
+    job = job_of(seq_len=16, new=(0, 2, 4, 6), hidden_size=512)
+    assert least(job, 2, 2) < least(job, 1, 2)
+    assert best_fit(job, CARD, batch_size=2, usable=least(job, 2, 2)).micro_batch_size == 2
+
+
+def test_what_is_given_is_kept():
+    job = JOBS["usual"]
+    plenty = best_fit(job, CARD, batch_size=8, micro_batch_size=2)
+    assert (plenty.micro_batch_size, plenty.recompute) == (2, (NONE,) * 8)
+    mixture = parse_recompute(".bbbaamm", job.classes)
+    asked = best_fit(job, CARD, batch_size=8, recompute=mixture)
+    assert asked.recompute == mixture
+    both = best_fit(job, CARD, batch_size=8, micro_batch_size=4, recompute=mixture)
+    assert (both.micro_batch_size, both.recompute) == (4, mixture)
+    # Even where another would fit.
+    assert best_fit(job, CARD, batch_size=8, recompute=(NONE,) * 8, usable=peak(job, (NONE,) * 8) - 1) is None
+    assert best_fit(job, CARD, batch_size=8, micro_batch_size=8, usable=peak(job, list(policies(job))[-1], 1)) is None
+
+
+def test_of_ways_nearly_equal_the_smaller_micro_batch_is_taken():
+    """Its gradients' traffic is next to nothing beside the products of 4096 tokens and more."""
+    job = job_of(seq_len=65_536)
+    ways = [
+        fit(job, CARD, batch_size=8, micro_batch_size=n, recompute=(NONE,) * 8, share=devices.SHARE)
+        for n in (1, 2, 4, 8)
+    ]
+    assert ways[0].seconds > ways[-1].seconds >= ways[0].seconds * (1 - NEARLY)
+    assert best_fit(job, CARD, batch_size=8).micro_batch_size == 1
+    # And where it is not, the larger one.
+    assert best_fit(job_of(seq_len=16), CARD, batch_size=8).micro_batch_size > 1
+
+
+def test_a_larger_micro_batch_is_not_bought_with_recomputation():
+    job = job_of(seq_len=2048)
+    usable = peak(job, (NONE,) * 8, 1, 8)
+    found = best_fit(job, CARD, batch_size=8, usable=usable)
+    assert found.micro_batch_size == 1
+    assert found.cost.recomputed == 0
+    assert best_fit(job, CARD, batch_size=8, micro_batch_size=2, usable=usable).cost.recomputed > 0
+
+
+def test_an_evaluation_has_to_fit_too():
+    """With a large vocabulary it makes two chunks of logits where a step makes one."""
+    job = job_of(new=(7,), vocab_size=150_000, seq_len=2048)
+    found = fit(job, CARD, batch_size=1, micro_batch_size=1, recompute=(NONE,) * 8, share=devices.SHARE)
+    assert found.peak > found.memory.total
+    assert best_fit(job, CARD, batch_size=1, usable=found.memory.total) is None
+    assert best_fit(job, CARD, batch_size=1, usable=found.peak) is not None
+
+
+# -- time ----------------------------------------------------------------------------------------------------------
+
+
+def test_time_is_products_and_attention_at_a_share_and_traffic_at_the_bandwidth():
+    job, tokens = JOBS["usual"], 8 * 512
+    ways = {
+        (size, share): fit(job, CARD, batch_size=8, micro_batch_size=size, recompute=(NONE,) * 8, share=share)
+        for size in (1, 2, 8)
+        for share in (0.2, 0.4)
+    }
+    # Half the share, twice the time of what is computed; the traffic stays.
+    computed = ways[8, 0.2].seconds - ways[8, 0.4].seconds
+    traffic = ways[8, 0.4].seconds - computed
+    assert traffic == pytest.approx(44 * job.num_trained / tokens / CARD.bandwidth)
+    # Each further micro-batch reads and writes the gradients once more.
+    for size, more in ((1, 8), (2, 4)):
+        gradients = ways[size, 0.4].seconds - ways[8, 0.4].seconds
+        assert gradients == pytest.approx(more * 12 * job.num_trained / tokens / CARD.bandwidth)
+    # Flash attention's backward is 2.5 times its forward, not 2.
+    cost = step_cost(job.config, job.trained_blocks, seq_len=512)
+    above = 7 * 4 * 256 * 512 / 2
+    assert computed == pytest.approx((cost.total + above / 2) / (0.4 * CARD.flops))
+
+
+# -- a recipe's words ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_what_is_written_is_read_back(data):
+    layers = data.draw(st.integers(1, 12))
+    first = data.draw(st.integers(0, layers - 1))
+    classes = [BlockClass.PREFIX] * first + [BlockClass.FROZEN] * (layers - first)
+    above = data.draw(st.lists(st.sampled_from(list(Recompute)), min_size=layers - first, max_size=layers - first))
+    recompute = (NONE,) * first + tuple(above)
+    assert parse_recompute(recompute_text(recompute, first), classes) == recompute
+
+
+def test_a_policy_is_written_by_its_name_and_a_mixture_by_letters():
+    classes = JOBS["usual"].classes
+    assert recompute_text((NONE, *[BLOCK] * 7), 1) == "block"
+    assert recompute_text((NONE, BLOCK, ATTENTION, MLP, *[NONE] * 4), 1) == ".bam...."
+    assert parse_recompute("mlp", classes) == (NONE, *[MLP] * 7)
+    assert parse_recompute(".bam....", classes) == (NONE, BLOCK, ATTENTION, MLP, NONE, NONE, NONE, NONE)
+
+
+@pytest.mark.parametrize("text", ["blocks", "", ".bam...", ".bam.....", ".bax....", "None", "auto "])
+def test_other_words_are_refused_with_the_remedy(text):
+    with pytest.raises(UserError) as error:
+        parse_recompute(text, JOBS["usual"].classes)
+    assert f"recompute {text}: give auto, none, mlp, attention, block, or a letter for each of the 8" in str(
+        error.value
+    )
+    assert ". none, m mlp, a attention, b block" in str(error.value)
+
+
+# -- the shape of the model to be ----------------------------------------------------------------------------------
+
+
+def test_the_expanded_shape_has_the_blocks_of_the_plan_and_leaves_the_base_alone():
+    base = job_of(layers=4).config
+    plan = ExpansionPlan.from_groups(4, 2)
+    assert expanded_shape(base, plan).num_hidden_layers == 6
+    assert base.num_hidden_layers == 4
+    assert expanded_shape(base, plan).hidden_size == base.hidden_size
+
+
+def test_a_copy_attends_as_its_source_does():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    base = transformers.Qwen3Config(
+        num_hidden_layers=4, layer_types=kinds, use_sliding_window=True, sliding_window=16, max_window_layers=0
+    )
+    plan = ExpansionPlan.from_after(4, [0, 3], 1)
+    changed = expanded_shape(base, plan)
+    assert changed.layer_types == [kinds[0], kinds[0], kinds[1], kinds[2], kinds[3], kinds[3]]
+    windows = [BlockSpec.from_config(changed, index).window for index in range(6)]
+    assert windows == [16, 16, None, 16, None, None]
+    assert base.layer_types == kinds
+
+
+# -- where nothing fits --------------------------------------------------------------------------------------------
+
+
+def expanded(layers=8, groups=4, **how):
+    base = job_of(layers=layers, **how).config
+    plan = ExpansionPlan.from_groups(layers, groups)
+    return base, plan, job_of(layers=plan.num_layers, new=plan.new_indices, **how)
+
+
+def fits(job: Job, usable: int) -> bool:
+    return best_fit(job, CARD, batch_size=2, micro_batch_size=1, usable=usable) is not None
+
+
+def fewer(job: Job, base, count: int) -> Job:
+    plan = ExpansionPlan.from_after(8, [1, 3, 5, 7][-count:])
+    return dataclasses.replace(job, config=expanded_shape(base, plan), trained_blocks=plan.new_indices)
+
+
+@pytest.mark.parametrize("share", [0.999, 0.9, 0.7, 0.5])
+@pytest.mark.parametrize("how", [{"seq_len": 2048}, {"seq_len": 512, "vocab_size": 20_000}, {"seq_len": 16_384}])
+def test_the_changes_named_do_fit_and_the_next_ones_do_not(how, share):
+    base, plan, job = expanded(**how)
+    usable = int(share * least(job))
+    assert not fits(job, usable)
+    said = shortfall(job, CARD, batch_size=4, usable=usable, base=base, plan=plan)
+    assert "\n" not in said
+    assert "would fit: " in said
+
+    length = re.search(r"sequences of (\d+) tokens", said)
+    lengths = [job.seq_len >> halvings for halvings in range(1, 12) if job.seq_len >> halvings >= 256]
+    fitting = [n for n in lengths if fits(dataclasses.replace(job, seq_len=n), usable)]
+    assert (length and int(length[1])) == (fitting[0] if fitting else None)
+
+    blocks = re.search(r"(\d) new blocks? instead of 4", said)
+    fitting = [n for n in (3, 2, 1) if fits(fewer(job, base, n), usable)]
+    assert (blocks and int(blocks[1])) == (fitting[0] if fitting else None)
+
+    card = re.search(r"or one (.+)$", said) or re.search(r"fit: one (.+)$", said)
+    assert card[1] == "RTX 4090 24 GB"  # the smallest that does
+
+
+def test_in_place_of_all_parameters_a_few_new_blocks_are_named():
+    job = job_of(layers=12, new=(), train_all=True)
+    new = ExpansionPlan.from_groups(12, 8)
+    few = dataclasses.replace(
+        job, config=expanded_shape(job.config, new), trained_blocks=new.new_indices, train_all=False
+    )
+    between = least(few)
+    assert between < least(job)
+    assert "8 new blocks in place of all parameters" in shortfall(job, CARD, batch_size=4, usable=between)
+    assert "in place of" not in shortfall(job, CARD, batch_size=4, usable=between - 1)
+
+
+def test_where_what_was_asked_for_is_the_trouble_it_says_what_would_fit():
+    job = JOBS["usual"]
+    usable = peak(job, (NONE,) * 8, 1, 8)
+    said = shortfall(job, CARD, batch_size=8, usable=usable, micro_batch_size=8, recompute=(NONE,) * 8)
+    assert said.startswith("micro-batch 8 and the recomputation asked for needs ")
+    free = best_fit(job, CARD, batch_size=8, usable=usable)
+    assert f"micro-batch {free.micro_batch_size} with recompute {recompute_text(free.recompute, 1)}" in said
+
+
+def test_where_no_card_is_large_enough_it_says_so():
+    job = job_of(hidden_size=16_384, intermediate_size=65_536, num_attention_heads=128, seq_len=256, layers=80)
+    said = shortfall(job, CARD, batch_size=4, usable=CARD.usable)
+    assert "No card in the list holds it" in said
+    assert "smaller model" in said
+
+
+# -- why -----------------------------------------------------------------------------------------------------------
+
+
+def reason(job: Job, usable: int, **asked) -> str:
+    found = best_fit(job, CARD, batch_size=8, usable=usable, **asked)
+    return why(found, job, CARD, batch_size=8, usable=usable, **asked)
+
+
+def test_the_reason_is_the_one():
+    job = job_of(seq_len=2048)
+    one = peak(job, (NONE,) * 8, 1, 8)
+    assert reason(job, one).startswith(
+        "1 sequence at a time (2 would fit with more recomputed only); nothing recomputed"
+    )
+    assert reason(job, one, micro_batch_size=1) == "1 sequence at a time as asked; nothing recomputed: everything fits"
+    short = job_of(seq_len=16)
+    assert reason(short, CARD.usable).startswith("8 sequences at a time, the whole batch; nothing recomputed")
+    least = list(policies(job))[-1]
+    said = reason(job, peak(job, least, 1, 8), recompute=least)
+    assert re.fullmatch(r"1 sequence at a time \(2 do not fit\); block recomputed as asked, \d+\.\d% more work", said)
+    long = job_of(seq_len=65_536)
+    assert "1 sequence at a time (2 would hardly be faster)" in reason(long, CARD.usable)
+
+
+def test_lora_has_its_adapters_and_no_dw_of_the_base():
+    job = job_of(new=(), train_all=True)
+    found = planner.lora_estimate(job, rank=4, micro_batch_size=1, usable=CARD.usable)
+    H, I, Q, KV = 256, 688, 256, 128
+    per_block = 4 * ((H + Q) + 2 * (H + KV) + (Q + H) + 2 * (H + I) + (I + H))
+    assert found.parameters == 8 * per_block
+    assert found.cost.dw == 6 * found.parameters
+    assert not found.recomputed
+    tight = planner.lora_estimate(job, rank=4, micro_batch_size=1, usable=found.peak - 1)
+    assert tight.recomputed
+    assert tight.peak < found.peak
