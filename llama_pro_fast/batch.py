@@ -93,3 +93,8 @@ class PackedBatch:
             max_seqlen=max(lengths, default=0) if max_seqlen is None else max_seqlen,
             num_valid=sum(label != IGNORE_INDEX for label in labels),
         )
+
+
+def padded_boundaries(count: int) -> int:
+    """How long ``cu_seqlens`` is made for ``count`` boundaries: the next power of two, at least 16."""
+    return max(16, 1 << (count - 1).bit_length())

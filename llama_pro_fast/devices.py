@@ -75,10 +75,10 @@ def present() -> Device:
     known = next((device for device in DEVICES.values() if _same(device, name)), None)
     free, _ = torch.cuda.mem_get_info()
     alike = known or DEVICES["h100"]
-    # The context is there by now, so what is free is less by it already.
+    # The context is there by now, but not what libraries and kernels load when they are first used.
     return Device(
         title=name,
-        memory=free + CONTEXT,
+        memory=free + CONTEXT // 2,
         flops=alike.flops,
         bandwidth=alike.bandwidth,
         speed_known=known is not None,

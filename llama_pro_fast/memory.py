@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from llama_pro_fast.batch import padded_boundaries
 from llama_pro_fast.block import BlockClass, Recompute, block_classes
 from llama_pro_fast.cost import activation_bytes, kept_bytes, matrices, num_parameters, num_trained_parameters
 from llama_pro_fast.families import BlockSpec
@@ -48,6 +50,8 @@ class Job:
         seq_len: tokens per sequence.
         attention: the attention backend's name.
         triton: whether the operations are Triton kernels or the reference in PyTorch.
+        document: tokens of a document on average, before it is cut at a sequence's end. Until the text is known it is
+            assumed to be 512.
     """
 
     config: Any
@@ -57,6 +61,7 @@ class Job:
     seq_len: int = 4096
     attention: str = "flash"
     triton: bool = True
+    document: float = 512
 
     @functools.cached_property
     def specs(self) -> list[BlockSpec]:
@@ -73,6 +78,11 @@ class Job:
         return next(
             (index for index, kind in enumerate(self.classes) if kind is not BlockClass.PREFIX), len(self.classes)
         )
+
+    def documents(self, micro_batch_size: int) -> int:
+        """How many a micro-batch has at most, empty ones that pad the boundaries included; a quarter above the mean."""
+        pieces = 1.25 * micro_batch_size * self.seq_len / self.document + micro_batch_size
+        return padded_boundaries(math.ceil(pieces) + 1) - 1
 
     @functools.cached_property
     def num_trained(self) -> int:
@@ -173,7 +183,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         spec, kind = job.specs[index], job.classes[index]
         transient = _backward_peak(
             spec, kind, recompute[index], index > job.first or job.train_all, job.dtype, job.triton, job.attention,
-            tokens, micro_batch_size,
+            tokens, micro_batch_size, job.documents(micro_batch_size),
         )  # fmt: skip
         gradients = every if accumulating else made
         # What this micro-batch has made of the head waits for the embedding's, where they are one table.
@@ -193,7 +203,8 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
 
 
 def evaluation_memory(job: Job, *, micro_batch_size: int) -> int:
-    """Bytes at the fullest moment of an evaluation (`evaluate.evaluate`) with the base beside the model."""
+    """Bytes at the fullest moment of an evaluation (`evaluate.evaluate`), with the base beside the model where it is
+    kept."""
     spec, narrow, wide = job.specs[0], job.dtype.itemsize, compute_dtype(job.dtype).itemsize
     tokens = micro_batch_size * job.seq_len
     H, I, Q, KV = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
@@ -203,7 +214,11 @@ def evaluation_memory(job: Job, *, micro_batch_size: int) -> int:
     block = tokens * (narrow * H + mlp + wide * spec.num_heads)
     # The two chunks of logits; the reference makes three wide ones of them.
     chunk = min(tokens, rows_per_chunk(job.config.vocab_size, job.dtype)) * job.config.vocab_size
-    losses = chunk * (2 * narrow + (0 if job.triton else 3 * wide)) + tokens * (2 * narrow * H + 2 * wide)
+    if job.train_all:  # no base: one chunk, and in the reference its wide copy
+        logits = chunk * (narrow + (0 if job.triton or narrow == wide else wide))
+    else:
+        logits = chunk * (2 * narrow + (0 if job.triton else 3 * wide))
+    losses = logits + tokens * (2 * narrow * H + 2 * wide)
     always = tokens * BATCH_BYTES + 2 * job.seq_len * (spec.head_dim // 2) * 4
     return sum(_states(job).values()) + always + max(block, losses)
 
@@ -244,6 +259,7 @@ def _backward_peak(
     attention: str,
     tokens: int,
     sequences: int,
+    documents: int,
 ) -> int:
     """Bytes that a block's backward needs at its fullest, beyond what the blocks up to it keep.
 
@@ -294,7 +310,7 @@ def _backward_peak(
     if "o" not in recompute.kept:
         branch += replayed("o", "lse")
     head_rstd = wide * (spec.num_heads + spec.num_kv_heads) if spec.qk_norm else 0
-    scratch, scores = _attention_scratch(attention, spec, narrow, wide, tokens, sequences)
+    scratch, scores = _attention_scratch(attention, spec, narrow, wide, tokens, sequences, documents)
     moments += [
         (branch + (hidden + norm_forward if replayed("qkv") else 0), made),
         (branch + q + (q + kv + head_rstd if spec.qk_norm else 0) + qkv + scratch, made + scores),
@@ -315,7 +331,7 @@ def _backward_peak(
 
 
 def _attention_scratch(
-    backend: str, spec: BlockSpec, narrow: int, wide: int, tokens: int, sequences: int
+    backend: str, spec: BlockSpec, narrow: int, wide: int, tokens: int, sequences: int, documents: int
 ) -> tuple[int, int]:
     """What a backend's backward allocates beside its results: bytes a token, and bytes.
 
@@ -323,11 +339,14 @@ def _attention_scratch(
     """
     q, kv = spec.q_size, spec.kv_size
     grouped = spec.num_kv_heads < spec.num_heads
+    # dq is summed in float32, in rows of heads rounded up, beside a number a head and row; each document has 128 more.
+    head = -(-spec.head_dim // 32) * 32 if spec.head_dim <= 128 else -(-spec.head_dim // 64) * 64
+    row = 4 * spec.num_heads * (head + 1)
     if backend in ("flash", "flash_attn"):
-        # dq is summed in float32, and dk, dv are made for every query head where heads share them.
-        return 4 * q + 8 * spec.num_heads + (2 * narrow * q if grouped else 0), 0
+        # dk and dv are made for every query head where heads share them.
+        return row + (2 * narrow * q if grouped else 0), 128 * documents * row
     if backend in ("flash_3", "flash_4"):
-        return 4 * q + 8 * spec.num_heads + (2 * 4 * kv if grouped else 0), 0
+        return row + 4 * spec.num_heads + (2 * 4 * kv if grouped else 0), 128 * documents * row
     if backend == "cudnn":  # copies of q, k, v, o and do besides
         return 4 * q + 3 * narrow * q + 2 * narrow * kv, 0
     if backend == "reference":

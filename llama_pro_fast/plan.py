@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_pro_fast import devices
+from llama_pro_fast.advice import shortfall, why
 from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.cli import PROGRAM, ArgumentParser, run_entry_point
-from llama_pro_fast.config import ExpandConfig
+from llama_pro_fast.comparison import ways
+from llama_pro_fast.config import ExpandConfig, TrainConfig
 from llama_pro_fast.console import amount, box, say, table
 from llama_pro_fast.cost import kept_bytes, num_parameters, recomputed_flops
 from llama_pro_fast.devices import DEVICES, GIB, SHARE, Device
@@ -28,53 +30,11 @@ from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import window_within
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.memory import Job, StepMemory
-from llama_pro_fast.planner import (
-    Fit,
-    best_fit,
-    divisors,
-    expanded_shape,
-    fit,
-    lora_estimate,
-    parse_recompute,
-    recompute_text,
-    shortfall,
-    why,
-)
+from llama_pro_fast.planner import Fit, Question, best_fit, expanded_shape, fit, parse_recompute, recompute_text
 from llama_pro_fast.pretrained import find_config
 from llama_pro_fast.recipe import packaged_recipes, parse
 from llama_pro_fast.shapes import SHAPES
 from llama_pro_kernels import select_attention_backend
-
-LORA_RANK = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is to be planned.
-
-    Attributes:
-        model: as it was named.
-        job: the model as it will be trained.
-        base, expansion: before the expansion and how, where the run makes one.
-        device: what it runs on.
-        batch_size: sequences per step.
-        micro_batch_size, recompute: None where they are to be chosen.
-        tokens: length of the run.
-        price: of an hour of the device, in the reader's currency; None leaves costs out.
-        share: of the device's peak that is assumed to be reached.
-    """
-
-    model: str
-    job: Job
-    base: Any
-    expansion: ExpansionPlan | None
-    device: Device
-    batch_size: int
-    micro_batch_size: int | None
-    recompute: tuple[Recompute, ...] | None
-    tokens: float
-    price: float | None
-    share: float
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         batch_size=question.batch_size,
         micro_batch_size=question.micro_batch_size,
         recompute=question.recompute,
+        usable=question.usable,
         share=question.share,
     )
     show(question, found)
@@ -149,17 +110,24 @@ def ask(options: Any) -> Question:
         raise UserError("--model: say which model, a folder, a hub id, or one of " + ", ".join(SHAPES))
     for name, least in (("seq", 2), ("batch", 1), ("micro_batch", 1), ("copies", 1), ("tokens", 1), ("price", 0)):
         value = getattr(options, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')}: {value:g} is below {least}")
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')}: {value:g} is not a number from {least} up")
     if not 0 < options.share <= 1:
         raise UserError(f"--share: {options.share:g} is not above 0 and at most 1")
 
     raw, base = find_config(model)
     expand = ExpandConfig(groups=options.groups, after=options.after, copies=options.copies or 1)
     if not expand.wanted and recipe is not None:
-        expand = recipe.expand
+        expand = dataclasses.replace(recipe.expand, copies=options.copies or recipe.expand.copies)
+    if expand.copies != 1 and not expand.wanted:
+        raise UserError("--copies: says how many, not where; give --groups or --after too")
     train_all = options.all or (recipe is not None and recipe.train.parameters == "all")
     manifest = Manifest.from_config(raw)
+    if manifest is not None and expand.wanted:
+        raise UserError(
+            f"--model {model}: is expanded already; leave --groups and --after out to plan the training of its new "
+            "blocks, or add a generation with `llama-pro-fast expand` first"
+        )
     expansion = ExpansionPlan.from_config(base.num_hidden_layers, expand) if expand.wanted else None
     if expansion is not None:
         config, trained = expanded_shape(base, expansion), expansion.new_indices
@@ -170,28 +138,29 @@ def ask(options: Any) -> Question:
             f"--model {model}: nothing in it is new; say where new blocks go, for example --groups "
             f"{max(1, base.num_hidden_layers // 4)}, or --all to train everything"
         )
-    train = recipe.train if recipe is not None else None
-    seq_len = options.seq or (train and train.seq_len) or min(4096, base.max_position_embeddings)
+    train = TrainConfig(memory="auto", batch_size=16) if recipe is None else recipe.train
+    seq_len = options.seq or train.seq_len or min(4096, base.max_position_embeddings)
     if seq_len > base.max_position_embeddings:
         raise UserError(f"--seq {seq_len}: the model has {base.max_position_embeddings} positions; give at most that")
-    batch_size = options.batch or (train.batch_size if train else 16)
-    micro_batch_size = options.micro_batch or (train and train.micro_batch_size)
+    batch_size = options.batch or train.batch_size
+    micro_batch_size = options.micro_batch or train.micro_batch_size
     if micro_batch_size and batch_size % micro_batch_size:
         raise UserError(f"--micro-batch: {micro_batch_size} does not divide the batch of {batch_size} sequences")
     device = _device(options.gpu)
-    job = job_on(device, config, trained, train_all=train_all, seq_len=seq_len)
-    text = options.recompute or (train.recompute if train else "auto")
+    job = job_on(device, config, trained, train, train_all=train_all, seq_len=seq_len)
+    text = options.recompute or train.recompute
     try:
         recompute = None if text == "auto" else parse_recompute(text, job.classes)
     except UserError as error:
         raise UserError(f"--{error}") from error
-    tokens = options.tokens or (train and (train.tokens or (train.steps and train.steps * batch_size * seq_len)))
+    tokens = options.tokens or train.tokens or (train.steps and train.steps * batch_size * seq_len)
     return Question(
         model=model,
         job=job,
         base=base,
         expansion=expansion,
         device=device,
+        usable=device.usable if train.memory == "auto" else int(train.memory * GIB),
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         recompute=recompute,
@@ -207,19 +176,24 @@ def _device(name: str) -> Device:
     return devices.cpu() if name == "cpu" else DEVICES[name]
 
 
-def job_on(device: Device, config: Any, trained: tuple[int, ...], *, train_all: bool, seq_len: int) -> Job:
-    """As a run on ``device`` computes by default: bf16 and PyTorch's flash attention, or on a CPU float32."""
-    if not device.is_cpu:
-        return Job(config=config, trained_blocks=tuple(trained), train_all=train_all, seq_len=seq_len)
-    window = window_within(config, seq_len)
+def job_on(
+    device: Device, config: Any, trained: tuple[int, ...], train: TrainConfig, *, train_all: bool, seq_len: int
+) -> Job:
+    """As a run on ``device`` would compute; by default in bf16 with PyTorch's flash attention, on a CPU in float32."""
+    dtype = {"auto": torch.float32 if device.is_cpu else torch.bfloat16}.get(train.dtype) or getattr(torch, train.dtype)
+    attention = train.attention
+    if attention == "auto" and device.is_cpu:
+        attention = select_attention_backend("cpu", dtype, window=window_within(config, seq_len))
+    elif attention == "auto":
+        attention = "reference" if dtype == torch.float32 else "flash"
     return Job(
         config=config,
         trained_blocks=tuple(trained),
         train_all=train_all,
         seq_len=seq_len,
-        dtype=torch.float32,
-        attention=select_attention_backend("cpu", torch.float32, window=window),
-        triton=False,
+        dtype=dtype,
+        attention=attention,
+        triton=not device.is_cpu,
     )
 
 
@@ -242,12 +216,11 @@ def show(question: Question, found: Fit | None) -> None:
         ),
     ]
     if found is None:
-        usable = device.usable
         said = shortfall(
             job,
             device,
             batch_size=question.batch_size,
-            usable=usable,
+            usable=question.usable,
             base=question.base,
             plan=question.expansion,
             micro_batch_size=question.micro_batch_size,
@@ -278,14 +251,14 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
             job,
             question.device,
             batch_size=question.batch_size,
-            usable=question.device.usable,
+            usable=question.usable,
             micro_batch_size=question.micro_batch_size,
             recompute=question.recompute,
         ),
     )
     yield (
         "memory",
-        f"{found.peak / GIB:.1f} GiB at the fullest, of {question.device.usable / GIB:.1f} usable on "
+        f"{found.peak / GIB:.1f} GiB at the fullest, of {question.usable / GIB:.1f} usable on "
         f"{question.device.memory / GIB:.1f}",
     )
     yield (
@@ -387,7 +360,7 @@ def _largest(question: Question, recompute: tuple[Recompute, ...]) -> int:
             recompute=recompute,
             share=question.share,
         )
-        return way.peak <= question.device.usable
+        return way.peak <= question.usable
 
     size = 1
     while size < 4096 and fits(size):
@@ -399,86 +372,9 @@ def _largest(question: Question, recompute: tuple[Recompute, ...]) -> int:
     return low
 
 
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """One line of the comparison: other places for the new blocks, or another method."""
-
-    name: str
-    trained: int
-    gflop: float
-    peak: int
-    fits: bool
-    how: str
-    seconds: float
-
-
-def ways(question: Question) -> Iterator[Way]:
-    """The plan itself, other places for as many new blocks, full fine-tuning of the base, and LoRA."""
-    job, base, expansion = question.job, question.base, question.expansion
-    if expansion is not None and not job.train_all:
-        yield _way(question, "this plan", job)
-        layers, count = expansion.num_old, len(expansion.new_indices)
-        others = {}
-        if count <= layers:
-            others["interleaved"] = ExpansionPlan.from_groups(layers, count)
-        half = layers - layers // 2
-        if count <= half:
-            upper = [layers // 2 + (place + 1) * half // count - 1 for place in range(count)]
-            others["in the upper half"] = ExpansionPlan.from_after(layers, upper)
-        for name, other in others.items():
-            if other != expansion:
-                moved = dataclasses.replace(job, config=expanded_shape(base, other), trained_blocks=other.new_indices)
-                yield _way(question, f"{count} {name}", moved)
-    else:
-        yield _way(question, "this plan", job)
-    whole = dataclasses.replace(job, config=base, trained_blocks=(), train_all=True)
-    if job.train_all is False or expansion is not None:
-        yield _way(question, "full fine-tuning", whole)
-    yield _lora(question, whole)
-
-
-def _way(question: Question, name: str, job: Job) -> Way:
-    found = best_fit(job, question.device, batch_size=question.batch_size, share=question.share)
-    fits = found is not None
-    if found is None:
-        least = parse_recompute("block", job.classes)
-        found = fit(
-            job, question.device, batch_size=question.batch_size, micro_batch_size=1, recompute=least,
-            share=question.share,
-        )  # fmt: skip
-    how = recompute_text(found.recompute, job.first)
-    return Way(
-        name=name,
-        trained=job.num_trained,
-        gflop=(found.cost.total + found.cost.recomputed) / 1e9,
-        peak=found.peak,
-        fits=fits,
-        how=f"{found.micro_batch_size}, {how if how in Recompute._value2member_map_ else 'mixed'}",
-        seconds=found.seconds,
-    )
-
-
-def _lora(question: Question, whole: Job) -> Way:
-    usable = question.device.usable
-    for size in reversed(divisors(question.batch_size)):
-        estimate = lora_estimate(whole, rank=LORA_RANK, micro_batch_size=size, usable=usable)
-        if estimate.peak <= usable and (not estimate.recomputed or size == 1):
-            break
-    cost = estimate.cost
-    return Way(
-        name=f"LoRA, rank {LORA_RANK}",
-        trained=estimate.parameters,
-        gflop=(cost.total + cost.recomputed) / 1e9,
-        peak=estimate.peak,
-        fits=estimate.peak <= usable,
-        how=f"{size}, {'block' if estimate.recomputed else 'none'}",
-        seconds=(cost.total + cost.recomputed) / (question.share * question.device.flops),
-    )
-
-
 def _show_ways(question: Question, found: Fit | None) -> None:
     rows = []
-    for way in ways(question):
+    for way in ways(question, found):
         length = _length(question, way.seconds) if way.fits and question.device.speed_known else "–"
         how = way.how if way.fits else "too large"
         rows.append((way.name, amount(way.trained), f"{way.gflop:.1f}", f"{way.peak / GIB:.1f}", how, length))
@@ -497,7 +393,7 @@ def as_dict(question: Question, found: Fit | None) -> dict[str, Any]:
     plain: dict[str, Any] = {
         "model": question.model,
         "device": device.title,
-        "usable_bytes": device.usable,
+        "usable_bytes": question.usable,
         "layers": len(job.specs),
         "trained_blocks": [index for index, kind in enumerate(job.classes) if kind is BlockClass.TRAINED],
         "parameters": num_parameters(job.config),
@@ -517,7 +413,7 @@ def as_dict(question: Question, found: Fit | None) -> dict[str, Any]:
             "flops_per_token": dataclasses.asdict(found.cost),
             "tokens_per_second": 1 / found.seconds if device.speed_known else None,
         }
-    plain["ways"] = [dataclasses.asdict(way) for way in ways(question)]
+    plain["ways"] = [dataclasses.asdict(way) for way in ways(question, found)]
     return plain
 
 

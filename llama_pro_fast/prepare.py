@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llama_pro_fast import devices, run_folder
+from llama_pro_fast.advice import shortfall, why
 from llama_pro_fast.config import OptimConfig, RunConfig
 from llama_pro_fast.console import progress_bars
 from llama_pro_fast.data import resolve_sources
@@ -26,7 +27,7 @@ from llama_pro_fast.identity import IdentityProof, expand_and_prove
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.memory import Job
 from llama_pro_fast.model import check_tensors
-from llama_pro_fast.planner import Fit, best_fit, expanded_shape, fit, parse_recompute, recompute_text, shortfall, why
+from llama_pro_fast.planner import Fit, best_fit, expanded_shape, fit, parse_recompute, recompute_text
 from llama_pro_fast.pretrained import PretrainedFolder, no_progress_bars, resolve
 from llama_pro_kernels import implementation_name, select_attention_backend
 
@@ -174,11 +175,15 @@ def resolve_device(config: RunConfig, base: PretrainedFolder, seq_len: int) -> t
     return device, dtype
 
 
-def resolve_memory(config: RunConfig, base: PretrainedFolder, plan: ExpansionPlan | None) -> str:
+def resolve_memory(
+    config: RunConfig, base: PretrainedFolder, plan: ExpansionPlan | None, *, document: float | None
+) -> str:
     """Fill in micro-batch and recomputation so that the run fits its device, and say why these.
 
     Args:
         base: the model of the recipe, before the expansion by ``plan``.
+        document: tokens of a document on average. None before the text is known: what cannot fit whatever the text is
+            refused, and nothing is filled in.
 
     Raises:
         UserError: it would not fit; what would is said.
@@ -187,7 +192,7 @@ def resolve_memory(config: RunConfig, base: PretrainedFolder, plan: ExpansionPla
     shape, trained = base.config, () if manifest is None else manifest.trained_blocks
     if plan is not None:
         shape, trained = expanded_shape(base.config, plan), plan.new_indices
-    job, device = _job(config, shape, trained), _device(config)
+    job, device = _job(config, shape, trained, document or train.seq_len), _device(config)
     usable = device.usable if train.memory == "auto" else int(train.memory * GIB)
     try:
         recompute = None if train.recompute == "auto" else parse_recompute(train.recompute, job.classes)
@@ -201,15 +206,17 @@ def resolve_memory(config: RunConfig, base: PretrainedFolder, plan: ExpansionPla
             + shortfall(job, device, batch_size=train.batch_size, usable=usable, base=base.config, plan=plan, **asked)
         )
     reason = why(found, job, device, batch_size=train.batch_size, usable=usable, **asked)
+    if document is None:
+        return reason
     train.micro_batch_size, train.memory = found.micro_batch_size, round(usable / GIB, 2)
     train.recompute = recompute_text(found.recompute, job.first)
     return reason
 
 
-def planned(config: RunConfig, folder: PretrainedFolder) -> Fit:
+def planned(config: RunConfig, folder: PretrainedFolder, *, document: float) -> Fit:
     """What the settings of a run should take, whatever device it now has."""
     manifest = Manifest.from_config(folder.raw_config)
-    job = _job(config, folder.config, () if manifest is None else manifest.trained_blocks)
+    job = _job(config, folder.config, () if manifest is None else manifest.trained_blocks, document)
     return fit(
         job,
         _device(config),
@@ -229,7 +236,7 @@ def _device(config: RunConfig) -> Device:
     return devices.present() if config.train.device == "cuda" else devices.cpu()
 
 
-def _job(config: RunConfig, shape: Any, trained: Collection[int]) -> Job:
+def _job(config: RunConfig, shape: Any, trained: Collection[int], document: float) -> Job:
     train = config.train
     return Job(
         config=shape,
@@ -237,6 +244,7 @@ def _job(config: RunConfig, shape: Any, trained: Collection[int]) -> Job:
         train_all=train.parameters == "all",
         dtype=DTYPES[train.dtype],
         seq_len=train.seq_len,
+        document=document,
         attention=train.attention,
         triton=implementation_name(train.device, DTYPES[train.dtype]).startswith("triton"),
     )

@@ -65,7 +65,7 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
         seq_len = prepare.resolve_seq_len(config, base)
         device, dtype = prepare.resolve_device(config, base, seq_len)
         if not resume:
-            say(f"memory: {prepare.resolve_memory(config, base, plan)}")
+            prepare.resolve_memory(config, base, plan, document=None)
         elif config.train.recompute == "auto":
             config.train.recompute = "none"  # the run is of a version that knew nothing else
 
@@ -82,6 +82,8 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
                     f"tokenising {name}: {documents:,} documents, {amount(tokens)} tokens"
                 ),
             )
+        if not resume:
+            say(f"memory: {prepare.resolve_memory(config, base, plan, document=corpus.train.mean_document)}")
         prepare.resolve_length(config, corpus.train.sequences_in_epoch(0))
         for text in corpus.held_out:
             text.sample(config.eval.tokens)  # refuses text with nothing to predict
@@ -155,7 +157,7 @@ def train(
         say("no complete checkpoint yet: starting from the first step")
     done = info.progress
     metrics = MetricsWriter(output, resumed_at=done.step if complete else None)
-    planned = prepare.planned(config, folder)
+    planned = prepare.planned(config, folder, document=corpus.train.mean_document)
     show_start(config, folder, model, corpus, manifest=manifest, planned=planned)
 
     # Without its new blocks the model is its base only as long as nothing else has trained.
@@ -202,7 +204,7 @@ def finish(
             all the same), or no space is left.
     """
     train, manifest, device = config.train, Manifest.from_config(folder.raw_config), torch.device(config.train.device)
-    planned = prepare.planned(config, folder)
+    planned = prepare.planned(config, folder, document=corpus.train.mean_document)
     depth, all_train = folder.config.num_hidden_layers, train.parameters == "all"
     trained = range(depth) if all_train else manifest.trained_blocks
     exported, _ = export_run(output)

@@ -26,7 +26,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from llama_pro_fast.batch import IGNORE_INDEX, PackedBatch
+from llama_pro_fast.batch import IGNORE_INDEX, PackedBatch, padded_boundaries
 from llama_pro_fast.data.tokens import TokenSplit, TokenStore
 from llama_pro_fast.errors import UserError
 
@@ -73,6 +73,12 @@ class PackedDataset:
         if not self._is_drawn:
             return self._sure_sequences
         return int((self._draw(epoch)[0] * self._lengths).sum()) // self.seq_len
+
+    @property
+    def mean_document(self) -> float:
+        """Tokens of a document, on average over an epoch."""
+        share = self._copies + self._chance
+        return float((share * self._lengths).sum() / share.sum())
 
     def locate(self, sequence: int) -> tuple[int, int]:
         """(epoch, position in it) of a sequence counted from the start of the run."""
@@ -257,6 +263,6 @@ def _padded(bounds: np.ndarray) -> np.ndarray:
     tiny documents is a hundred times what most need (2.7 GiB of such rows at 7B width); the next power of two is at
     most twice, and takes few values. A CUDA graph, which needs one C, has to choose it for itself.
     """
-    cu_seqlens = np.full(max(16, 1 << (len(bounds) - 1).bit_length()), bounds[-1], np.int32)
+    cu_seqlens = np.full(padded_boundaries(len(bounds)), bounds[-1], np.int32)
     cu_seqlens[: len(bounds)] = bounds
     return cu_seqlens

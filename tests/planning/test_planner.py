@@ -12,7 +12,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_pro_fast import devices, planner
+from llama_pro_fast import comparison, devices
+from llama_pro_fast.advice import shortfall, why
 from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.cost import kept_bytes, recomputed_flops, step_cost
 from llama_pro_fast.devices import DEVICES
@@ -28,8 +29,6 @@ from llama_pro_fast.planner import (
     parse_recompute,
     policies,
     recompute_text,
-    shortfall,
-    why,
 )
 
 NONE, MLP, ATTENTION, BLOCK = Recompute
@@ -420,14 +419,23 @@ def test_the_changes_named_do_fit_and_the_next_ones_do_not(how, share):
     base, plan, job = expanded(**how)
     usable = int(share * least(job))
     assert not fits(job, usable)
-    said = shortfall(job, CARD, batch_size=4, usable=usable, base=base, plan=plan)
+    # A device of just this size, for beside a larger one it would be the limit that is too low.
+    device = dataclasses.replace(CARD, memory=usable, is_cpu=True)
+    said = shortfall(job, device, batch_size=4, usable=usable, base=base, plan=plan)
     assert "\n" not in said
+    own = shortfall(job, CARD, batch_size=4, usable=usable, base=base, plan=plan)
+    assert f"would fit: a limit of {least(job) / 2**30:.3g} GiB, or none of your own" in own
+    assert "or one " not in own
     assert "would fit: " in said
 
     length = re.search(r"sequences of (\d+) tokens", said)
     lengths = [job.seq_len >> halvings for halvings in range(1, 12) if job.seq_len >> halvings >= 256]
     fitting = [n for n in lengths if fits(dataclasses.replace(job, seq_len=n), usable)]
     assert (length and int(length[1])) == (fitting[0] if fitting else None)
+
+    moved = ExpansionPlan.from_after(8, [4, 5, 6, 7])
+    moved = dataclasses.replace(job, config=expanded_shape(base, moved), trained_blocks=moved.new_indices)
+    assert ("the 4 new blocks in the upper half" in said) == fits(moved, usable)
 
     blocks = re.search(r"(\d) new blocks? instead of 4", said)
     fitting = [n for n in (3, 2, 1) if fits(fewer(job, base, n), usable)]
@@ -491,12 +499,12 @@ def test_the_reason_is_the_one():
 
 def test_lora_has_its_adapters_and_no_dw_of_the_base():
     job = job_of(new=(), train_all=True)
-    found = planner.lora_estimate(job, rank=4, micro_batch_size=1, usable=CARD.usable)
+    found = comparison.lora_estimate(job, rank=4, micro_batch_size=1, usable=CARD.usable)
     H, I, Q, KV = 256, 688, 256, 128
     per_block = 4 * ((H + Q) + 2 * (H + KV) + (Q + H) + 2 * (H + I) + (I + H))
     assert found.parameters == 8 * per_block
     assert found.cost.dw == 6 * found.parameters
     assert not found.recomputed
-    tight = planner.lora_estimate(job, rank=4, micro_batch_size=1, usable=found.peak - 1)
+    tight = comparison.lora_estimate(job, rank=4, micro_batch_size=1, usable=found.peak - 1)
     assert tight.recomputed
     assert tight.peak < found.peak

@@ -30,8 +30,8 @@ def ask(make_config, base_of, tmp_path):
     def settle(usable: float | None = None, **changes):
         settings = {"micro_batch_size": None, "attention": "cpu_flash", "dtype": "float32"} | changes
         config = make_config(train=settings | ({} if usable is None else {"memory": usable / GIB}))
-        reason = prepare.resolve_memory(config, folder, None)
-        return config, reason, prepare.planned(config, folder).peak
+        reason = prepare.resolve_memory(config, folder, None, document=20)
+        return config, reason, prepare.planned(config, folder, document=20).peak
 
     return settle
 

@@ -1,0 +1,153 @@
+"""What else could be trained instead: other places for the new blocks, full fine-tuning, LoRA; in memory and work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llama_pro_fast.block import BlockClass, Recompute
+from llama_pro_fast.cost import StepCost, kept_bytes, num_parameters, recomputed_flops, step_cost
+from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.memory import Job
+from llama_pro_fast.planner import (
+    Fit,
+    Question,
+    best_fit,
+    divisors,
+    expanded_shape,
+    fit,
+    flash_backward_flops,
+    parse_recompute,
+    recompute_text,
+    upper_half,
+)
+from llama_pro_kernels import compute_dtype
+
+LORA_RANK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One line of the comparison: other places for the new blocks, or another method."""
+
+    name: str
+    trained: int
+    gflop: float
+    peak: int
+    fits: bool
+    how: str
+    seconds: float
+
+
+def ways(question: Question, found: Fit | None) -> Iterator[Way]:
+    """The plan itself (``found``), other places for as many new blocks, full fine-tuning of the base, and LoRA."""
+    job, base, expansion = question.job, question.base, question.expansion
+    yield _way(question, "this plan", job, found)
+    if expansion is not None and not job.train_all:
+        layers, count = expansion.num_old, len(expansion.new_indices)
+        others = {}
+        if count <= layers:
+            others["interleaved"] = ExpansionPlan.from_groups(layers, count)
+        if (upper := upper_half(layers, count)) is not None:
+            others["in the upper half"] = ExpansionPlan.from_after(layers, upper)
+        for name, other in others.items():
+            if other != expansion:
+                moved = dataclasses.replace(job, config=expanded_shape(base, other), trained_blocks=other.new_indices)
+                yield _way(question, f"{count} {name}", moved)
+    whole = dataclasses.replace(job, config=base, trained_blocks=(), train_all=True)
+    if job.train_all is False or expansion is not None:
+        yield _way(question, "full fine-tuning", whole)
+    yield _lora(question, whole)
+
+
+def _way(question: Question, name: str, job: Job, found: Fit | None = None) -> Way:
+    found = found or best_fit(
+        job, question.device, batch_size=question.batch_size, usable=question.usable, share=question.share
+    )
+    fits = found is not None
+    if found is None:
+        least = parse_recompute("block", job.classes)
+        found = fit(
+            job, question.device, batch_size=question.batch_size, micro_batch_size=1, recompute=least,
+            share=question.share,
+        )  # fmt: skip
+    how = recompute_text(found.recompute, job.first)
+    return Way(
+        name=name,
+        trained=job.num_trained,
+        gflop=(found.cost.total + found.cost.recomputed) / 1e9,
+        peak=found.peak,
+        fits=fits,
+        how=f"{found.micro_batch_size}, {how if how.isalpha() and len(how) < len(job.specs) else 'mixed'}",
+        seconds=found.seconds,
+    )
+
+
+def _lora(question: Question, whole: Job) -> Way:
+    usable = question.usable
+    for size in reversed(divisors(question.batch_size)):
+        estimate = lora_estimate(whole, rank=LORA_RANK, micro_batch_size=size, usable=usable)
+        if estimate.peak <= usable and (not estimate.recomputed or size == 1):
+            break
+    cost = estimate.cost
+    return Way(
+        name=f"LoRA, rank {LORA_RANK}",
+        trained=estimate.parameters,
+        gflop=(cost.total + cost.recomputed) / 1e9,
+        peak=estimate.peak,
+        fits=estimate.peak <= usable,
+        how=f"{size}, {'block' if estimate.recomputed else 'none'}",
+        seconds=(cost.total + cost.recomputed + flash_backward_flops(whole)) / (question.share * question.device.flops),
+    )
+
+
+def adapter_parameters(job: Job, rank: int) -> int:
+    """Parameters of LoRA adapters of ``rank`` on every matrix of every block."""
+    return sum(
+        rank * (shape[0] + shape[1])
+        for spec in job.specs
+        for parts in spec.tensors().values()
+        for _, shape in parts
+        if len(shape) == 2
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraEstimate:
+    """LoRA on every matrix of the base, by the shapes, for a trainer that fuses norms and SwiGLU and is not ours.
+
+    Attributes:
+        peak: bytes.
+        cost: FLOPs per token; the adapters' products are counted as dW.
+        recomputed: whether blocks had to be checkpointed whole.
+    """
+
+    parameters: int
+    peak: int
+    cost: StepCost
+    recomputed: bool
+
+
+def lora_estimate(job: Job, *, rank: int, micro_batch_size: int, usable: int) -> LoraEstimate:
+    """What LoRA on ``job``'s model takes; ``job`` trains every block for the sake of the backward's length."""
+    tokens, narrow = micro_batch_size * job.seq_len, job.dtype.itemsize
+    wide = compute_dtype(job.dtype).itemsize
+    adapters = adapter_parameters(job, rank)
+    none = (Recompute.NONE,) * len(job.specs)
+    # A trained input keeps what each adapter reads: both normed inputs and the SwiGLU product beside the usual.
+    inputs = sum(narrow * (2 * spec.hidden_size + spec.intermediate_size) for spec in job.specs)
+    cost = step_cost(job.config, range(len(job.specs)), seq_len=job.seq_len, recompute=none)
+    weights = sum(2 * elements for elements in (adapters, adapters, adapters))
+    states = adapters * (4 * wide) + narrow * num_parameters(job.config)
+    full = tokens * (sum(kept_bytes(spec, BlockClass.FROZEN, job.dtype) for spec in job.specs) + inputs)
+    light = tokens * sum(kept_bytes(spec, BlockClass.FROZEN, job.dtype, Recompute.BLOCK) for spec in job.specs)
+    one = full // len(job.specs)
+    recomputed = states + full + one > usable
+    block = sum(recomputed_flops(spec, Recompute.BLOCK, job.seq_len) for spec in job.specs) if recomputed else 0.0
+    return LoraEstimate(
+        parameters=adapters,
+        peak=states + (light + one if recomputed else full) + one,
+        cost=StepCost(forward=cost.forward, dx=cost.dx, dw=float(weights), attention=cost.attention, recomputed=block),
+        recomputed=recomputed,
+    )
