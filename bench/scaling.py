@@ -2,19 +2,22 @@
 
     PYTHONPATH=.:kernels python bench/scaling.py
 
-Axes: sequences in a micro-batch, tokens of a sequence, number of new blocks, where they stand, width and depth of the
-model. One base geometry, of which each point of an axis changes one extent; random weights and tokens, our decoder, one
-micro-batch a step.
+Axes: tokens of a micro-batch (more sequences), tokens of a sequence (fewer of them, so that the micro-batch stays),
+number of new blocks, where they stand, width and depth of the model. One base geometry, of which each point of an axis
+changes one extent; random weights and tokens, our decoder, one micro-batch a step, nothing recomputed.
 
     memory   counted at the fullest moment of a whole optimizer step, everything allocated before it included
              (bench/peak_bytes.py; on a GPU `torch.cuda.max_memory_allocated`), beside `llama_pro_fast.memory`
-    work     products with a weight by PyTorch's FLOP counter, beside `llama_pro_fast.cost`; attention is not in it, for
-             it is counted otherwise on every device (tests/model/test_block_costs.py holds it to its pairs)
+    work     by PyTorch's FLOP counter with the formulas of our operations, as in bench/memory.py, beside
+             `llama_pro_fast.cost`. Attention's count is of what is computed: backward 2.5 times forward, and a token
+             sees itself, so that a sequence of S has S(S + 1)/2 pairs; the planner's S²/2 is put into these terms
     time     the median of a few steps, as a multiple of that of the axis' first point, beside the same multiple of the
-             planner's prediction. The points of an axis take turns, so that drift hits all alike.
+             planner's prediction. The points of an axis take turns, so that drift hits all alike. On a CPU it is
+             processor time of a single thread, which what else the machine does disturbs least; on a GPU the clock's
 
-The bench ends with 1 where memory is off by more than 5 % or a product is. Time is shown and not judged: a small model
-on a CPU is not bound by its products alone, and the planner knows this device's speed only in name.
+The bench ends with 1 where memory is off by more than 5 % or a FLOP is. Time is shown and not judged: a small model
+on a CPU is not bound by its products alone, and the planner knows this device's speed only in name. Not measured:
+evaluation, several micro-batches a step and recomputation, which the planner covers too (tests/planning).
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from throughput import OPTIM
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama_pro_fast.block import Recompute
+from llama_pro_fast.cost import attention_flops
 from llama_pro_fast.devices import GIB, SHARE, cpu, present
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.memory import Job
@@ -72,13 +76,13 @@ class Point(Workload):
     def plan(self) -> ExpansionPlan:
         return ExpansionPlan.from_after(self.layers, list(self.after))
 
-    @property
-    def predicted(self) -> Fit:
+    @cached_property
+    def job(self) -> Job:
         device = torch.device(self.device)
         attention = select_attention_backend(
             device, self.dtype, head_dim=self.hidden // self.config.num_attention_heads
         )
-        job = Job(
+        return Job(
             config=self.config,
             trained_blocks=tuple(self.trained_blocks),
             dtype=self.dtype,
@@ -86,14 +90,22 @@ class Point(Workload):
             attention=attention,
             triton=implementation_name(device, self.dtype).startswith("triton"),
         )
+
+    @property
+    def predicted(self) -> Fit:
         return fit(
-            job,
+            self.job,
             present() if self.device == "cuda" else cpu(),
             batch_size=self.micro_batch,
             micro_batch_size=self.micro_batch,
             recompute=[Recompute.NONE] * self.config.num_hidden_layers,
             share=SHARE,
         )
+
+    def predicted_attention(self, planned: float) -> int:
+        """FLOPs of a step in the counter's terms, from the planner's of a token."""
+        executed = planned + sum(attention_flops(spec, self.seq) for spec in self.job.specs[self.job.first :]) / 2
+        return round(self.micro_batch * executed * (self.seq + 1))
 
 
 def interleaved(layers: int, new: int) -> tuple[int, ...]:
@@ -105,11 +117,16 @@ def axes(base: Point) -> dict[str, list[tuple[str, Point]]]:
     layers, new = base.layers, len(base.after)
     top, middle = tuple(range(layers - new, layers)), layers // 2
     upper = tuple(middle + (place + 1) * (layers - middle) // new - 1 for place in range(new))
+    # Lengths are compared at one number of tokens, else they would repeat the axis above.
+    sequences = 8 * base.micro_batch
     return {
-        "sequences in a micro-batch": [
-            (str(n * base.micro_batch), replace(base, micro_batch=n * base.micro_batch)) for n in (1, 2, 4, 8)
+        "tokens of a micro-batch": [
+            (str(n * base.micro_batch * base.seq), replace(base, micro_batch=n * base.micro_batch))
+            for n in (1, 2, 4, 8)
         ],
-        "tokens of a sequence": [(str(n * base.seq), replace(base, seq=n * base.seq)) for n in (1, 2, 4, 8)],
+        "tokens of a sequence": [
+            (str(n * base.seq), replace(base, seq=n * base.seq, micro_batch=sequences // n)) for n in (1, 2, 4, 8)
+        ],
         "new blocks": [(str(n), replace(base, after=interleaved(layers, n))) for n in (1, 2, 4, 8)],
         "where new blocks stand": [
             ("top", replace(base, after=top)),
@@ -165,19 +182,23 @@ class Measured:
         tensors = [*self.runner.model.parameters(), *self.runner.model.buffers(), *state]
         return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
-    def products(self) -> int:
+    def work(self) -> tuple[int, int]:
+        """FLOPs of products and of attention."""
         with FlopCounterMode(display=False) as counter:
             self.step()
-        return by_kind(counter, "made")["products made"]
+        counted = by_kind(counter, "made")
+        return counted["products made"], counted["attention made"]
 
     def time(self) -> None:
+        clock = time.process_time
         if self.point.device == "cuda":
+            clock = time.perf_counter
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         self.step()
         if self.point.device == "cuda":
             torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(clock() - start)
 
 
 def measure_axis(points: list[tuple[str, Point]], rounds: int) -> list[dict[str, Any]]:
@@ -187,6 +208,7 @@ def measure_axis(points: list[tuple[str, Point]], rounds: int) -> list[dict[str,
     for (name, point), measured in zip(points, built, strict=True):
         tokens, predicted = point.micro_batch * point.seq, point.predicted
         cost = predicted.cost
+        peak, (products, attention) = measured.peak(), measured.work()
         rows.append(
             {
                 "point": name,
@@ -194,12 +216,14 @@ def measure_axis(points: list[tuple[str, Point]], rounds: int) -> list[dict[str,
                 "trained_blocks": point.trained_blocks,
                 "layers": point.config.num_hidden_layers,
                 "hidden": point.hidden,
-                "peak_bytes": measured.peak(),
+                "sequences": point.micro_batch,
+                "peak_bytes": peak,
                 "peak_bytes_predicted": predicted.memory.total,
                 "moment": predicted.memory.moment,
-                "product_flops": measured.products(),
+                "product_flops": products,
                 "product_flops_predicted": round(tokens * (cost.forward + cost.dx + cost.dw)),
-                "flops_predicted": tokens * cost.total,
+                "attention_flops": attention,
+                "attention_flops_predicted": point.predicted_attention(cost.attention),
                 "seconds_predicted": tokens * predicted.seconds,
             }
         )
@@ -219,30 +243,34 @@ def wrong(rows: list[dict[str, Any]]) -> list[str]:
         off = row["peak_bytes_predicted"] / row["peak_bytes"] - 1
         if abs(off) > TOLERANCE:
             said.append(f"{row['axis']} {row['point']}: the planner's memory is off by {off:+.1%}")
-        if row["product_flops"] != row["product_flops_predicted"]:
-            said.append(
-                f"{row['axis']} {row['point']}: {row['product_flops']:,} FLOPs of products, the planner says "
-                f"{row['product_flops_predicted']:,}"
-            )
+        for kind in ("product", "attention"):
+            counted, predicted = row[f"{kind}_flops"], row[f"{kind}_flops_predicted"]
+            if counted != predicted:
+                said.append(f"{row['axis']} {row['point']}: {counted:,} {kind} FLOPs, the planner says {predicted:,}")
     return said
 
 
 def show(rows: list[dict[str, Any]]) -> str:
+    def compared(row: dict[str, Any], kind: str) -> str:
+        counted, predicted = row[f"{kind}_flops"], row[f"{kind}_flops_predicted"]
+        return "equal" if counted == predicted else f"{predicted / counted - 1:+.2%}"
+
     cells = [
         [
             row["point"],
             f"{row['peak_bytes'] / 2**20:,.1f}",
             f"{row['peak_bytes_predicted'] / 2**20:,.1f}",
             f"{row['peak_bytes_predicted'] / row['peak_bytes'] - 1:+.2%}",
-            f"{row['product_flops'] / 1e9:,.2f}",
-            "equal" if row["product_flops"] == row["product_flops_predicted"] else "NOT EQUAL",
-            f"{1e3 * row['seconds']:,.0f}",
+            f"{(row['product_flops'] + row['attention_flops']) / 1e9:,.2f}",
+            compared(row, "product"),
+            compared(row, "attention"),
+            f"{1e3 * row['seconds']:,.1f}",
             f"{row['seconds'] / rows[0]['seconds']:.2f}",
             f"{row['seconds_predicted'] / rows[0]['seconds_predicted']:.2f}",
         ]
         for row in rows
     ]
-    columns = ["peak MiB", "planned", "off", "products GFLOP", "planned", "step ms", "x first", "planned"]
+    columns = ["peak MiB", "planned", "off", "GFLOP", "products", "attention", "step ms", "x first", "planned"]
     return common.table([rows[0]["axis"], *columns], cells)
 
 
@@ -253,31 +281,52 @@ def draw(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure, grid = plt.subplots(2, len(names), figsize=(15, 6), sharey="row", layout="constrained")
-    for column, axis in zip(grid.T, names, strict=True):
-        points = [row for row in rows if row["axis"] == axis]
-        labels = [row["point"] for row in points]
-        pairs = (
-            ([row["peak_bytes"] / GIB for row in points], [row["peak_bytes_predicted"] / GIB for row in points]),
-            (
-                [row["seconds"] / points[0]["seconds"] for row in points],
-                [row["seconds_predicted"] / points[0]["seconds_predicted"] for row in points],
-            ),
-        )
-        for plot, (measured, planned) in zip(column, pairs, strict=True):
-            plot.plot(labels, planned, color="tab:blue", label="planned")
-            plot.plot(labels, measured, "o", color="tab:orange", markersize=8, label="measured")
-            plot.grid(alpha=0.3)
-            plot.set_ylim(bottom=0)
-            plot.tick_params(labelsize=11, axis="both")
-        column[1].set_xlabel(axis, fontsize=13)
-    grid[0, 0].set_ylabel("memory of a step, GiB", fontsize=13)
-    grid[1, 0].set_ylabel("time of a step, × the first", fontsize=13)
-    grid[0, 0].legend(fontsize=12, frameon=False)
-    figure.suptitle(f"A step's memory and time, planned and measured ({device})", fontsize=15)
+    unit, divisor = ("GiB", GIB) if max(row["peak_bytes"] for row in rows) > GIB else ("MiB", 2**20)
+    clock = "processor time, one thread" if device == "CPU" else "wall clock"
+    # 84 pixels an inch in a README of 900, so that 10 points are about 12 pixels there.
+    figure = plt.figure(figsize=(10.7, 9.2), layout="constrained")
+    figure.suptitle(f"A step's memory, work and time, planned and measured ({device}; {clock})", fontsize=13)
+    bands = [names[at : at + 3] for at in range(0, len(names), 3)]
+    handles: dict[str, Any] = {}
+    for band, part in zip(bands, figure.subfigures(len(bands), 1, squeeze=False).flat, strict=True):
+        grid = part.subplots(2, 3, sharex="col", squeeze=False)
+        for empty in grid[:, len(band) :].flat:
+            empty.remove()
+        for column, axis in zip(grid.T, band, strict=False):
+            points = [row for row in rows if row["axis"] == axis]
+            labels = [row["point"] for row in points]
+            # True to scale where there is one, so that what grows in proportion is a straight line.
+            numbers = all(label.isdigit() for label in labels)
+            places = [int(label) for label in labels] if numbers else list(range(len(labels)))
+            memory, growth = column
+            planned = [row["peak_bytes_predicted"] / divisor for row in points]
+            handles["planned memory, time"] = memory.plot(places, planned, color="tab:blue")[0]
+            counted = [row["peak_bytes"] / divisor for row in points]
+            handles["measured memory, time"] = memory.plot(places, counted, "o", color="tab:orange", markersize=7)[0]
+            growth.plot(places, relative(points, "seconds_predicted"), color="tab:blue")
+            work = relative(points, "product_flops", "attention_flops")
+            style = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.5}
+            handles["FLOPs counted"] = growth.plot(places, work, "s", color="tab:gray", **style)[0]
+            growth.plot(places, relative(points, "seconds"), "o", color="tab:orange", markersize=7)
+            for plot in column:
+                plot.grid(alpha=0.3)
+                plot.margins(x=0.08)
+                plot.set_ylim(0, 1.12 * plot.dataLim.y1)
+                plot.tick_params(labelsize=10)
+            growth.set_xticks(places, labels)
+            growth.set_xlabel(axis, fontsize=12)
+        grid[0, 0].set_ylabel(f"memory, {unit}", fontsize=12)
+        grid[1, 0].set_ylabel("× the first point", fontsize=12)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=11, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def relative(points: list[dict[str, Any]], *keys: str) -> list[float]:
+    """Of each point the sum of ``keys``, as a multiple of the first point's."""
+    sums = [sum(row[key] for key in keys) for row in points]
+    return [value / sums[0] for value in sums]
 
 
 def base_point(device: str) -> Point:
@@ -298,7 +347,7 @@ def base_point(device: str) -> Point:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each point (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each point (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="default: bench/results/scaling-DEVICE.json")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args(argv)
@@ -307,6 +356,9 @@ def main(argv: list[str] | None = None) -> int:
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        # Several threads wait for each other, busily, whenever another program holds a core.
+        torch.set_num_threads(1)
     name = common.device_name(device)
     out = options.out or common.RESULTS / f"scaling-{common.slug(name)}.json"
     rows: list[dict[str, Any]] = []
@@ -319,6 +371,9 @@ def main(argv: list[str] | None = None) -> int:
             "versions": common.versions(),
             "command": common.command(),
             "threads": torch.get_num_threads(),
+            "clock": "processor time" if device == "cpu" else "wall clock",
+            "rounds": options.rounds,
+            "attention": base_point(device).job.attention,
             "tolerance": TOLERANCE,
             "rows": rows,
         }
@@ -328,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"written to {out} and {options.picture}")
     said = wrong(rows)
     furthest = max((abs(row["peak_bytes_predicted"] / row["peak_bytes"] - 1) for row in rows), default=0.0)
-    print("\n".join(said) or f"AS PLANNED: memory within {furthest:.2%} of what was counted, products equal")
+    print("\n".join(said) or f"AS PLANNED: memory within {furthest:.2%} of what was counted, work equal")
     return 1 if said else 0
 
 
