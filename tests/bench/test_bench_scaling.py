@@ -31,6 +31,15 @@ def small(monkeypatch, one_thread):
         "where new blocks stand": every["where new blocks stand"][::3],
     }
     monkeypatch.setattr(scaling, "axes", lambda _: wanted)
+    return wanted
+
+
+@pytest.fixture
+def one_axis(monkeypatch, small):
+    """Of two points, and without the picture."""
+    name = "where new blocks stand"
+    monkeypatch.setattr(scaling, "axes", lambda _: {name: small[name]})
+    monkeypatch.setattr(scaling, "draw", lambda *_: None)
 
 
 def run(tmp_path, capsys):
@@ -54,7 +63,7 @@ def test_memory_and_work_are_as_planned(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_ends_with_1_where_memory_is_off(small, tmp_path, capsys, monkeypatch, sign):
+def test_ends_with_1_where_memory_is_off(one_axis, tmp_path, capsys, monkeypatch, sign):
     right = scaling.Point.predicted.fget
 
     def off(point):
@@ -65,11 +74,11 @@ def test_ends_with_1_where_memory_is_off(small, tmp_path, capsys, monkeypatch, s
     monkeypatch.setattr(scaling.Point, "predicted", property(off))
     code, lines, _, _ = run(tmp_path, capsys)
     assert code == 1
-    assert all(f"the planner's memory is off by {'+' if sign > 0 else '-'}" in line for line in lines[-6:])
+    assert all(f"the planner's memory is off by {'+' if sign > 0 else '-'}" in line for line in lines[-2:])
 
 
 @pytest.mark.parametrize("kind", ["product", "attention"])
-def test_ends_with_1_where_a_flop_is_off(small, tmp_path, capsys, monkeypatch, kind):
+def test_ends_with_1_where_a_flop_is_off(one_axis, tmp_path, capsys, monkeypatch, kind):
     by_kind = scaling.by_kind
 
     def one_more(counter, name):
@@ -78,7 +87,7 @@ def test_ends_with_1_where_a_flop_is_off(small, tmp_path, capsys, monkeypatch, k
     monkeypatch.setattr(scaling, "by_kind", one_more)
     code, lines, _, _ = run(tmp_path, capsys)
     assert code == 1
-    assert all(f"{kind} FLOPs, the planner says" in line for line in lines[-6:])
+    assert all(f"{kind} FLOPs, the planner says" in line for line in lines[-2:])
     assert any("+0.00%" in line or "-0.00%" in line for line in lines)
 
 
@@ -104,7 +113,7 @@ def test_what_is_there_before_a_step_is_all_counted(one_thread):
 
 
 def living_tensors():
-    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
 def test_every_axis_changes_one_thing():
