@@ -89,6 +89,7 @@ class Point(Workload):
             seq_len=self.seq,
             attention=attention,
             triton=implementation_name(device, self.dtype).startswith("triton"),
+            document=self.seq,
         )
 
     @property
