@@ -281,7 +281,8 @@ def _backward_peak(
         return wide * sum(matrices(spec)[f"{name}.weight"] for name in names) if trained else 0
 
     def dscale(rows: int) -> int:
-        return wide * H * min(rows, DSCALE_ROWS) if trained else 0
+        # The reference widens the weight's rows as well.
+        return wide * H * min(rows, DSCALE_ROWS) * (2 if copied else 1) if trained else 0
 
     # Temporaries of the reference; a Triton kernel has none.
     norm_forward = 2 * wide * H if copied else 0
