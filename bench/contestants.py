@@ -37,6 +37,7 @@ from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, Embedding, hf_tensors, rotary_tables
 from llama_pro_fast.model import expected_tensors as tensor_shapes
+from llama_pro_fast.shapes import SHAPES
 from llama_pro_kernels import select_attention_backend
 
 STD = 0.02
@@ -63,15 +64,9 @@ class Size:
     rounds: int = 1
 
 
-def _llama3_rope(factor: float) -> dict[str, Any]:
-    return {
-        "rope_type": "llama3",
-        "rope_theta": 500_000.0,
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+def published(hub_id: str) -> dict[str, Any]:
+    """The shape of a well-known Llama."""
+    return {key: value for key, value in SHAPES[hub_id].items() if key != "model_type"}
 
 
 def base_shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict:
@@ -91,30 +86,10 @@ SIZES = {
     "tiny": Size(
         base=base_shape(8, 256, 688, 8, 4, 4096), groups=2, seq=256, micro_batch=2, steps=6, warmup=2, rounds=3
     ),
-    # Llama-3.2-1B
-    "1b": Size(
-        base=base_shape(16, 2048, 8192, 32, 8, 128_256, tie_word_embeddings=True, rope_parameters=_llama3_rope(32.0)),
-        groups=4,
-        seq=4096,
-        micro_batch=4,
-        steps=12,
-    ),
-    # LLaMA-2-7B. Two sequences, so that stock Hugging Face without checkpointing fits a card of 141 GB with room.
-    "7b": Size(
-        base=base_shape(32, 4096, 11_008, 32, 32, 32_000, max_position_embeddings=4096),
-        groups=8,
-        seq=4096,
-        micro_batch=2,
-        steps=8,
-    ),
-    # Llama-3.1-8B
-    "8b": Size(
-        base=base_shape(32, 4096, 14_336, 32, 8, 128_256, rope_parameters=_llama3_rope(8.0)),
-        groups=8,
-        seq=4096,
-        micro_batch=2,
-        steps=8,
-    ),
+    "1b": Size(base=published("meta-llama/Llama-3.2-1B"), groups=4, seq=4096, micro_batch=4, steps=12),
+    # Two sequences, so that stock Hugging Face without checkpointing fits a card of 141 GB with room.
+    "7b": Size(base=published("meta-llama/Llama-2-7b-hf"), groups=8, seq=4096, micro_batch=2, steps=8),
+    "8b": Size(base=published("meta-llama/Llama-3.1-8B"), groups=8, seq=4096, micro_batch=2, steps=8),
 }
 
 
