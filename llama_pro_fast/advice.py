@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -102,7 +103,8 @@ def shortfall(
         f"can be, and {_gib(usable)} are usable on {device.title}; weights, masters, moments and gradients alone take "
         f"{_gib(states_bytes(job))}"
     )
-    changes = [f"a limit of {least / GIB:.3g} GiB, or none of your own"] if least <= device.usable else []
+    limit = math.ceil(1000 * least / GIB) / 1000
+    changes = [f"a limit of {limit:g} GiB, or none of your own"] if least <= device.usable else []
     changes += list(_changes(job, device, usable=usable, base=base, plan=plan))
     if changes:
         return f"{said}. What would fit: {'; or '.join(changes)}"

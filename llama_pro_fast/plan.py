@@ -258,7 +258,7 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
     )
     yield (
         "memory",
-        f"{found.peak / GIB:.1f} GiB at the fullest, of {question.usable / GIB:.1f} usable on "
+        f"{_figure(found.peak / GIB)} GiB at the fullest, of {question.usable / GIB:.1f} usable on "
         f"{question.device.memory / GIB:.1f}",
     )
     yield (
@@ -268,8 +268,8 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
     )
     yield (
         "disk",
-        f"{12 * job.num_trained / 1e9:.1f} GB a checkpoint; {2 * num_parameters(job.config) / 1e9:.1f} GB each the "
-        "expanded and the exported model, in 16 bits",
+        f"{_figure(12 * job.num_trained / 1e9)} GB a checkpoint; {_figure(2 * num_parameters(job.config) / 1e9)} GB "
+        "each the expanded and the exported model, in 16 bits",
     )
     if not question.device.speed_known:
         return
@@ -339,7 +339,7 @@ def _show_policies(question: Question) -> None:
                 policy.value,
                 f"{kept:,.0f}",
                 f"{again / way.cost.total:+.1%}",
-                f"{one.peak / GIB:.1f}",
+                _figure(one.peak / GIB),
                 f"{largest} x {job.seq_len}" if largest else "none",
                 "–" if not (largest and device.speed_known) else f"{1 / way.seconds:,.0f}",
             )
@@ -377,9 +377,14 @@ def _show_ways(question: Question, found: Fit | None) -> None:
     for way in ways(question, found):
         length = _length(question, way.seconds) if way.fits and question.device.speed_known else "–"
         how = way.how if way.fits else "too large"
-        rows.append((way.name, amount(way.trained), f"{way.gflop:.1f}", f"{way.peak / GIB:.1f}", how, length))
+        rows.append((way.name, amount(way.trained), _figure(way.gflop), _figure(way.peak / GIB), how, length))
     columns = ("way", "trained", "GFLOP", "GiB", "at a time", f"{amount(question.tokens)} tokens")
     table("other places for the new blocks, and other methods on the base", columns, rows)
+
+
+def _figure(value: float) -> str:
+    """A tenth for what is large, three digits for what is small."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _strip(job: Job) -> str:
