@@ -37,7 +37,7 @@ from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, Embedding, hf_tensors, rotary_tables
 from llama_pro_fast.model import expected_tensors as tensor_shapes
-from llama_pro_fast.shapes import SHAPES
+from llama_pro_fast.shapes import SHAPES, model_shape
 from llama_pro_kernels import select_attention_backend
 
 STD = 0.02
@@ -64,22 +64,19 @@ class Size:
     rounds: int = 1
 
 
+def _arguments(shape: dict[str, Any]) -> dict[str, Any]:
+    """Of `LlamaConfig`."""
+    return {key: value for key, value in shape.items() if key != "model_type"}
+
+
 def published(hub_id: str) -> dict[str, Any]:
     """The shape of a well-known Llama."""
-    return {key: value for key, value in SHAPES[hub_id].items() if key != "model_type"}
+    return _arguments(SHAPES[hub_id])
 
 
 def base_shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-    } | more
+    longest = {"max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
+    return _arguments(model_shape("llama", layers, hidden, intermediate, heads, kv_heads, vocab, **(longest | more)))
 
 
 SIZES = {

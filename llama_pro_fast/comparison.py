@@ -138,7 +138,6 @@ def lora_estimate(job: Job, *, rank: int, micro_batch_size: int, usable: int) ->
     # A trained input keeps what each adapter reads: both normed inputs and the SwiGLU product beside the usual.
     inputs = sum(narrow * (2 * spec.hidden_size + spec.intermediate_size) for spec in job.specs)
     cost = step_cost(job.config, range(len(job.specs)), seq_len=job.seq_len, recompute=none)
-    weights = sum(2 * elements for elements in (adapters, adapters, adapters))
     states = adapters * (4 * wide) + narrow * num_parameters(job.config)
     full = tokens * (sum(kept_bytes(spec, BlockClass.FROZEN, job.dtype) for spec in job.specs) + inputs)
     light = tokens * sum(kept_bytes(spec, BlockClass.FROZEN, job.dtype, Recompute.BLOCK) for spec in job.specs)
@@ -148,6 +147,6 @@ def lora_estimate(job: Job, *, rank: int, micro_batch_size: int, usable: int) ->
     return LoraEstimate(
         parameters=adapters,
         peak=states + (light + one if recomputed else full) + one,
-        cost=StepCost(forward=cost.forward, dx=cost.dx, dw=float(weights), attention=cost.attention, recomputed=block),
+        cost=StepCost(forward=cost.forward, dx=cost.dx, dw=6.0 * adapters, attention=cost.attention, recomputed=block),
         recomputed=recomputed,
     )

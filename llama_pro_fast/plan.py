@@ -30,7 +30,16 @@ from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import window_within
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.memory import Job, StepMemory
-from llama_pro_fast.planner import Fit, Question, best_fit, expanded_shape, fit, parse_recompute, recompute_text
+from llama_pro_fast.planner import (
+    Fit,
+    Question,
+    best_fit,
+    expanded_shape,
+    fit,
+    parse_recompute,
+    peak_bytes,
+    recompute_text,
+)
 from llama_pro_fast.pretrained import find_config
 from llama_pro_fast.recipe import packaged_recipes, parse
 from llama_pro_fast.shapes import SHAPES
@@ -180,7 +189,8 @@ def job_on(
     device: Device, config: Any, trained: tuple[int, ...], train: TrainConfig, *, train_all: bool, seq_len: int
 ) -> Job:
     """As a run on ``device`` would compute; by default in bf16 with PyTorch's flash attention, on a CPU in float32."""
-    dtype = {"auto": torch.float32 if device.is_cpu else torch.bfloat16}.get(train.dtype) or getattr(torch, train.dtype)
+    name = train.dtype if train.dtype != "auto" else "float32" if device.is_cpu else "bfloat16"
+    dtype = getattr(torch, name)
     attention = train.attention
     if attention == "auto" and device.is_cpu:
         attention = select_attention_backend("cpu", dtype, window=window_within(config, seq_len))
@@ -238,11 +248,11 @@ def show(question: Question, found: Fit | None) -> None:
 
 def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
     job, cost, size = question.job, found.cost, found.micro_batch_size
-    per_step = question.batch_size * job.seq_len
+    per_step, count = question.batch_size * job.seq_len, question.batch_size // size
     yield (
         "step",
-        f"{question.batch_size} x {job.seq_len} = {per_step:,} tokens, in {question.batch_size // size} micro-batches "
-        f"of {size}",
+        f"{question.batch_size} x {job.seq_len} = {per_step:,} tokens, in {count} micro-batch"
+        f"{'es' if count > 1 else ''} of {size}",
     )
     yield (
         "chosen",
@@ -317,13 +327,11 @@ def _show_policies(question: Question) -> None:
     """What each policy, for all blocks alike, keeps and makes room for."""
     job, device = question.job, question.device
     above = [(spec, kind) for spec, kind in zip(job.specs, job.classes, strict=True) if kind is not BlockClass.PREFIX]
-    none = 0.0
     rows = []
     for policy in Recompute:
         recompute = parse_recompute(policy.value, job.classes)
         kept = sum(kept_bytes(spec, kind, job.dtype, policy) for spec, kind in above) / len(above)
         largest = _largest(question, recompute)
-        one = fit(job, device, batch_size=2, micro_batch_size=1, recompute=recompute, share=question.share)
         way = fit(
             job,
             device,
@@ -333,13 +341,12 @@ def _show_policies(question: Question) -> None:
             share=question.share,
         )
         again = sum(recomputed_flops(spec, policy, job.seq_len) for spec, _ in above)
-        none = none or way.seconds
         rows.append(
             (
                 policy.value,
                 f"{kept:,.0f}",
                 f"{again / way.cost.total:+.1%}",
-                _figure(one.peak / GIB),
+                _figure(peak_bytes(job, recompute, 1, 2) / GIB),
                 f"{largest} x {job.seq_len}" if largest else "none",
                 "–" if not (largest and device.speed_known) else f"{1 / way.seconds:,.0f}",
             )
@@ -352,15 +359,7 @@ def _largest(question: Question, recompute: tuple[Recompute, ...]) -> int:
     """Sequences in the largest micro-batch that fits, 0 for none."""
 
     def fits(size: int) -> bool:
-        way = fit(
-            question.job,
-            question.device,
-            batch_size=2 * size,
-            micro_batch_size=size,
-            recompute=recompute,
-            share=question.share,
-        )
-        return way.peak <= question.usable
+        return peak_bytes(question.job, recompute, size, 2 * size) <= question.usable
 
     size = 1
     while size < 4096 and fits(size):
@@ -379,7 +378,8 @@ def _show_ways(question: Question, found: Fit | None) -> None:
         how = way.how if way.fits else "too large"
         rows.append((way.name, amount(way.trained), _figure(way.gflop), _figure(way.peak / GIB), how, length))
     columns = ("way", "trained", "GFLOP", "GiB", "at a time", f"{amount(question.tokens)} tokens")
-    table("other places for the new blocks, and other methods on the base", columns, rows)
+    others = "other places for the new blocks, and other methods on the base" if question.expansion else "other methods"
+    table(others, columns, rows)
 
 
 def _figure(value: float) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 
-def _shape(
+def model_shape(
     model_type: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more: Any
 ) -> dict[str, Any]:
+    """Keys of a transformers config."""
     return {
         "model_type": model_type,
         "num_hidden_layers": layers,
@@ -51,15 +52,17 @@ _MISTRAL = {
 }
 
 SHAPES = {
-    "meta-llama/Llama-2-7b-hf": _shape("llama", 32, 4096, 11_008, 32, 32, 32_000, **_LLAMA_2),
-    "meta-llama/Llama-2-70b-hf": _shape("llama", 80, 8192, 28_672, 64, 8, 32_000, **_LLAMA_2),
-    "meta-llama/Llama-3.2-1B": _shape(
+    "meta-llama/Llama-2-7b-hf": model_shape("llama", 32, 4096, 11_008, 32, 32, 32_000, **_LLAMA_2),
+    "meta-llama/Llama-2-70b-hf": model_shape("llama", 80, 8192, 28_672, 64, 8, 32_000, **_LLAMA_2),
+    "meta-llama/Llama-3.2-1B": model_shape(
         "llama", 16, 2048, 8192, 32, 8, 128_256, head_dim=64, tie_word_embeddings=True, **_llama3(32.0)
     ),
-    "meta-llama/Llama-3.1-8B": _shape("llama", 32, 4096, 14_336, 32, 8, 128_256, **_llama3(8.0)),
-    "meta-llama/Llama-3.1-70B": _shape("llama", 80, 8192, 28_672, 64, 8, 128_256, **_llama3(8.0)),
-    "Qwen/Qwen3-8B-Base": _shape("qwen3", 36, 4096, 12_288, 32, 8, 151_936, max_position_embeddings=32_768, **_QWEN_3),
-    "Qwen/Qwen3-8B": _shape("qwen3", 36, 4096, 12_288, 32, 8, 151_936, max_position_embeddings=40_960, **_QWEN_3),
-    "Qwen/Qwen3-32B": _shape("qwen3", 64, 5120, 25_600, 64, 8, 151_936, max_position_embeddings=40_960, **_QWEN_3),
-    "mistralai/Mistral-7B-v0.3": _shape("mistral", 32, 4096, 14_336, 32, 8, 32_768, **_MISTRAL),
+    "meta-llama/Llama-3.1-8B": model_shape("llama", 32, 4096, 14_336, 32, 8, 128_256, **_llama3(8.0)),
+    "meta-llama/Llama-3.1-70B": model_shape("llama", 80, 8192, 28_672, 64, 8, 128_256, **_llama3(8.0)),
+    "Qwen/Qwen3-8B-Base": model_shape(
+        "qwen3", 36, 4096, 12_288, 32, 8, 151_936, max_position_embeddings=32_768, **_QWEN_3
+    ),
+    "Qwen/Qwen3-8B": model_shape("qwen3", 36, 4096, 12_288, 32, 8, 151_936, max_position_embeddings=40_960, **_QWEN_3),
+    "Qwen/Qwen3-32B": model_shape("qwen3", 64, 5120, 25_600, 64, 8, 151_936, max_position_embeddings=40_960, **_QWEN_3),
+    "mistralai/Mistral-7B-v0.3": model_shape("mistral", 32, 4096, 14_336, 32, 8, 32_768, **_MISTRAL),
 }

@@ -200,14 +200,12 @@ def assert_counted(case: Case, dtype: torch.dtype, way: str, within: float) -> N
     assert said.total == pytest.approx(counted, rel=within), f"{said.total / counted:.4f} of the count; {said}"
 
 
-@pytest.mark.skipif(CHILD, reason="for the parent")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
 def test_in_fp32_it_is_the_counted_peak_to_1_percent(name, way):
     assert_counted(CASES[name], fp32, way, 0.01)
 
 
-@pytest.mark.skipif(CHILD, reason="for the parent")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
 def test_in_bf16_it_is_the_counted_peak_to_5_percent(name, way):
@@ -215,7 +213,6 @@ def test_in_bf16_it_is_the_counted_peak_to_5_percent(name, way):
     assert_counted(CASES[name], bf16, way, 0.05)
 
 
-@pytest.mark.skipif(CHILD, reason="for the parent")
 @pytest.mark.parametrize("name", CASES)
 def test_the_fullest_moment_is_the_one_the_case_is_for(name):
     """Else a moment that none of the cases reaches would go uncounted."""
@@ -234,7 +231,6 @@ def test_through_the_kernels_it_is_the_counted_peak_to_5_percent():
     assert_counted(case, fp32, "mixture", 0.05)
 
 
-@pytest.mark.skipif(CHILD, reason="this is the child")
 def test_through_triton_it_is_the_counted_peak_to_5_percent():
     """In a child process, where every operation is its kernel in Triton's interpreter."""
     pytest.importorskip("triton")
@@ -245,7 +241,6 @@ def test_through_triton_it_is_the_counted_peak_to_5_percent():
     assert "1 passed" in done.stdout
 
 
-@pytest.mark.skipif(CHILD, reason="for the parent")
 @pytest.mark.parametrize("dtype", [fp32, bf16])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.train_all])
 def test_an_evaluation_with_its_base_is_the_counted_peak_to_5_percent(name, dtype):
@@ -261,7 +256,6 @@ def test_an_evaluation_with_its_base_is_the_counted_peak_to_5_percent(name, dtyp
     assert said == pytest.approx(counted, rel=0.05), f"{said / counted:.4f} of the count"
 
 
-@pytest.mark.skipif(CHILD, reason="for the parent")
 @pytest.mark.parametrize("dtype", [fp32, bf16])
 @pytest.mark.parametrize("name", CASES)
 def test_the_kinds_are_what_the_model_and_the_optimizer_hold(name, dtype):
@@ -283,7 +277,6 @@ def test_the_kinds_are_what_the_model_and_the_optimizer_hold(name, dtype):
     assert {field.name for field in dataclasses.fields(said)} == {*StepMemory.KINDS, "moment"}
 
 
-@pytest.mark.skipif(CHILD, reason="for the parent")
 def test_what_is_kept_is_kept_by_the_class_that_keeps_it():
     job = CASES["top block"].job(fp32)
     above = [BlockClass.TRAINED, BlockClass.FROZEN, BlockClass.TRAINED]
@@ -292,6 +285,32 @@ def test_what_is_kept_is_kept_by_the_class_that_keeps_it():
     tokens, H, I, Q, KV, N = 256, 64, 192, 64, 32, 4
     block = tokens * 4 * (2 * H + 2 + 2 * Q + 2 * KV + N + 2 * I)
     assert (said.kept_trained, said.kept_frozen) == (2 * block, block)
+
+
+@pytest.mark.parametrize("dtype", [fp32, bf16])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.train_all])
+def test_an_evaluation_without_a_base_is_no_more_than_is_planned(name, dtype):
+    case = CASES[name]
+    job = case.job(dtype)
+    model = make_model(job)
+    evaluate(model, [make_batch(job, case.micro_batch_size)])
+    with PeakBytes() as peak:
+        evaluate(model, [make_batch(job, case.micro_batch_size)])
+    counted = peak.bytes + bytes_of(*model.parameters(), *model.buffers())
+    said = evaluation_memory(job, micro_batch_size=case.micro_batch_size) - 2 * 4 * job.num_trained
+    assert 0.95 * counted <= said <= 1.15 * counted, f"{said / counted:.4f} of the count"
+
+
+def test_every_document_costs_flash_attention_128_rows():
+    """dq in float32, and a number a head, for 128 rows more than a document has; padding makes documents too."""
+    job = real("meta-llama/Llama-3.1-8B", seq_len=32_768)
+    row = 4 * 32 * (128 + 1)
+    totals = {}
+    for document in (512, 64):
+        changed = dataclasses.replace(job, document=document)
+        totals[document] = step_memory(changed, next(policies(job)), micro_batch_size=1, accumulating=True).total
+    boundaries = {512: 128, 64: 1024}  # of 1.25 · 32768 / document + 1 pieces, the next power of two
+    assert totals[64] - totals[512] == 128 * row * (boundaries[64] - boundaries[512])
 
 
 # -- figures of real models ----------------------------------------------------------------------------------------
@@ -305,7 +324,6 @@ def real(model: str, groups: int | None = 8, **how) -> Job:
     return Job(config=expanded_shape(base, plan), trained_blocks=plan.new_indices, **how)
 
 
-@pytest.mark.skipif(CHILD, reason="for the parent")
 def test_llama_2_7b_and_8_blocks_take_about_99_gb_at_16k_tokens():
     job = real("meta-llama/Llama-2-7b-hf")
     said = step_memory(job, next(policies(job)), micro_batch_size=4, accumulating=True)
@@ -313,7 +331,6 @@ def test_llama_2_7b_and_8_blocks_take_about_99_gb_at_16k_tokens():
     assert said.kept_frozen + said.kept_trained == 36 * 4 * 4096 * 93_320  # four blocks lie below the first new one
 
 
-@pytest.mark.skipif(CHILD, reason="for the parent")
 def test_all_of_its_8_36_billion_take_150_gb_before_the_first_token():
     job = dataclasses.replace(real("meta-llama/Llama-2-7b-hf"), train_all=True)
     assert job.num_trained == 8_357_482_496
@@ -323,7 +340,6 @@ def test_all_of_its_8_36_billion_take_150_gb_before_the_first_token():
     assert f"{states_bytes(job) / 1e9:.1f}" == "150.4"
 
 
-@pytest.mark.skipif(CHILD, reason="for the parent")
 @pytest.mark.parametrize("dtype", [fp32, bf16])
 def test_kernels_make_no_temporaries(dtype):
     """A step through the reference takes more by what its rows are widened to, and keeps the same."""

@@ -186,6 +186,8 @@ def test_the_json_agrees_with_what_is_said(said, tmp_path, gpu, monkeypatch):
         (("--model", LLAMA_7B, "--after", "32"), ("after 32", "0 to 31")),
         (("--model", LLAMA_7B, "--groups", 8, "--copies", 0), ("--copies: 0 is not a number from 1 up",)),
         (("--model", LLAMA_7B, "--groups", 8, "--copies", 5), ("copies 5", "give fewer")),
+        (("--model", LLAMA_7B, "--all", "--copies", 2), ("--copies", "not where", "--groups")),
+        (("--model", LLAMA_7B, "--groups", 8, "--tokens", "inf"), ("--tokens: inf is not a number",)),
         (("--model", LLAMA_7B, "--groups", 8, "--seq", 8192), ("--seq 8192", "4096", "at most")),
         (("--model", LLAMA_7B, "--groups", 8, "--seq", 1), ("--seq: 1 is not a number from 2 up",)),
         (("--model", LLAMA_7B, "--groups", 8, "--batch", 0), ("--batch: 0 is not a number from 1 up",)),
@@ -261,3 +263,35 @@ def test_in_a_fresh_process_it_ends_without_a_network_or_a_gpu():
     assert done.returncode == 0, done.stderr
     assert "38.18 GFLOP a token" in done.stdout
     assert max(map(len, (line for line in done.stdout.splitlines() if line[:1] in "│╭├╰"))) <= 100
+
+
+def test_a_recipes_limit_dtype_and_backend_are_planned_with(said, tmp_path, monkeypatch):
+    recipe = tmp_path / "mine.yaml"
+    text = f"model: {{path: {LLAMA_7B}}}\nexpand: {{groups: 8}}\noptim: {{lr: 1.0e-5}}\ntrain: {{batch_size: 4, %s}}\n"
+    recipe.write_text(text % "memory: 60")
+    code, _, printed = said("--config", recipe, "--gpu", "h100")
+    assert code == 0
+    assert "of 60.0 usable on 79.1" in printed
+    assert "1 sequence at a time (2 would fit with more recomputed only)" in printed
+    asked = {}
+    for settings in ("dtype: float32", "attention: flash_3"):
+        recipe.write_text(text % settings)
+        job = plan.ask(plan._parser().parse_args(["--config", str(recipe), "--gpu", "h100"])).job
+        asked[settings] = (str(job.dtype), job.attention)
+    assert asked == {
+        "dtype: float32": ("torch.float32", "reference"),
+        "attention: flash_3": ("torch.bfloat16", "flash_3"),
+    }
+
+
+def test_copies_go_with_the_places_of_a_recipe(said):
+    _, _, printed = said("--config", "llama-2-7b", "--gpu", "h200", "--copies", 2)
+    assert f"{LLAMA_7B} + 16 blocks" in printed
+
+
+def test_small_figures_are_not_rounded_to_nothing(said, monkeypatch):
+    monkeypatch.setattr("llama_pro_fast.devices.available_memory", lambda: 2**34)
+    code, _, printed = said("--model", "builtin:prose-3m", "--gpu", "cpu", "--groups", 3, "--batch", 1)
+    assert code == 0
+    assert not re.search(r" 0(\.0+)? (GiB|GB|GFLOP)", printed)
+    assert "in 1 micro-batch of 1" in printed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from itertools import pairwise
 
 import pytest
@@ -11,12 +9,11 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planner_cases import ATTENTION, BLOCK, CARD, JOBS, MLP, NONE, job_of, least, peak
 
-from llama_pro_fast import comparison, devices
-from llama_pro_fast.advice import shortfall, why
+from llama_pro_fast import devices
 from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.cost import kept_bytes, recomputed_flops, step_cost
-from llama_pro_fast.devices import DEVICES
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec
@@ -30,58 +27,6 @@ from llama_pro_fast.planner import (
     policies,
     recompute_text,
 )
-
-NONE, MLP, ATTENTION, BLOCK = Recompute
-CARD = DEVICES["h100"]
-
-
-def job_of(
-    *, family="llama", layers=8, new=(1, 3, 5, 7), seq_len=512, dtype=torch.bfloat16, train_all=False, **changes
-) -> Job:
-    sizes = {
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 2000,
-        "num_hidden_layers": layers,
-        "max_position_embeddings": 1 << 20,
-    }
-    config = transformers.AutoConfig.for_model(family, **(sizes | changes))
-    return Job(config=config, trained_blocks=tuple(new), seq_len=seq_len, dtype=dtype, train_all=train_all)
-
-
-JOBS = {
-    "usual": job_of(),
-    "short sequences": job_of(seq_len=16),
-    "attention dearer than products": job_of(seq_len=65_536),
-    "window": job_of(family="mistral", sliding_window=64, seq_len=4096),
-    "windows in some blocks": job_of(
-        family="qwen3",
-        head_dim=32,
-        use_sliding_window=True,
-        sliding_window=64,
-        layer_types=["sliding_attention", "full_attention"] * 4,
-        seq_len=8192,
-    ),
-    "one head for k and v": job_of(num_key_value_heads=1, seq_len=2048),
-    "wide heads": job_of(head_dim=128, num_key_value_heads=8, intermediate_size=256),
-    "top block only": job_of(new=(7,)),
-    "lowest block": job_of(new=(0,)),
-    "everything": job_of(new=(), train_all=True),
-    "everything, tied": job_of(new=(), train_all=True, tie_word_embeddings=True),
-    "fp32": job_of(dtype=torch.float32),
-}
-
-
-def peak(job: Job, recompute, micro_batch_size=1, batch_size=2) -> int:
-    return fit(
-        job, CARD, batch_size=batch_size, micro_batch_size=micro_batch_size, recompute=recompute, share=devices.SHARE
-    ).peak
-
-
-def least(job: Job, micro_batch_size=1, batch_size=2) -> int:
-    return min(peak(job, rung, micro_batch_size, batch_size) for rung in policies(job))
 
 
 def sizes(batch_size: int) -> list[int]:
@@ -393,119 +338,3 @@ def test_a_copy_attends_as_its_source_does():
     windows = [BlockSpec.from_config(changed, index).window for index in range(6)]
     assert windows == [16, 16, None, 16, None, None]
     assert base.layer_types == kinds
-
-
-# -- where nothing fits --------------------------------------------------------------------------------------------
-
-
-def expanded(layers=8, groups=4, **how):
-    base = job_of(layers=layers, **how).config
-    plan = ExpansionPlan.from_groups(layers, groups)
-    return base, plan, job_of(layers=plan.num_layers, new=plan.new_indices, **how)
-
-
-def fits(job: Job, usable: int) -> bool:
-    return best_fit(job, CARD, batch_size=2, micro_batch_size=1, usable=usable) is not None
-
-
-def fewer(job: Job, base, count: int) -> Job:
-    plan = ExpansionPlan.from_after(8, [1, 3, 5, 7][-count:])
-    return dataclasses.replace(job, config=expanded_shape(base, plan), trained_blocks=plan.new_indices)
-
-
-@pytest.mark.parametrize("share", [0.999, 0.9, 0.7, 0.5])
-@pytest.mark.parametrize("how", [{"seq_len": 2048}, {"seq_len": 512, "vocab_size": 20_000}, {"seq_len": 16_384}])
-def test_the_changes_named_do_fit_and_the_next_ones_do_not(how, share):
-    base, plan, job = expanded(**how)
-    usable = int(share * least(job))
-    assert not fits(job, usable)
-    # A device of just this size, for beside a larger one it would be the limit that is too low.
-    device = dataclasses.replace(CARD, memory=usable, is_cpu=True)
-    said = shortfall(job, device, batch_size=4, usable=usable, base=base, plan=plan)
-    assert "\n" not in said
-    own = shortfall(job, CARD, batch_size=4, usable=usable, base=base, plan=plan)
-    limit = re.search(r"would fit: a limit of ([\d.]+) GiB, or none of your own", own)[1]
-    assert least(job) <= float(limit) * 2**30 <= least(job) + 2**30 / 1000
-    assert "or one " not in own
-    assert "would fit: " in said
-
-    length = re.search(r"sequences of (\d+) tokens", said)
-    lengths = [job.seq_len >> halvings for halvings in range(1, 12) if job.seq_len >> halvings >= 256]
-    fitting = [n for n in lengths if fits(dataclasses.replace(job, seq_len=n), usable)]
-    assert (length and int(length[1])) == (fitting[0] if fitting else None)
-
-    moved = ExpansionPlan.from_after(8, [4, 5, 6, 7])
-    moved = dataclasses.replace(job, config=expanded_shape(base, moved), trained_blocks=moved.new_indices)
-    assert ("the 4 new blocks in the upper half" in said) == fits(moved, usable)
-
-    blocks = re.search(r"(\d) new blocks? instead of 4", said)
-    fitting = [n for n in (3, 2, 1) if fits(fewer(job, base, n), usable)]
-    assert (blocks and int(blocks[1])) == (fitting[0] if fitting else None)
-
-    card = re.search(r"or one (.+)$", said) or re.search(r"fit: one (.+)$", said)
-    assert card[1] == "RTX 4090 24 GB"  # the smallest that does
-
-
-def test_in_place_of_all_parameters_a_few_new_blocks_are_named():
-    job = job_of(layers=12, new=(), train_all=True)
-    new = ExpansionPlan.from_groups(12, 8)
-    few = dataclasses.replace(
-        job, config=expanded_shape(job.config, new), trained_blocks=new.new_indices, train_all=False
-    )
-    between = least(few)
-    assert between < least(job)
-    assert "8 new blocks in place of all parameters" in shortfall(job, CARD, batch_size=4, usable=between)
-    assert "in place of" not in shortfall(job, CARD, batch_size=4, usable=between - 1)
-
-
-def test_where_what_was_asked_for_is_the_trouble_it_says_what_would_fit():
-    job = JOBS["usual"]
-    usable = peak(job, (NONE,) * 8, 1, 8)
-    said = shortfall(job, CARD, batch_size=8, usable=usable, micro_batch_size=8, recompute=(NONE,) * 8)
-    assert said.startswith("micro-batch 8 and the recomputation asked for needs ")
-    free = best_fit(job, CARD, batch_size=8, usable=usable)
-    assert f"micro-batch {free.micro_batch_size} with recompute {recompute_text(free.recompute, 1)}" in said
-
-
-def test_where_no_card_is_large_enough_it_says_so():
-    job = job_of(hidden_size=16_384, intermediate_size=65_536, num_attention_heads=128, seq_len=256, layers=80)
-    said = shortfall(job, CARD, batch_size=4, usable=CARD.usable)
-    assert "No card in the list holds it" in said
-    assert "smaller model" in said
-
-
-# -- why -----------------------------------------------------------------------------------------------------------
-
-
-def reason(job: Job, usable: int, **asked) -> str:
-    found = best_fit(job, CARD, batch_size=8, usable=usable, **asked)
-    return why(found, job, CARD, batch_size=8, usable=usable, **asked)
-
-
-def test_the_reason_is_the_one():
-    job = job_of(seq_len=2048)
-    one = peak(job, (NONE,) * 8, 1, 8)
-    assert reason(job, one).startswith(
-        "1 sequence at a time (2 would fit with more recomputed only); nothing recomputed"
-    )
-    assert reason(job, one, micro_batch_size=1) == "1 sequence at a time as asked; nothing recomputed: everything fits"
-    short = job_of(seq_len=16)
-    assert reason(short, CARD.usable).startswith("8 sequences at a time, the whole batch; nothing recomputed")
-    least = list(policies(job))[-1]
-    said = reason(job, peak(job, least, 1, 8), recompute=least)
-    assert re.fullmatch(r"1 sequence at a time \(2 do not fit\); block recomputed as asked, \d+\.\d% more work", said)
-    long = job_of(seq_len=65_536)
-    assert "1 sequence at a time (2 would hardly be faster)" in reason(long, CARD.usable)
-
-
-def test_lora_has_its_adapters_and_no_dw_of_the_base():
-    job = job_of(new=(), train_all=True)
-    found = comparison.lora_estimate(job, rank=4, micro_batch_size=1, usable=CARD.usable)
-    H, I, Q, KV = 256, 688, 256, 128
-    per_block = 4 * ((H + Q) + 2 * (H + KV) + (Q + H) + 2 * (H + I) + (I + H))
-    assert found.parameters == 8 * per_block
-    assert found.cost.dw == 6 * found.parameters
-    assert not found.recomputed
-    tight = comparison.lora_estimate(job, rank=4, micro_batch_size=1, usable=found.peak - 1)
-    assert tight.recomputed
-    assert tight.peak < found.peak

@@ -1,0 +1,64 @@
+"""Small jobs of every kind, on a card large enough for any of them."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from llama_pro_fast import devices
+from llama_pro_fast.block import Recompute
+from llama_pro_fast.devices import DEVICES
+from llama_pro_fast.memory import Job
+from llama_pro_fast.planner import fit, policies
+
+NONE, MLP, ATTENTION, BLOCK = Recompute
+CARD = DEVICES["h100"]
+
+
+def job_of(
+    *, family="llama", layers=8, new=(1, 3, 5, 7), seq_len=512, dtype=torch.bfloat16, train_all=False, **changes
+) -> Job:
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 2000,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": 1 << 20,
+    }
+    config = transformers.AutoConfig.for_model(family, **(sizes | changes))
+    return Job(config=config, trained_blocks=tuple(new), seq_len=seq_len, dtype=dtype, train_all=train_all)
+
+
+JOBS = {
+    "usual": job_of(),
+    "short sequences": job_of(seq_len=16),
+    "attention dearer than products": job_of(seq_len=65_536),
+    "window": job_of(family="mistral", sliding_window=64, seq_len=4096),
+    "windows in some blocks": job_of(
+        family="qwen3",
+        head_dim=32,
+        use_sliding_window=True,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 4,
+        seq_len=8192,
+    ),
+    "one head for k and v": job_of(num_key_value_heads=1, seq_len=2048),
+    "wide heads": job_of(head_dim=128, num_key_value_heads=8, intermediate_size=256),
+    "top block only": job_of(new=(7,)),
+    "lowest block": job_of(new=(0,)),
+    "everything": job_of(new=(), train_all=True),
+    "everything, tied": job_of(new=(), train_all=True, tie_word_embeddings=True),
+    "fp32": job_of(dtype=torch.float32),
+}
+
+
+def peak(job: Job, recompute, micro_batch_size=1, batch_size=2) -> int:
+    return fit(
+        job, CARD, batch_size=batch_size, micro_batch_size=micro_batch_size, recompute=recompute, share=devices.SHARE
+    ).peak
+
+
+def least(job: Job, micro_batch_size=1, batch_size=2) -> int:
+    return min(peak(job, rung, micro_batch_size, batch_size) for rung in policies(job))
