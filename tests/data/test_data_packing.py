@@ -235,3 +235,10 @@ def test_packing_needs_neither_datasets_nor_transformers():
         "print(sorted({'datasets', 'transformers', 'pyarrow', 'tokenizers'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_mean_document_is_weighed_as_an_epoch_is():
+    """Tokens over documents, each as often as it stands in an epoch."""
+    stores, _ = stores_of([[10, 20], [100], [7]])
+    dataset = PackedDataset([(stores[0], 1), (stores[1], 2.5), (stores[2], 0)], seq_len=8, seed=0)
+    assert dataset.mean_document == pytest.approx((10 + 20 + 2.5 * 100) / (1 + 1 + 2.5))

@@ -116,11 +116,12 @@ def test_the_reason_is_the_one():
     assert "1 sequence at a time (2 would hardly be faster)" in reason(long, CARD.usable)
 
 
-def test_of_several_copies_whole_places_are_left_out():
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.6])
+def test_of_several_copies_whole_places_are_left_out(share):
     base = job_of(layers=8).config
     plan = ExpansionPlan.from_groups(8, 4, 2)
     job = job_of(layers=16, new=plan.new_indices)
-    usable = int(0.9 * least(job))
+    usable = int(share * least(job))
     said = shortfall(
         job, dataclasses.replace(CARD, memory=usable, is_cpu=True), batch_size=4, usable=usable, base=base, plan=plan
     )
