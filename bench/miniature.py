@@ -145,8 +145,8 @@ def kept_by_layer(runner: Runner, workload: Miniature, names: list[str]) -> dict
         if len(kinds) > 1:
             raise ValueError(f"{name} layers keep different amounts (bytes a token, bytes): {sorted(kinds)}")
     return {
-        "kept a token": {name: kinds.copy().pop()[0] for name, kinds in found.items()},
-        "kept besides": {name: kinds.copy().pop()[1] for name, kinds in found.items()},
+        "kept a token": {name: a_token for name, [(a_token, _)] in found.items()},
+        "kept besides": {name: besides for name, [(_, besides)] in found.items()},
     }
 
 

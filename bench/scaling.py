@@ -41,12 +41,11 @@ from throughput import OPTIM
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama_pro_fast.block import Recompute
-from llama_pro_fast.cost import attention_flops
 from llama_pro_fast.devices import GIB, SHARE, cpu, present
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.memory import Job
 from llama_pro_fast.optimizer import Optimizer
-from llama_pro_fast.planner import Fit, fit
+from llama_pro_fast.planner import Fit, fit, flash_backward_flops, upper_half
 from llama_pro_kernels import implementation_name, select_attention_backend
 
 TOLERANCE = 0.05
@@ -105,8 +104,7 @@ class Point(Workload):
 
     def predicted_attention(self, planned: float) -> int:
         """FLOPs of a step in the counter's terms, from the planner's of a token."""
-        executed = planned + sum(attention_flops(spec, self.seq) for spec in self.job.specs[self.job.first :]) / 2
-        return round(self.micro_batch * executed * (self.seq + 1))
+        return round(self.micro_batch * (planned + flash_backward_flops(self.job)) * (self.seq + 1))
 
 
 def interleaved(layers: int, new: int) -> tuple[int, ...]:
@@ -116,8 +114,7 @@ def interleaved(layers: int, new: int) -> tuple[int, ...]:
 def axes(base: Point) -> dict[str, list[tuple[str, Point]]]:
     """Name of the axis -> (name of the point, point), from small to large."""
     layers, new = base.layers, len(base.after)
-    top, middle = tuple(range(layers - new, layers)), layers // 2
-    upper = tuple(middle + (place + 1) * (layers - middle) // new - 1 for place in range(new))
+    top, upper = tuple(range(layers - new, layers)), tuple(upper_half(layers, new))
     # Lengths are compared at one number of tokens, else they would repeat the axis above.
     sequences = 8 * base.micro_batch
     return {
