@@ -2,7 +2,7 @@
 
     flash        PyTorch's FlashAttention 2 for CUDA, one call for all documents; boundaries never leave the device.
     flash_3      FlashAttention 3 behind the same call, where its package is installed.
-    flash_4      FlashAttention 4, likewise.
+    flash_4      the package flash-attn-4 (FlashAttention 4).
     flash_attn   the package flash-attn (FlashAttention 2).
     cudnn        cuDNN's packed attention.
     cpu_flash    PyTorch's flash attention for the CPU, one call a document.

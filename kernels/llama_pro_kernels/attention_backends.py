@@ -37,7 +37,7 @@ class Kernels(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-# PyTorch's flash attention for CUDA. FlashAttention 3 and 4 replace the kernels behind the same two ops.
+# PyTorch's flash attention for CUDA. FlashAttention 3 replaces the kernels behind the same two ops.
 
 
 def _activate(implementation: str | None) -> None:
@@ -55,7 +55,7 @@ def _activate(implementation: str | None) -> None:
 
 
 def _flash_window(window: int | None) -> dict[str, int]:
-    """The kernels count the keys to the left of the query. FlashAttention 4 takes any number, -1 too, for a window."""
+    """The kernels count the keys to the left of the query; without a window nothing is said."""
     return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
@@ -130,6 +130,41 @@ def _package_backward(
         **_package_options(scale, window), deterministic=deterministic_algorithms(),
     )  # fmt: skip
     return gradients
+
+
+# The package flash-attn-4 (FlashAttention 4), without PyTorch between: what PyTorch 2.11 to 2.13 put in front of it
+# lacks the window in backward or takes another number of results. It compiles a kernel at its first call.
+
+
+def _flash_4_options(cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": max_seqlen,
+        "max_seqlen_k": max_seqlen,
+        "softmax_scale": scale,
+        "causal": window is None,
+        **_flash_window(window),
+    }
+
+
+def _flash_4_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    o, lse, *_ = _flash_attn_fwd(q, k, v, **_flash_4_options(cu_seqlens, max_seqlen, scale, window), return_lse=True)
+    return o, lse
+
+
+def _flash_4_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    scale: float, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    options = _flash_4_options(cu_seqlens, max_seqlen, scale, window)
+    return _flash_attn_bwd(q, k, v, o, do, lse, **options, deterministic=deterministic_algorithms())[:3]
 
 
 # cuDNN, through PyTorch. Its graph for packed documents writes the gradients with the strides of q, k and v into dense
@@ -244,7 +279,7 @@ def _heads_last(x: Tensor) -> Tensor:
 KERNELS = {
     "flash": Kernels(partial(_flash_forward, None), partial(_flash_backward, None)),
     "flash_3": Kernels(partial(_flash_forward, "FA3"), partial(_flash_backward, "FA3")),
-    "flash_4": Kernels(partial(_flash_forward, "FA4"), partial(_flash_backward, "FA4")),
+    "flash_4": Kernels(_flash_4_forward, _flash_4_backward),
     "flash_attn": Kernels(_package_forward, _package_backward),
     "cudnn": Kernels(_cudnn_forward, _cudnn_backward),
     "cpu_flash": Kernels(_cpu_forward, partial(_each_backward, _cpu_document_backward)),

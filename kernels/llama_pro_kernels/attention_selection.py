@@ -156,12 +156,8 @@ BACKENDS = {
         dtypes=_HALVES,
         max_head_dim=128,  # capability 9 goes on to 256, capability 10 does not
         deterministic="switch",
-        requires=(
-            # 2.11's side of it has no window in backward, 2.13's takes two results where recent packages return four.
-            _torch("2.14"),
-            # Older ones repeat on capability 9 only where no key head is shared.
-            _package("flash-attn-4", minimum="4.0.0b12", remedy="pip install --pre -U flash-attn-4"),
-        ),
+        # Its functions have changed their arguments more than once; this is the release whose were read.
+        requires=(_package("flash-attn-4", minimum="4.0.0b36", remedy="pip install --pre -U flash-attn-4"),),
     ),
     "flash": Backend(
         device="cuda",

@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from torch.nn.attention import _registry, register_flash_attention_impl
+from torch.nn.attention import _registry, activate_flash_attention_impl, register_flash_attention_impl
 
 from llama_pro_kernels import attention_backward, attention_forward
 
@@ -33,7 +33,7 @@ def calls():
 
 @pytest.fixture
 def activations(monkeypatch):
-    """What was activated (+) and removed (-) behind PyTorch's flash ops, with stand-ins for the two packages."""
+    """What was activated (+) and removed (-) behind PyTorch's flash ops, with stand-ins for the packages."""
     log = []
     monkeypatch.setattr(_registry, "_FLASH_ATTENTION_IMPLS", dict(_registry._FLASH_ATTENTION_IMPLS))
     monkeypatch.setattr(_registry, "_FLASH_ATTENTION_ACTIVE", None)
@@ -46,7 +46,7 @@ def activations(monkeypatch):
         register_flash_attention_impl(name, register_fn=activate)
 
     stand_in("FA3")
-    stand_in("FA4")
+    stand_in("another")
     return log
 
 
@@ -65,7 +65,7 @@ def check(cu_q, cu_k, max_q, max_k, dropout_p, *tensors):
 def window_of(is_causal, left, right):
     """What flash attention hides: causal means a right window of 0, and with one to the left causal is not said."""
     if is_causal:
-        assert (left, right) == (None, None)  # not -1: FlashAttention 4 takes it for a window
+        assert (left, right) == (None, None)
         return None
     assert right == 0
     return left + 1
@@ -147,6 +147,31 @@ def kernels(activations, calls, monkeypatch):
             buffer.copy_(gradient)
         return torch.zeros(N, 1)
 
+    # Of flash-attn-4 what is given; the rest has defaults.
+    def fourth_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+                       window_size_left=None, window_size_right=None, return_lse=False):  # fmt: skip
+        calls.append(("fourth_forward", None))
+        check(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, q, k, v)
+        assert return_lse
+        window = window_of(causal, window_size_left, window_size_right)
+        o, lse = attention_forward(
+            q, k, v, cu_seqlens_q, max_seqlen_q, **reference(max_seqlen_q, softmax_scale, window)
+        )
+        return o, lse, None, None, None
+
+    def fourth_backward(q, k, v, out, dout, lse, softmax_scale, causal, window_size_left=None, window_size_right=None,
+                        *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic):  # fmt: skip
+        calls.append(("fourth_backward", deterministic))
+        check(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, dout, q, k, v, out)
+        window = window_of(causal, window_size_left, window_size_right)
+        options = reference(max_seqlen_q, softmax_scale, window)
+        return attention_backward(dout, q, k, v, out, lse, cu_seqlens_q, max_seqlen_q, **options)
+
+    fourth = types.ModuleType("flash_attn.cute.interface")
+    fourth._flash_attn_fwd = fourth_forward
+    fourth._flash_attn_bwd = fourth_backward
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", types.ModuleType("flash_attn.cute"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", fourth)
     interface = types.ModuleType("flash_attn.flash_attn_interface")
     interface._flash_attn_varlen_forward = package_forward
     interface._flash_attn_varlen_backward = package_backward
@@ -234,11 +259,12 @@ def test_an_implementation_is_activated_once_and_not_per_call(kernels, calls, ac
 
 
 def test_each_call_finds_its_own_implementation(kernels, calls, activations):
-    for backend in ["flash", "flash_4", "flash_3", "flash", "flash", "flash_4"]:
+    activate_flash_attention_impl("another")  # by somebody else
+    for backend in ["flash", "flash_3", "flash_3", "flash", "flash", "flash_3"]:
         run(*views(), backend)
-    assert [name for _, name in calls[::2]] == [None, "FA4", "FA3", None, None, "FA4"]
-    assert calls[::2] == [("flash_forward", name) for _, name in calls[1::2]]
-    assert activations == ["+FA4", "-FA4", "+FA3", "-FA3", "+FA4"]
+    assert [name for _, name in calls[::2]] == [None, "FA3", "FA3", None, None, "FA3"]
+    assert [name for _, name in calls[1::2]] == [name for _, name in calls[::2]]
+    assert activations == ["+another", "-another", "+FA3", "-FA3", "+FA3"]
 
 
 def test_backward_activates_for_itself(kernels, calls, activations):
@@ -252,19 +278,20 @@ def test_backward_activates_for_itself(kernels, calls, activations):
 
 def test_other_backends_leave_the_activation_alone(kernels, activations):
     run(*views(), "flash_3")
-    for backend in ["flash_attn", "cudnn", "cpu_flash", "reference"]:
+    for backend in ["flash_4", "flash_attn", "cudnn", "cpu_flash", "reference"]:
         run(*views(), backend)
     assert activations == ["+FA3"]
 
 
 @pytest.mark.parametrize(("on", "warn_only"), [(False, False), (True, True), (True, False)])
-def test_the_package_is_deterministic_under_pytorchs_switch(kernels, calls, on, warn_only):
+def test_the_packages_are_deterministic_under_pytorchs_switch(kernels, calls, on, warn_only):
     torch.use_deterministic_algorithms(on, warn_only=warn_only)
     try:
         run(*views(), "flash_attn")
+        run(*views(), "flash_4")
     finally:
         torch.use_deterministic_algorithms(False)
-    assert calls[-1] == ("package_backward", on and not warn_only)
+    assert calls[1::2] == [(name, on and not warn_only) for name in ("package_backward", "fourth_backward")]
 
 
 def test_the_installed_package_has_the_signature_of_the_stand_in(kernels, monkeypatch):
