@@ -86,13 +86,13 @@ def layer_classes(workload: Workload) -> list[str]:
 def shrink_chunks(k: int) -> None:
     """Let chunks of a fixed length be as many parts of it; for the rest of the process."""
     # By name: the package has functions of the same names.
-    loss, products = map(
-        importlib.import_module, ("llama_pro_kernels.linear_cross_entropy", "llama_pro_kernels.linear")
+    loss, reference = map(
+        importlib.import_module, ("llama_pro_kernels.linear_cross_entropy", "llama_pro_kernels.reference")
     )
     loss._CHUNK_BYTES = loss._CHUNK_BYTES * k * k // FULL**2
     loss._MIN_ROWS = loss._MIN_ROWS * k // FULL
     loss._ROW_MULTIPLE = loss._ROW_MULTIPLE * k // FULL
-    products.DSCALE_ROWS = products.DSCALE_ROWS * k // FULL
+    reference.DSCALE_ROWS = reference.DSCALE_ROWS * k // FULL
 
 
 def measure(build: Callable[[Workload], Runner], workload: Miniature) -> dict[str, Any]:

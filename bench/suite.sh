@@ -31,7 +31,7 @@ OUT=$(realpath -m "${OUT:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.."
 mkdir -p "$OUT"
 python=${PYTHON:-python3}
-export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 cuda=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 
 case $part in

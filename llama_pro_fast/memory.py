@@ -32,7 +32,7 @@ from llama_pro_fast.block import BlockClass, Recompute, block_classes
 from llama_pro_fast.cost import activation_bytes, kept_bytes, matrices, num_parameters, num_trained_parameters
 from llama_pro_fast.families import BlockSpec
 from llama_pro_kernels import compute_dtype, rows_per_chunk
-from llama_pro_kernels.linear import DSCALE_ROWS
+from llama_pro_kernels.reference import DSCALE_ROWS
 
 BATCH_BYTES = 3 * 8
 """A token's id, label and position, int64 each."""
@@ -281,8 +281,8 @@ def _backward_peak(
         return wide * sum(matrices(spec)[f"{name}.weight"] for name in names) if trained else 0
 
     def dscale(rows: int) -> int:
-        # The reference widens the weight's rows as well.
-        return wide * H * min(rows, DSCALE_ROWS) * (2 if copied else 1) if trained else 0
+        # The reference widens the weight's rows as well; the kernel's sums are a megabyte.
+        return wide * H * min(rows, DSCALE_ROWS) * (2 if copied else 1) if trained and not triton else 0
 
     # Temporaries of the reference; a Triton kernel has none.
     norm_forward = 2 * wide * H if copied else 0

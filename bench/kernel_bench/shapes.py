@@ -117,6 +117,13 @@ def cases(shape: ModelShape, tokens: int) -> Iterator[Case]:
             name="qk_norm forward",
             run=lambda: ops.rms_norm_forward(rows((N + 2 * K) * D).view(T, -1, D)[:, :N], weight(D), 1e-6),
         )
+    for name, outputs in (("qkv", (N + 2 * K) * D), ("gate_up", 2 * I)):
+        yield Case(
+            name=f"linear_dscale {name}",
+            run=lambda outputs=outputs: ops.linear_dscale(
+                torch.empty(outputs, H, dtype=bf16), torch.empty(outputs, H), weight(H, trained=True)
+            ),
+        )
     yield Case(name="swiglu forward", run=lambda: ops.swiglu_forward(rows(2 * I)))
     yield Case(name="swiglu backward frozen", run=lambda: ops.swiglu_backward_(rows(I), rows(2 * I)))
     yield Case(

@@ -16,12 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .library import implementation
 from .reference import compute_dtype
 
 __all__ = ["linear", "linear_dbias", "linear_dscale", "linear_dw", "linear_dx", "trainable_linear"]
-
-DSCALE_ROWS = 512
-"""Rows of a weight that `linear_dscale` takes at a time: 8 MiB of scratch at H = 4,096, which a GPU's cache holds."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,10 +71,7 @@ def linear_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
     Returns:
         ``[in]`` in ``dweight``'s dtype.
     """
-    total = torch.zeros(min(DSCALE_ROWS, len(weight)), weight.shape[1], dtype=dweight.dtype, device=dweight.device)
-    for rows, drows in zip(weight.split(DSCALE_ROWS), dweight.split(DSCALE_ROWS), strict=True):
-        total[: len(rows)].addcmul_(rows, drows)
-    return total.sum(0) / scale
+    return implementation(dweight).linear_dscale(weight, dweight, scale)
 
 
 class _TrainableLinear(torch.autograd.Function):

@@ -21,6 +21,7 @@ FILES = [
     "test_swiglu.py",
     "test_rotary.py",
     "test_qk_norm_rotary.py",
+    "test_linear_products.py",
     "test_linear_cross_entropy.py",
     "test_linear_kl.py",
 ]
@@ -30,8 +31,11 @@ FILES = [
 def test_every_op_through_the_interpreter(device):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not waits_for_the_device", *FILES]
-    # Without a GPU: the interpreter computes on the host.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Without a GPU: the interpreter computes on the host. The child starts in another folder, so paths are made whole.
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)
+    }  # fmt: skip
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
     assert "skipped" not in done.stdout.splitlines()[-1], done.stdout.splitlines()[-1]

@@ -93,6 +93,16 @@ def test_the_frozen_kernel_has_no_accumulation_in_it():
     assert trained.grid[0] < frozen.grid[0]
 
 
+def test_a_scales_gradient_reads_the_weight_where_it_lies():
+    weight, dweight, scale = torch.empty(2 * I, H, dtype=bf16), torch.empty(2 * I, H), torch.empty(H)
+    launches, made = count(lambda: ops.linear_dscale(weight, dweight, scale))
+    assert launches == ["_dscale_kernel", "_sum_rows_kernel"]
+    (partial, dtype), *rest = made
+    assert partial[1:] == (H,)
+    assert (partial[0] < 2 * I // 8, dtype) == (True, fp32)
+    assert rest == [((H,), fp32)] * 2  # the sum, and its quotient in place
+
+
 @pytest.mark.parametrize("need_product", [False, True])
 def test_swiglu_backward_writes_over_its_input_in_one_kernel(need_product):
     dy, gate_up = rows(I), rows(2 * I)
@@ -160,6 +170,8 @@ def test_nothing_to_do_starts_nothing():
         (lambda: ops.add_rms_norm_forward(rows(), rows(64), torch.empty(H), 1e-5), "residual"),
         (lambda: ops.rms_norm_backward(rows(64), rows(), torch.empty(H), torch.empty(T), need_dweight=False), "dy"),
         (lambda: ops.rms_norm_backward(rows(), rows(), torch.empty(H), torch.empty(9), need_dweight=True), "rstd"),
+        (lambda: ops.linear_dscale(rows(), rows(H - 1), torch.empty(H)), "dweight"),
+        (lambda: ops.linear_dscale(rows(), rows(), torch.empty(H - 1)), "scale"),
         (lambda: ops.swiglu_forward(rows(7)), "two halves"),
         (lambda: ops.swiglu_backward_(rows(I - 1), rows(2 * I)), "dy"),
         (lambda: ops.rotary_forward(rows(24), rows(4), rows(4), torch.empty(T - 1), 1, 1, 8), "position_ids"),

@@ -53,6 +53,22 @@ def test_a_scale_of_the_input_gets_its_gradient_from_the_weights(n_out):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n_out", "n_in"), [(1, 1), (4, 5), (40, 256), (1100, 300), (70, 1025)])
+def test_the_scales_gradient_of_any_shape(n_out, n_in, dtype):
+    weight, dweight, scale = torch.randn(n_out, n_in).to(dtype), torch.randn(n_out, n_in), 1 + torch.rand(n_in)
+    got = linear_dscale(weight, dweight, scale)
+    assert got.dtype == torch.float32
+    exact = (weight.double() * dweight.double()).sum(0) / scale.double()
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-6 * n_out**0.5)
+    # Every row counts, and none twice.
+    assert torch.equal(linear_dscale(torch.ones_like(weight), torch.ones_like(dweight), torch.ones(n_in)),
+                       torch.full((n_in,), float(n_out)))  # fmt: skip
+    by_column, wider = weight.t().contiguous().t(), torch.randn(n_out, 2 * n_in)
+    wider[:, :n_in] = dweight
+    torch.testing.assert_close(linear_dscale(by_column, wider[:, :n_in], scale), got, rtol=1e-5, atol=1e-5)
+
+
 def test_the_scales_gradient_is_as_exact_as_the_usual_sum_in_bf16():
     """The usual way rounds dz W to bf16 and sums over tokens; this one rounds x̂ · scale and sums over outputs."""
     x, weight, _, dy = operands(torch.bfloat16, 512, 96, 160)

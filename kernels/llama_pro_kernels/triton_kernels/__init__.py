@@ -5,6 +5,7 @@ at the store; scalars are fp32; offsets into a tensor are 64-bit from the row on
 elements. What cannot be addressed by strides is made contiguous first, never read wrongly.
 """
 
+from .linear_dscale import linear_dscale
 from .losses import cross_entropy_, kl_divergence
 from .rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from .rotary import rotary_backward, rotary_forward, rotary_forward_
@@ -14,6 +15,7 @@ __all__ = [
     "add_rms_norm_forward",
     "cross_entropy_",
     "kl_divergence",
+    "linear_dscale",
     "rms_norm_backward",
     "rms_norm_forward",
     "rotary_backward",
