@@ -1,167 +1,88 @@
-"""Who is measured, on what: the same random expanded Llama, built directly on the device, in several implementations.
+"""Who is measured: the same random Llama (bench/workload.py) in several implementations, in the order of their turns.
 
-Every contestant is the same function of the same numbers. A tensor is drawn from a generator seeded by its own name in
-the base, so nobody needs a second copy of the model to get bit-equal weights, whatever order and packing it is built
-in; a new block draws its source's numbers, with `o_proj` and `down_proj` zero, which is what an expansion makes. All
-share one optimizer class (`llama_pro_fast.optimizer`: fused AdamW, clipping, no host sync), one set of trained blocks
-and one stream of tokens.
+All share one optimizer class (`llama_pro_fast.optimizer`: fused AdamW, clipping, no host sync), one stream of tokens
+and, but for the last group, one set of trained blocks. Precisions are those of a usual run: on a GPU trained weights
+float32, frozen ones bf16, products in bf16 (ours by narrow copies, the others under autocast); on a CPU all float32.
 
-    ours                llama_pro_fast's decoder; trained weights float32, the rest in the compute dtype
-    hf                  stock LlamaForCausalLM, SDPA, in the same precisions: on a GPU trained weights float32, frozen
-                        ones bf16, under autocast to bf16
-    hf-checkpointing    hf with every block recomputed in backward
-    hf-bf16             GPU only: hf with trained weights and moments bf16 too, no autocast. Cheaper and less exact than
-                        all others, so its loss may drift from theirs.
+    ours                llama_pro_fast's decoder; -mlp, -attention and -block make the MLP, all but attention, or the
+                        whole block again in backward
+    hf                  stock LlamaForCausalLM with SDPA (bench/hugging_face.py), and of it
+      -checkpointing    every layer recomputed, by the model's own switch
+      -checkpointing-trained  only layers with a trained parameter recomputed, which is LLaMA-Factory's rule
+      -liger            with Liger's kernels, its fused loss included
+      -compile          decoder layers and loss through torch.compile, one graph for all layers of a class
+      …-bf16            each of the five with trained weights, gradients and moments in bf16, no autocast. Cheaper and
+                        less exact than all others, so its loss may drift from theirs
 
-To add one: a function ``Workload -> Runner`` in `CONTESTANTS`.
+Instead of a block expansion, on the base itself; other parameters train, so these compare methods, not implementations:
+
+    lora                PEFT's LoRA of rank 16 on every linear layer; adapters float32
+    full                every weight trains, from float32 masters; -bf16 as above
+
+Compiling, Liger and pure bf16 are for a GPU. To add one: a function ``Workload -> Runner`` in `CONTESTANTS`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from hugging_face import RANK, build_full, build_hf, build_lora
+from workload import Runner, Workload
 
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.block import Block, Recompute, RMSNorm, block_classes
-from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.comparison import lora_estimate
+from llama_pro_fast.cost import step_cost
 from llama_pro_fast.families import BlockSpec
+from llama_pro_fast.memory import Job
 from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, Embedding, hf_tensors, rotary_tables
 from llama_pro_fast.model import expected_tensors as tensor_shapes
-from llama_pro_fast.shapes import SHAPES, model_shape
+from llama_pro_fast.planner import flash_backward_flops
 from llama_pro_kernels import select_attention_backend
 
-STD = 0.02
-CHECKSUM_CHUNK = 1 << 20  # elements: its int64 scratch stays far below the smallest model
+NEW_BLOCKS, ADAPTERS, EVERYTHING = "new blocks", "adapters", "everything"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """A base model, its expansion, and what is affordable to run of it.
-
-    Attributes:
-        base: arguments of `LlamaConfig`, before expansion.
-        groups: of the expansion, a new block after each.
-        seq, micro_batch: tokens per sequence and sequences per step, by default.
-        steps, warmup, rounds: timed and untimed steps of each round, by default.
-    """
-
-    base: dict[str, Any]
-    groups: int
-    seq: int
-    micro_batch: int
-    steps: int
-    warmup: int = 3
-    rounds: int = 1
-
-
-def _arguments(shape: dict[str, Any]) -> dict[str, Any]:
-    """Of `LlamaConfig`."""
-    return {key: value for key, value in shape.items() if key != "model_type"}
-
-
-def published(hub_id: str) -> dict[str, Any]:
-    """The shape of a well-known Llama."""
-    return _arguments(SHAPES[hub_id])
-
-
-def base_shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict:
-    longest = {"max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
-    return _arguments(model_shape("llama", layers, hidden, intermediate, heads, kv_heads, vocab, **(longest | more)))
-
-
-SIZES = {
-    "tiny": Size(
-        base=base_shape(8, 256, 688, 8, 4, 4096), groups=2, seq=256, micro_batch=2, steps=6, warmup=2, rounds=3
-    ),
-    "1b": Size(base=published("meta-llama/Llama-3.2-1B"), groups=4, seq=4096, micro_batch=4, steps=12),
-    # Two sequences, so that stock Hugging Face without checkpointing fits a card of 141 GB with room.
-    "7b": Size(base=published("meta-llama/Llama-2-7b-hf"), groups=8, seq=4096, micro_batch=2, steps=8),
-    "8b": Size(base=published("meta-llama/Llama-3.1-8B"), groups=8, seq=4096, micro_batch=2, steps=8),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What one child process is asked to run; plain values only, so that it travels."""
-
-    size: str
-    seq: int
-    micro_batch: int
-    steps: int
-    warmup: int
-    device: str
-    seed: int = 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the computation and of every frozen weight."""
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
-
-    @property
-    def shape(self) -> Size:
-        return SIZES[self.size]
-
-    @cached_property
-    def plan(self) -> ExpansionPlan:
-        return ExpansionPlan.from_groups(self.shape.base["num_hidden_layers"], self.shape.groups)
-
-    @property
-    def trained_blocks(self) -> list[int]:
-        return [index for index, new in enumerate(self.plan.is_new) if new]
-
-    @property
-    def config(self) -> LlamaConfig:
-        """Of the expanded model."""
-        return LlamaConfig(**(self.shape.base | {"num_hidden_layers": len(self.plan.sources)}))
-
-    def token_batches(self) -> Iterator[torch.Tensor]:
-        """For each step other random tokens ``[B, S]``; every sequence is one document."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.warmup + self.steps):
-            yield torch.randint(self.config.vocab_size, (self.micro_batch, self.seq), generator=generator)
-
-    def draw(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The Hugging Face tensor ``name`` of the expanded model, in the compute dtype, on the device."""
-        if name.startswith("model.layers."):
-            _, _, index, rest = name.split(".", 3)
-            if self.plan.is_new[int(index)] and rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
-                return torch.zeros(shape, dtype=self.dtype, device=self.device)
-            name = f"model.layers.{self.plan.sources[int(index)]}.{rest}"
-        generator = torch.Generator(self.device).manual_seed(self.seed * (1 << 32) + zlib.crc32(name.encode()))
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=STD, generator=generator)
-        return tensor.add_(1) if len(shape) == 1 else tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runner:
-    """A contestant, built.
+@dataclass(frozen=True)
+class Contestant:
+    """How it is built, and what it needs.
 
     Attributes:
-        prepare: tokens ``[B, S]`` -> the batch on the device, outside the timing.
-        loss: batch -> mean loss over the ``B·(S-1)`` predictions, differentiable.
-        tensors: Hugging Face names and tensors of every parameter, for the checksum.
-        facts: what a row says of it besides.
+        trains: the new blocks of the expanded model; or adapters on the base, or everything in it.
+        gpu: it is for a GPU only.
+        package: name of what it imports beside our own dependencies, as it is imported and as it is installed.
     """
 
-    model: nn.Module
-    prepare: Callable[[torch.Tensor], Any]
-    loss: Callable[[Any], torch.Tensor]
-    tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]
-    facts: dict[str, Any] = field(default_factory=dict)
+    build: Callable[[Workload], Runner]
+    trains: str = NEW_BLOCKS
+    gpu: bool = False
+    package: tuple[str, str] | None = None
 
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def missing(self, device: str) -> str | None:
+        """Why it cannot run here, if so."""
+        if self.gpu and device != "cuda":
+            return "needs a GPU"
+        if self.package and find_spec(self.package[0]) is None:
+            return f"{self.package[1]} is not installed"
+        return None
+
+    def model(self, workload: Workload) -> Workload:
+        """With the model that it trains: the expanded one, or the base."""
+        return workload if self.trains == NEW_BLOCKS else replace(workload, expanded=False)
+
+    def flops_per_token(self, workload: Workload) -> tuple[float, float]:
+        """That its step is for, attention's backward at 2 and at 2.5 times its forward; nothing counted twice."""
+        model, whole = self.model(workload), self.trains != NEW_BLOCKS
+        job = Job(config=model.config, trained_blocks=tuple(model.trained_blocks), train_all=whole, seq_len=model.seq)
+        if self.trains == ADAPTERS:
+            cost = lora_estimate(job, rank=RANK, micro_batch_size=1, usable=1 << 62).cost
+        else:
+            cost = step_cost(model.config, model.trained_blocks, seq_len=model.seq, train_all=whole)
+        return cost.total, cost.total + flash_backward_flops(job)
 
 
 def build_ours(workload: Workload, *, recompute: Recompute = Recompute.NONE) -> Runner:
@@ -203,94 +124,44 @@ def build_ours(workload: Workload, *, recompute: Recompute = Recompute.NONE) -> 
     )
 
 
-def build_hf(
-    workload: Workload,
-    *,
-    attention: str = "sdpa",
-    checkpointing: str = "none",
-    pure: bool = False,
-    liger: bool = False,
-) -> Runner:
-    """Hugging Face's LlamaForCausalLM.
+def _ours(recompute: Recompute) -> Contestant:
+    return Contestant(partial(build_ours, recompute=recompute))
 
-    Args:
-        attention: transformers' name for it.
-        checkpointing: of layers: ``none``; ``all``, by the model's own switch; ``trained``, those that have a trained
-            parameter, which is LLaMA-Factory's way.
-        pure: trained weights in bf16 too, no autocast.
-        liger: with Liger's kernels; they stay in this process's transformers.
-    """
-    if pure and workload.device != "cuda":
-        raise ValueError("hf-bf16 is for a GPU: a CPU computes in float32 here")
-    config, device, dtype = workload.config, workload.device, workload.dtype
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        apply_liger_kernel_to_llama()
-    config._attn_implementation = attention
-    config.use_cache = False
-    # Without memory first: transformers would draw weights of its own beside ours.
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    trained_prefixes = tuple(f"model.layers.{index}." for index in workload.trained_blocks)
-    for name, shape in tensor_shapes(config).items():
-        trained = name.startswith(trained_prefixes)
-        weight = workload.draw(name, shape).to(torch.float32 if trained and not pure else dtype)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(weight, requires_grad=trained))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-    model.train()
-    if checkpointing != "none":
-        # The name transformers is moving to, else the one it had; both default to recomputing whole blocks.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable()
-    if checkpointing == "trained":
-        # Enabling makes the embedding's output need a gradient, which all layers then pass down; not so here.
-        model.disable_input_require_grads()
-        for index, layer in enumerate(model.model.layers):
-            layer.gradient_checkpointing = index in workload.trained_blocks
-
-    def loss(tokens: torch.Tensor) -> torch.Tensor:
-        mixed = dtype == torch.bfloat16 and not pure
-        with torch.autocast(device, dtype) if mixed else contextlib.nullcontext():
-            return model(input_ids=tokens, labels=tokens).loss
-
-    return Runner(
-        model=model,
-        prepare=lambda tokens: tokens.to(device),
-        loss=loss,
-        tensors=model.named_parameters,
-        facts={
-            "attention": config._attn_implementation,
-            "trained_dtype": str(dtype if pure else torch.float32).removeprefix("torch."),
-        },
+def _hf(*, pure: bool = False, **options: object) -> Contestant:
+    liger = ("liger_kernel", "liger-kernel") if "liger" in options else None
+    return Contestant(
+        partial(build_hf, pure=pure, **options), gpu=pure or liger is not None or "compiled" in options, package=liger
     )
 
 
-CONTESTANTS: dict[str, Callable[[Workload], Runner]] = {
-    "ours": build_ours,
-    "hf": build_hf,
-    "hf-checkpointing": lambda workload: build_hf(workload, checkpointing="all"),
-    "hf-bf16": lambda workload: build_hf(workload, pure=True),
+def _lora(checkpointing: str = "none") -> Contestant:
+    return Contestant(partial(build_lora, checkpointing=checkpointing), trains=ADAPTERS, package=("peft", "peft"))
+
+
+def _full(*, pure: bool = False, checkpointing: str = "none") -> Contestant:
+    return Contestant(partial(build_full, pure=pure, checkpointing=checkpointing), trains=EVERYTHING, gpu=pure)
+
+
+# The most telling first, for a run that is cut short.
+CONTESTANTS: dict[str, Contestant] = {
+    "ours": _ours(Recompute.NONE),
+    "hf-liger": _hf(liger=True),
+    "hf": _hf(),
+    "hf-bf16": _hf(pure=True),
+    "hf-liger-bf16": _hf(liger=True, pure=True),
+    "hf-checkpointing-trained": _hf(checkpointing="trained"),
+    "hf-checkpointing": _hf(checkpointing="all"),
+    "ours-block": _ours(Recompute.BLOCK),
+    "ours-mlp": _ours(Recompute.MLP),
+    "ours-attention": _ours(Recompute.ATTENTION),
+    "lora": _lora(),
+    "hf-compile": _hf(compiled=True),
+    "hf-compile-bf16": _hf(compiled=True, pure=True),
+    "full-bf16-checkpointing": _full(pure=True, checkpointing="all"),
+    "lora-checkpointing": _lora("all"),
+    "hf-checkpointing-trained-bf16": _hf(checkpointing="trained", pure=True),
+    "hf-checkpointing-bf16": _hf(checkpointing="all", pure=True),
+    "full-checkpointing": _full(checkpointing="all"),
+    "full": _full(),
 }
-
-
-@torch.no_grad()
-def weights_digest(runner: Runner, dtype: torch.dtype) -> str:
-    """A checksum of every weight's bits, the same for whoever holds the same numbers under the same names.
-
-    Made on the device: 17 GB need not travel. Float32 masters are narrowed to ``dtype``, where they came from exactly.
-    """
-    names, sums = [], []
-    for name, tensor in sorted(runner.tensors(), key=lambda pair: pair[0]):
-        bits = tensor.to(dtype).reshape(-1).view(torch.int16 if dtype.itemsize == 2 else torch.int32)
-        # Weighed by position and chained (both wrap around), so that neither an exchange nor a shift goes unseen.
-        total = torch.zeros((), dtype=torch.int64, device=bits.device)
-        for chunk in bits.split(CHECKSUM_CHUNK):
-            places = torch.arange(1, 1 + len(chunk), device=bits.device)
-            total = total * 1_000_003 + (chunk.long() * places).sum()
-        names.append(name)
-        sums.append(total)
-    return hashlib.sha256(repr((names, torch.stack(sums).tolist())).encode()).hexdigest()[:16]

@@ -44,9 +44,10 @@ from typing import Any
 import block_counts
 import common
 import torch
-from contestants import build_hf, build_ours
+from child import in_child
+from contestants import build_ours
+from hugging_face import build_hf
 from miniature import FULL, LOWEST, Miniature, layer_classes, measure, miniature, needed_work
-from throughput import in_child
 
 from llama_pro_fast.block import Recompute, block_classes
 from llama_pro_fast.devices import DEVICES, GIB

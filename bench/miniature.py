@@ -38,19 +38,17 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from contestants import Runner, Size, Workload, base_shape
 from live_storages import LiveStorages
 from peak_bytes import PeakBytes
 from torch.utils.flop_counter import FlopCounterMode
+from workload import OPTIM, Runner, Size, Workload, base_shape
 
 from llama_pro_fast.block import block_classes
-from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.cost import step_cost
 from llama_pro_fast.optimizer import Optimizer
 
 FULL = 64
 LOWEST = "lowest trained"
-OPTIM = OptimConfig(lr=1e-5, schedule="wsd", warmup_steps=0, decay_steps=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +126,7 @@ def measure(build: Callable[[Workload], Runner], workload: Miniature) -> dict[st
     return {"entry": entry, "peak": peak, **kept, "work": work}
 
 
-def kept_by_layer(runner: Runner, workload: Miniature, names: list[str]) -> dict[str, dict[str, Any]]:
+def kept_by_layer(runner: Runner, workload: Workload, names: list[str]) -> dict[str, dict[str, Any]]:
     """By class of layer: bytes a token, and bytes whatever the tokens.
 
     Raises:
@@ -173,7 +171,7 @@ def live_between_layers(runner: Runner, batch: Any) -> list[int]:
     return [after - before for before, after in pairwise(alive)]
 
 
-def count_work(runner: Runner, batch: Any, workload: Miniature) -> dict[str, int]:
+def count_work(runner: Runner, batch: Any, workload: Workload) -> dict[str, int]:
     """FLOPs of a micro-batch, from one sequence of it; leaves gradients behind."""
 
     # The first argument of each is as large as the queries: 2·S FLOPs for each of its elements is the causal half.

@@ -35,10 +35,10 @@ from typing import Any
 import common
 import torch
 from block_counts import by_kind
-from contestants import Runner, Size, Workload, base_shape, build_ours
+from contestants import build_ours
 from peak_bytes import PeakBytes
-from throughput import OPTIM
 from torch.utils.flop_counter import FlopCounterMode
+from workload import OPTIM, Runner, Size, Workload, base_shape
 
 from llama_pro_fast.block import Recompute
 from llama_pro_fast.devices import GIB, SHARE, cpu, present

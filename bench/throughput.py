@@ -25,40 +25,41 @@ product measured in the same run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import math
-import multiprocessing
 import resource
-import signal
-import statistics
 import sys
 import time
-import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import common
 import torch
-from contestants import CONTESTANTS, SIZES, Workload, weights_digest
+from child import Job, in_turn
+from contestants import CONTESTANTS, NEW_BLOCKS
+from counts import count
+from throughput_rows import make_row, show, validate
+from workload import OPTIM, SIZES, Workload, weights_digest
 
-from llama_pro_fast.config import OptimConfig
-from llama_pro_fast.cost import num_parameters, step_cost
+from llama_pro_fast.cost import num_parameters
 from llama_pro_fast.optimizer import Optimizer
 
-CHILD_LIMIT = 300
-"""Seconds a contestant's round may take before it is ended and written down as a failure."""
-
-OPTIM = OptimConfig(lr=1e-5, schedule="wsd", warmup_steps=0, decay_steps=0)
-CONVENTION = "frozen-aware; causal attention, its backward 2x its forward; recomputation not counted"
+LIMIT = 120
+"""Seconds a contestant's round may take, by default, before it is ended and written down as a failure."""
+DEFAULTS = ("seq", "micro_batch", "steps", "warmup")
 
 
-def measure(contestant: str, workload: Workload) -> dict[str, Any]:
+def measure(name: str, workload: Workload) -> dict[str, Any]:
     """One round of one contestant, in a process of its own."""
+    contestant = CONTESTANTS[name]
     device = torch.device(workload.device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    runner = CONTESTANTS[contestant](workload)
+    runner = contestant.build(workload)
     digest = weights_digest(runner, workload.dtype)
     trained = runner.trained
     optimizer = Optimizer(runner.model, trained, OPTIM, workload.warmup + workload.steps)
@@ -68,35 +69,26 @@ def measure(contestant: str, workload: Workload) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-    def mark() -> Any:
-        if device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     marks, losses = [], []
     for index, batch in enumerate(batches):
         if index >= workload.warmup:
-            marks.append(mark())
+            marks.append(mark(workload.device))
         loss = runner.loss(batch)
         loss.backward()
         optimizer.step(index)
         losses.append(loss.detach())
         del loss
-    marks.append(mark())
+    marks.append(mark(workload.device))
+    seconds = between(marks, workload.device)
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        seconds = [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
         peak, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
     else:
-        seconds = [b - a for a, b in pairwise(marks)]
         unit = 1 if sys.platform == "darwin" else 1024
         peak, reserved = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * unit / 2**30, None
     losses = torch.stack(losses).tolist()
     if not all(map(math.isfinite, losses)) or optimizer.skipped.item():
         raise FloatingPointError(f"a loss or a gradient is not finite; losses {losses}")
-    config = workload.config
+    flop, flop_flash = contestant.flops_per_token(workload)
     return runner.facts | {
         "seconds": seconds,
         "peak_gib": peak,
@@ -104,141 +96,77 @@ def measure(contestant: str, workload: Workload) -> dict[str, Any]:
         "first_loss": losses[0],
         "loss": losses[-1],
         "weights_digest": digest,
-        "parameters": num_parameters(config),
+        "parameters": num_parameters(contestant.model(workload).config),
         "trained_parameters": sum(p.numel() for p in trained.values()),
-        "gflop_per_token": step_cost(config, workload.trained_blocks, seq_len=workload.seq).total / 1e9,
+        "gflop_per_token": flop / 1e9,
+        "gflop_per_token_flash": flop_flash / 1e9,
         "threads": torch.get_num_threads(),
     }
 
 
 def probe(device: str) -> dict[str, Any]:
-    """The device's name, the versions, and on a GPU the rate of a bf16 product of 8192 in each direction."""
-    facts = {"device": common.device_name(device), "versions": common.versions(), "product_tflops": None}
-    if device == "cuda":
-        n = 8192
-        a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
-        for _ in range(5):
-            a @ b
-        for event in events:
-            event.record()
-            a @ b
-        torch.cuda.synchronize()
-        times = [first.elapsed_time(second) for first, second in pairwise(events)]
-        facts["product_tflops"] = 2 * n**3 / statistics.median(times) / 1e9
-    return facts
+    """The device's name, the versions, and what it reaches: in a large product, and in a copy (read and write)."""
+    others = {name: common.version_of(name) for name in ("liger-kernel", "peft")}
+    n, dtype, copied = (8192, torch.bfloat16, 1 << 30) if device == "cuda" else (1024, torch.float32, 1 << 26)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    product = time_of(lambda: a @ b, device)
+    source = torch.empty(copied, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copy = time_of(lambda: target.copy_(source), device)
+    return {
+        "device": common.device_name(device),
+        "versions": common.versions() | others,
+        "product_tflops": round(2 * n**3 / product / 1e12, 4),
+        "copy_tb_per_s": round(2 * copied / copy / 1e12, 4),
+    }
 
 
-def _child(function: Any, arguments: tuple, connection: Connection) -> None:
-    try:
-        result = function(*arguments)
-    except Exception as error:
-        traceback.print_exc()
-        text = (str(error).strip().splitlines() or [""])[0]
-        result = {"error": f"{type(error).__name__}: {text}"}
-    connection.send(result)
+def time_of(run: Callable[[], Any], device: str) -> float:
+    """Seconds one of 20 runs in a row takes, the median of them."""
+    for _ in range(5):
+        run()
+    marks = [mark(device)]
+    for _ in range(20):
+        run()
+        marks.append(mark(device))
+    return median(between(marks, device))
 
 
-def in_child(device: str, function: Any, *arguments: Any) -> dict[str, Any]:
-    """``function``'s result from a process of its own, or ``{"error": class and message}``, even where it dies."""
-    # A forkserver has PyTorch and transformers imported already, which is most of a tiny round; but one of the imports
-    # might start CUDA, and that does not survive a fork.
-    context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
-    if device != "cuda":
-        llama = "transformers.models.llama.modeling_llama"
-        context.set_forkserver_preload(["llama_pro_fast.model", "llama_pro_fast.optimizer", llama])
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(function, arguments, sender))
-    child.start()
-    sender.close()
-    try:
-        if not receiver.poll(CHILD_LIMIT):
-            return {"error": f"TimeoutError: no result after {CHILD_LIMIT} s"}
-        return receiver.recv()
-    except EOFError:
-        child.join()
-        code = child.exitcode
-        return {"error": f"ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"}
-    finally:
-        if child.is_alive():
-            child.join(10)  # it has sent its result, and only tidies up
-        if child.is_alive():
-            child.kill()
-        child.join()
+def mark(device: str) -> Any:
+    """A moment: on a GPU an event in its stream, which waits for nothing."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def make_row(contestant: str, results: list[dict[str, Any]], shared: dict[str, Any]) -> dict[str, Any]:
-    """What the rounds of a contestant come to; speed, memory and loss are null where one failed."""
-    error = next((result["error"] for result in results if "error" in result), None)
-    measured = dict.fromkeys(("tokens_per_s", "peak_gib", "loss"))
-    if error is None:
-        tokens = shared["seq"] * shared["micro_batch"]
-        times = sorted(second for result in results for second in result["seconds"])
-        median = statistics.median(times)
-        p10, p90 = (times[round(share * (len(times) - 1))] for share in (0.1, 0.9))
-        # Losses and counts are the same in every round.
-        measured |= {key: value for key, value in results[-1].items() if key != "seconds"}
-        tflops = tokens / median * measured["gflop_per_token"] / 1e3
-        measured |= {
-            "tokens_per_s": round(tokens / median, 1),
-            "peak_gib": round(max(result["peak_gib"] for result in results), 4),
-            "step_s": {"p10": round(p10, 6), "median": round(median, 6), "p90": round(p90, 6)},
-            "round_tokens_per_s": [round(tokens / statistics.median(result["seconds"]), 1) for result in results],
-            "tflops": round(tflops, 4),
-            "flop_convention": CONVENTION,
-            "share_of_product": shared["product_tflops"] and round(tflops / shared["product_tflops"], 4),
-        }
-    return {"contestant": contestant, **shared, "rounds": len(results), "error": error, **measured}
-
-
-def show(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table, and the failures in words."""
-    ours = next((row["tokens_per_s"] for row in rows if row["contestant"] == "ours"), None)
-    columns = ["contestant", "tokens/s", "x ours", "step ms p10", "median", "p90", "peak GiB", "TFLOP/s", "% product"]
-    cells = []
-    for row in rows:
-        speed = row["tokens_per_s"]
-        if speed is None:
-            cells.append([row["contestant"], "failed", *["-"] * len(columns)])
-            continue
-        cells.append([
-            row["contestant"],
-            f"{speed:,.0f}",
-            "-" if ours is None else f"{speed / ours:.3f}",
-            *(f"{1e3 * row['step_s'][name]:,.1f}" for name in ("p10", "median", "p90")),
-            f"{row['peak_gib']:.2f}",
-            f"{row['tflops']:.3g}",
-            "-" if row["share_of_product"] is None else f"{row['share_of_product']:.1%}",
-            f"{row['first_loss']:.5f}",
-            f"{row['loss']:.5f}",
-        ])  # fmt: skip
-    steps = rows[0]["warmup"] + rows[0]["steps"]
-    lines = [common.table([*columns, "loss step 1", f"step {steps}"], cells)]
-    lines += [f"{row['contestant']}: {row['error']}" for row in rows if row["error"]]
-    if len({row["weights_digest"] for row in rows if not row["error"]}) > 1:
-        lines.append("NOT COMPARABLE: contestants started from different weights")
-    return "\n".join(lines)
+def between(marks: list[Any], device: str) -> list[float]:
+    """Seconds from each mark to the next."""
+    if device == "cpu":
+        return [after - before for before, after in pairwise(marks)]
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument(
-        "--contestants", help=f"comma-separated, of {', '.join(CONTESTANTS)}; default: all that can run"
-    )
+    parser.add_argument("--contestants", help=f"comma-separated, of {', '.join(CONTESTANTS)}; default: all")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    for name in ("seq", "micro-batch", "steps", "warmup", "rounds"):
-        parser.add_argument(f"--{name}", type=int, help="default: the size's own")
+    for name in (*DEFAULTS, "rounds"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the size's own")
+    parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds of a round; default: {LIMIT}")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no contestant starts")
     parser.add_argument("--out", type=Path, help="default: bench/results/throughput-SIZE-DEVICE.json")
     options = parser.parse_args(argv)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    runnable = [name for name in CONTESTANTS if name != "hf-bf16" or options.device == "cuda"]
-    options.contestants = options.contestants.split(",") if options.contestants else runnable
+    options.contestants = options.contestants.split(",") if options.contestants else list(CONTESTANTS)
     for name in options.contestants:
         if name not in CONTESTANTS:
             parser.error(f"--contestants: there is no {name}; there are {', '.join(CONTESTANTS)}")
-    for name in ("seq", "micro_batch", "steps", "warmup", "rounds"):
+    for name in (*DEFAULTS, "rounds"):
         least = {"seq": 2, "warmup": 0}.get(name, 1)
         if getattr(options, name) is None:
             setattr(options, name, getattr(SIZES[options.size], name))
@@ -249,52 +177,70 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    workload = Workload(
-        size=options.size,
-        seq=options.seq,
-        micro_batch=options.micro_batch,
-        steps=options.steps,
-        warmup=options.warmup,
-        device=options.device,
-    )
-    facts = in_child(options.device, probe, options.device)
-    if "error" in facts:
-        print(f"{options.device}: {facts['error']}", file=sys.stderr)
-        return 1
-    shared = {
-        "device": facts["device"],
-        "size": options.size,
-        "seq": options.seq,
-        "micro_batch": options.micro_batch,
-        "dtype": str(workload.dtype).removeprefix("torch."),
-        "commit": common.commit(),
-        "versions": facts["versions"],
-        "command": common.command(),
-        "steps": options.steps,
-        "warmup": options.warmup,
-        "product_tflops": facts["product_tflops"],
-    }
-    out = options.out or common.RESULTS / f"throughput-{options.size}-{common.slug(facts['device'])}.json"
-    product = facts["product_tflops"]
-    print(
-        f"{options.size} expanded by {len(workload.trained_blocks)} blocks on {facts['device']}, {shared['dtype']}: "
-        f"steps of {options.micro_batch} x {options.seq} tokens"
-        + (f"; bf16 product of 8192: {product:.0f} TFLOP/s" if product else ""),
-        flush=True,
-    )
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contestants}
-    for round_ in range(options.rounds):
-        turn = round_ % len(options.contestants)
-        for name in options.contestants[turn:] + options.contestants[:turn]:
-            if results[name] and "error" in results[name][-1]:
-                continue  # it would fail again
-            result = in_child(options.device, measure, name, workload)
-            results[name].append(result)
-            rows = [make_row(other, done, shared) for other, done in results.items() if done]
-            common.write_json(out, rows)
-            said = result.get("error") or f"{statistics.median(result['seconds']) * 1e3:,.1f} ms a step"
-            print(f"round {round_ + 1}/{options.rounds}  {name}: {said}", flush=True)
-    print(show(rows))
+    workload = Workload(**{name: getattr(options, name) for name in (*DEFAULTS, "size", "device")})
+    trains = {name: CONTESTANTS[name].trains for name in options.contestants}
+    missing = {name: CONTESTANTS[name].missing(options.device) for name in options.contestants}
+    able = [name for name, why in missing.items() if why is None]
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in able}
+    counts: dict[str, dict[str, Any]] = {}
+
+    def jobs() -> Iterator[Job]:
+        yield Job(None, probe, (options.device,))
+        for round_ in range(options.rounds):
+            turn = round_ % max(len(able), 1)
+            for name in able[turn:] + able[:turn]:
+                if any("error" in result for result in results[name]):
+                    continue  # it would fail again
+                package = CONTESTANTS[name].package
+                yield Job((round_, name), measure, (name, workload), imports=package[:1] if package else ())
+                if options.device == "cpu" and round_ == 0 and trains[name] == NEW_BLOCKS:
+                    yield Job((None, name), count, (name, workload))
+
+    def rows(unfinished: str) -> list[dict[str, Any]]:
+        made = []
+        for name in options.contestants:
+            done = results.get(name) or [{"status": "missing", "error": missing[name] or f"not run: {unfinished}"}]
+            made.append(make_row(name, trains[name], done, shared, counts.get(name)))
+        validate(made)
+        return made
+
+    deadline = time.monotonic() + options.budget
+    with contextlib.closing(in_turn(jobs(), options.device, limit=options.limit, deadline=deadline)) as done:
+        _, facts = next(done, (None, {"error": "no time to look at it"}))
+        if "error" in facts:
+            print(f"{options.device}: {facts['error']}", file=sys.stderr)
+            return 1
+        shared = facts | {
+            "size": options.size,
+            "seq": options.seq,
+            "micro_batch": options.micro_batch,
+            "compute_dtype": str(workload.dtype).removeprefix("torch."),
+            "commit": common.commit(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": common.command(),
+            "steps": options.steps,
+            "warmup": options.warmup,
+        }
+        out = options.out or common.RESULTS / f"throughput-{options.size}-{common.slug(facts['device'])}.json"
+        print(
+            f"{options.size} expanded by {len(workload.trained_blocks)} blocks on {facts['device']}, "
+            f"{shared['compute_dtype']}: steps of {options.micro_batch} x {options.seq} tokens; "
+            f"product {facts['product_tflops']:.3g} TFLOP/s, copy {facts['copy_tb_per_s']:.3g} TB/s",
+            flush=True,
+        )
+        for (round_, name), result in done:
+            if round_ is None:
+                said = f"counted: {result.get('error', 'bytes kept and products')}"
+                counts[name] = {} if "error" in result else result
+            else:
+                said = result.get("error") or f"{median(result['seconds']) * 1e3:,.1f} ms a step"
+                said = f"round {round_ + 1}/{options.rounds}: {said}"
+                results[name].append(result)
+            common.write_json(out, rows("the bench ended early"))
+            print(f"{name}, {said}", flush=True)
+    final = rows("the time budget was used up")
+    common.write_json(out, final)
+    print(show(final))
     print(f"written to {out}")
     return 0
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import memory
 import miniature
 import pytest
-from throughput import in_child
+from child import in_child
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,175 @@
+"""The rows of bench/throughput.py: what they hold, whether they are whole, and as a table."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import common
+
+CONVENTION = "frozen-aware; causal attention, its backward 2x its forward; recomputation not counted"
+STATUSES = ("measured", "missing", "out of memory", "failed")
+ALWAYS = {
+    "contestant": str,
+    "trains": str,
+    "status": str,
+    "device": str,
+    "size": str,
+    "seq": int,
+    "micro_batch": int,
+    "compute_dtype": str,
+    "steps": int,
+    "warmup": int,
+    "rounds": int,
+    "product_tflops": float,
+    "copy_tb_per_s": float,
+    "commit": str,
+    "date": str,
+    "versions": dict,
+    "command": str,
+}
+"""Keys of every row, and their types. One that is not measured has an ``error`` (str) too, else it is null."""
+MEASURED = {
+    "tokens_per_s": float,
+    "step_s": dict,
+    "round_tokens_per_s": list,
+    "peak_gib": float,
+    "first_loss": float,
+    "loss": float,
+    "attention": str,
+    "trained_dtype": str,
+    "weights_digest": str,
+    "parameters": int,
+    "trained_parameters": int,
+    "gflop_per_token": float,
+    "flop_convention": str,
+    "tflops": float,
+    "tflops_flash": float,
+    "share_of_product": float,
+    "threads": int,
+}
+"""Keys with a value where it was measured, and null elsewhere."""
+COUNTED = ("kept_bytes_per_token", "products_flop")
+"""On a CPU, of those who train the new blocks (bench/counts.py); else null."""
+TARGETS = {"frozen": 0.71, "trained": 0.51}
+"""Of what `hf` keeps a token in such a block, the most that ours may keep at the width of LLaMA-2-7B."""
+
+
+def make_row(
+    name: str, trains: str, results: list[dict[str, Any]], shared: dict[str, Any], counts: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What the rounds of a contestant come to; what is measured is null where one did not end well."""
+    bad = next((result for result in results if "error" in result), None)
+    row = {"contestant": name, "trains": trains, "status": "measured", **shared, "rounds": len(results), "error": None}
+    row |= dict.fromkeys((*MEASURED, *COUNTED)) | (counts or {})
+    if bad is not None:
+        return row | {"status": bad["status"], "error": bad["error"]}
+    tokens = shared["seq"] * shared["micro_batch"]
+    times = sorted(second for result in results for second in result["seconds"])
+    median = statistics.median(times)
+    p10, p90 = (times[round(share * (len(times) - 1))] for share in (0.1, 0.9))
+    # Losses and counts are the same in every round.
+    last = {key: value for key, value in results[-1].items() if key != "seconds"}
+    tflops, tflops_flash = (tokens / median * last[key] / 1e3 for key in ("gflop_per_token", "gflop_per_token_flash"))
+    return row | last | {
+        "tokens_per_s": round(tokens / median, 1),
+        "peak_gib": round(max(result["peak_gib"] for result in results), 4),
+        "step_s": {"p10": round(p10, 6), "median": round(median, 6), "p90": round(p90, 6)},
+        "round_tokens_per_s": [round(tokens / statistics.median(result["seconds"]), 1) for result in results],
+        "flop_convention": CONVENTION,
+        "tflops": round(tflops, 4),
+        "tflops_flash": round(tflops_flash, 4),
+        "share_of_product": round(tflops / shared["product_tflops"], 4),
+    }  # fmt: skip
+
+
+def validate(rows: list[dict[str, Any]]) -> None:
+    """That every row is whole.
+
+    Raises:
+        ValueError: a key is missing, or its value is of another type than it should be.
+    """
+    for row in rows:
+        measured = row.get("status") == "measured"
+        wanted = ALWAYS | ({"error": type(None), **MEASURED} if measured else {"error": str})
+        if not measured:
+            wanted |= dict.fromkeys(MEASURED, type(None))
+        for key, kind in wanted.items():
+            if key not in row or type(row[key]) is not kind:
+                raise ValueError(
+                    f"row {row.get('contestant')}: {key} is {row.get(key, 'not there')!r}, not a {kind.__name__}"
+                )
+        if row["status"] not in STATUSES:
+            raise ValueError(f"row {row['contestant']}: status {row['status']!r} is none of {', '.join(STATUSES)}")
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table, then what it cannot hold in words."""
+    ours = next((row["tokens_per_s"] for row in rows if row["contestant"] == "ours"), None)
+    columns = ["contestant", "tokens/s", "x ours", "step ms p10", "median", "p90", "peak GiB", "TFLOP/s", "% product"]
+    steps = rows[0]["warmup"] + rows[0]["steps"]
+    columns += ["loss step 1", f"step {steps}"]
+    cells = []
+    for row in rows:
+        if row["status"] == "missing":
+            continue
+        if row["status"] != "measured":
+            cells.append([row["contestant"], row["status"], *["-"] * (len(columns) - 2)])
+            continue
+        speed = row["tokens_per_s"]
+        cells.append([
+            row["contestant"],
+            f"{speed:,.0f}",
+            "-" if ours is None else f"{speed / ours:.3f}",
+            *(f"{1e3 * row['step_s'][name]:,.1f}" for name in ("p10", "median", "p90")),
+            f"{row['peak_gib']:.2f}",
+            f"{row['tflops']:.3g}",
+            f"{row['share_of_product']:.1%}",
+            f"{row['first_loss']:.5f}",
+            f"{row['loss']:.5f}",
+        ])  # fmt: skip
+    lines = [common.table(columns, cells)]
+    by_error: dict[str, list[str]] = {}
+    for row in rows:
+        if row["error"]:
+            by_error.setdefault(f"{row['status']}: {row['error']}", []).append(row["contestant"])
+    lines += [f"{', '.join(names)}: {error}" for error, names in by_error.items()]
+    return "\n".join(lines + incomparable(rows) + against_hf(rows))
+
+
+def incomparable(rows: list[dict[str, Any]]) -> list[str]:
+    """Who did not start where the others did.
+
+    The base and its expansion are one function, so the first loss is the same for all, but for the rounding of another
+    order of sums.
+    """
+    measured = [row for row in rows if row["status"] == "measured"]
+    lines = []
+    expanded = [row for row in measured if row["trains"] == "new blocks"]
+    base = [row for row in measured if row["trains"] != "new blocks"]
+    for group in (expanded, base):
+        if len({row["weights_digest"] for row in group}) > 1:
+            lines.append("NOT COMPARABLE: contestants started from different weights")
+    for row in measured[1:]:
+        first, other = measured[0]["first_loss"], row["first_loss"]
+        tolerance = 1e-5 if row["compute_dtype"] == "float32" else 2e-3
+        if abs(other / first - 1) > tolerance:
+            lines.append(
+                f"NOT COMPARABLE: the first loss of {row['contestant']} is {other:.6f}, that of "
+                f"{measured[0]['contestant']} {first:.6f}"
+            )
+    return lines
+
+
+def against_hf(rows: list[dict[str, Any]]) -> list[str]:
+    """What is counted of ours beside stock Hugging Face."""
+    counted = {row["contestant"]: row for row in rows if row["products_flop"] is not None}
+    if not {"ours", "hf"} <= counted.keys():
+        return []
+    ours, hf = counted["ours"], counted["hf"]
+    said = []
+    for name, target in TARGETS.items():
+        mine, theirs = (row["kept_bytes_per_token"][name] for row in (ours, hf))
+        said.append(f"{mine:,.0f} of {theirs:,.0f} in a {name} block ({mine / theirs:.3f}; target {target})")
+    products = ours["products_flop"] / hf["products_flop"]
+    return [f"ours against hf, counted in bf16: bytes kept a token {', '.join(said)}; products {products:.4f}"]

@@ -1,0 +1,184 @@
+"""What is measured: the sizes, and the same random Llama for everybody, drawn tensor by tensor.
+
+A tensor is drawn from a generator seeded by its own name in the base, so nobody needs a second copy of the model to get
+bit-equal weights, whatever order and packing it is built in; a new block draws its source's numbers, with `o_proj` and
+`down_proj` zero, which is what an expansion makes. So the base and its expansion are the same function at the start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from llama_pro_fast.config import OptimConfig
+from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.shapes import SHAPES, model_shape
+
+OPTIM = OptimConfig(lr=1e-5, schedule="wsd", warmup_steps=0, decay_steps=0)
+STD = 0.02
+CHECKSUM_CHUNK = 1 << 20  # elements: its int64 scratch stays far below the smallest model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A base model, its expansion, and what is affordable to run of it.
+
+    Attributes:
+        base: arguments of `LlamaConfig`, before expansion.
+        groups: of the expansion, a new block after each.
+        after: blocks of the base that a new one follows, in the place of groups.
+        seq, micro_batch: tokens per sequence and sequences per step, by default.
+        steps, warmup, rounds: timed and untimed steps of each round, by default.
+    """
+
+    base: dict[str, Any]
+    groups: int = 0
+    after: tuple[int, ...] = ()
+    seq: int
+    micro_batch: int
+    steps: int
+    warmup: int = 3
+    rounds: int = 1
+
+
+def _arguments(shape: dict[str, Any]) -> dict[str, Any]:
+    """Of `LlamaConfig`."""
+    return {key: value for key, value in shape.items() if key != "model_type"}
+
+
+def published(hub_id: str) -> dict[str, Any]:
+    """The shape of a well-known Llama."""
+    return _arguments(SHAPES[hub_id])
+
+
+def base_shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict:
+    longest = {"max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
+    return _arguments(model_shape("llama", layers, hidden, intermediate, heads, kv_heads, vocab, **(longest | more)))
+
+
+SIZES = {
+    "tiny": Size(
+        base=base_shape(8, 256, 688, 8, 4, 4096), groups=2, seq=256, micro_batch=2, steps=6, warmup=2, rounds=3
+    ),
+    # Two layers as wide as Llama-3.2-1B's and a new one after each: a block of every class, small enough for a CPU.
+    "cpu": Size(
+        base=published("meta-llama/Llama-3.2-1B") | {"num_hidden_layers": 2, "vocab_size": 8192},
+        after=(0, 1),
+        seq=512,
+        micro_batch=1,
+        steps=2,
+        warmup=1,
+    ),
+    "1b": Size(base=published("meta-llama/Llama-3.2-1B"), groups=4, seq=4096, micro_batch=4, steps=12),
+    # Two sequences, so that stock Hugging Face without checkpointing fits a card of 141 GB with room.
+    "7b": Size(base=published("meta-llama/Llama-2-7b-hf"), groups=8, seq=4096, micro_batch=2, steps=8),
+    "8b": Size(base=published("meta-llama/Llama-3.1-8B"), groups=8, seq=4096, micro_batch=2, steps=8),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one child process is asked to run; plain values only, so that it travels."""
+
+    size: str
+    seq: int
+    micro_batch: int
+    steps: int
+    warmup: int
+    device: str
+    seed: int = 0
+    expanded: bool = True
+    """Else the base itself, for those who train something else than new blocks."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation and of every frozen weight."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    @property
+    def shape(self) -> Size:
+        return SIZES[self.size]
+
+    @cached_property
+    def plan(self) -> ExpansionPlan:
+        layers = self.shape.base["num_hidden_layers"]
+        if not self.expanded:
+            return ExpansionPlan(tuple(range(layers)), (False,) * layers)
+        if self.shape.after:
+            return ExpansionPlan.from_after(layers, list(self.shape.after))
+        return ExpansionPlan.from_groups(layers, self.shape.groups)
+
+    @property
+    def trained_blocks(self) -> list[int]:
+        return [index for index, new in enumerate(self.plan.is_new) if new]
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Of the expanded model, or of the base."""
+        return LlamaConfig(**(self.shape.base | {"num_hidden_layers": len(self.plan.sources)}))
+
+    def token_batches(self) -> Iterator[torch.Tensor]:
+        """For each step other random tokens ``[B, S]``; every sequence is one document."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.warmup + self.steps):
+            yield torch.randint(self.config.vocab_size, (self.micro_batch, self.seq), generator=generator)
+
+    def draw(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The Hugging Face tensor ``name`` of that model, in the compute dtype, on the device."""
+        if name.startswith("model.layers."):
+            _, _, index, rest = name.split(".", 3)
+            if self.plan.is_new[int(index)] and rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+                return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            name = f"model.layers.{self.plan.sources[int(index)]}.{rest}"
+        generator = torch.Generator(self.device).manual_seed(self.seed * (1 << 32) + zlib.crc32(name.encode()))
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=STD, generator=generator)
+        return tensor.add_(1) if len(shape) == 1 else tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """A contestant, built.
+
+    Attributes:
+        prepare: tokens ``[B, S]`` -> the batch on the device, outside the timing.
+        loss: batch -> mean loss over the ``B·(S-1)`` predictions, differentiable.
+        tensors: Hugging Face names and tensors of every parameter, for the checksum.
+        facts: what a row says of it besides.
+    """
+
+    model: nn.Module
+    prepare: Callable[[torch.Tensor], Any]
+    loss: Callable[[Any], torch.Tensor]
+    tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def weights_digest(runner: Runner, dtype: torch.dtype) -> str:
+    """A checksum of every weight's bits, the same for whoever holds the same numbers under the same names.
+
+    Made on the device: 17 GB need not travel. Float32 masters are narrowed to ``dtype``, where they came from exactly.
+    """
+    names, sums = [], []
+    for name, tensor in sorted(runner.tensors(), key=lambda pair: pair[0]):
+        bits = tensor.to(dtype).reshape(-1).view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+        # Weighed by position and chained (both wrap around), so that neither an exchange nor a shift goes unseen.
+        total = torch.zeros((), dtype=torch.int64, device=bits.device)
+        for chunk in bits.split(CHECKSUM_CHUNK):
+            places = torch.arange(1, 1 + len(chunk), device=bits.device)
+            total = total * 1_000_003 + (chunk.long() * places).sum()
+        names.append(name)
+        sums.append(total)
+    return hashlib.sha256(repr((names, torch.stack(sums).tolist())).encode()).hexdigest()[:16]
