@@ -25,15 +25,17 @@ RESULTS = ROOT / "bench" / "results"
 def commit() -> str:
     """The commit measured, ``-dirty`` when files outside the results differ from it.
 
-    A copy of the checkout without git says it in the variable COMMIT, else it is unknown.
+    A copy of the checkout whose git does not know says it in the variable COMMIT; without either it is unknown.
     """
+    if told := os.environ.get("COMMIT"):
+        return told
     try:
         head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
         # Without optional locks: a bench must not disturb somebody who is at work in the checkout.
         status = ("--no-optional-locks", "status", "--porcelain", "--", ".", ":(exclude)bench/results")
         return head + ("-dirty" if _output("git", "-C", str(ROOT), *status) else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
 
 
 def versions() -> dict[str, str | None]:

@@ -5,13 +5,15 @@ and, but for the last group, one set of trained blocks. Precisions are those of 
 float32, frozen ones bf16, products in bf16 (ours by narrow copies, the others under autocast); on a CPU all float32.
 
     ours                llama_pro_fast's decoder; -mlp, -attention and -block make the MLP, all but attention, or the
-                        whole block again in backward
+                        whole block again in backward, and -planned what the planner chooses for the device, block by
+                        block
     hf                  stock LlamaForCausalLM with SDPA (bench/hugging_face.py), and of it
       -checkpointing    every layer recomputed, by the model's own switch
       -checkpointing-trained  only layers with a trained parameter recomputed, which is LLaMA-Factory's rule
-      -liger            with Liger's kernels, its fused loss included
+      -liger            with Liger's kernels, its fused loss included; -liger-cudnn with cuDNN behind SDPA as well,
+                        which is faster than PyTorch's FlashAttention 2 and takes no documents packed into a row
       -compile          decoder layers and loss through torch.compile, one graph for all layers of a class
-      …-bf16            each of the five with trained weights, gradients and moments in bf16, no autocast. Cheaper and
+      …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast. Cheaper and
                         less exact than all others, so its loss may drift from theirs
 
 Instead of a block expansion, on the base itself; other parameters train, so these compare methods, not implementations:
@@ -24,7 +26,7 @@ Compiling, Liger and pure bf16 are for a GPU. To add one: a function ``Workload 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -33,16 +35,17 @@ import torch
 from hugging_face import RANK, build_full, build_hf, build_lora
 from workload import Runner, Workload
 
-from llama_pro_fast.batch import PackedBatch
+from llama_pro_fast.batch import PackedBatch, padded_boundaries
 from llama_pro_fast.block import Block, Recompute, RMSNorm, block_classes
 from llama_pro_fast.comparison import lora_estimate
 from llama_pro_fast.cost import step_cost
+from llama_pro_fast.devices import GIB, cpu, present
 from llama_pro_fast.families import BlockSpec
-from llama_pro_fast.memory import Job
+from llama_pro_fast.memory import Job, step_memory
 from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, Embedding, hf_tensors, rotary_tables
 from llama_pro_fast.model import expected_tensors as tensor_shapes
-from llama_pro_fast.planner import flash_backward_flops
-from llama_pro_kernels import select_attention_backend
+from llama_pro_fast.planner import best_fit, flash_backward_flops, recompute_text
+from llama_pro_kernels import implementation_name, select_attention_backend
 
 NEW_BLOCKS, ADAPTERS, EVERYTHING = "new blocks", "adapters", "everything"
 
@@ -85,25 +88,35 @@ class Contestant:
         return cost.total, cost.total + flash_backward_flops(job)
 
 
-def build_ours(workload: Workload, *, recompute: Recompute = Recompute.NONE) -> Runner:
-    """Every block that has a backward makes ``recompute`` again."""
+def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NONE) -> Runner:
+    """Every block that has a backward makes ``recompute`` again; None leaves the choice to the planner."""
     config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
     spec = BlockSpec.from_config(config, 0)
     shapes = tensor_shapes(config)
     classes = block_classes(config.num_hidden_layers, workload.trained_blocks)
+    backend = select_attention_backend(device, dtype, requested=workload.attention, head_dim=spec.head_dim)
+    job = Job(
+        config=config,
+        trained_blocks=tuple(workload.trained_blocks),
+        dtype=dtype,
+        seq_len=workload.seq,
+        attention=backend,
+        triton=implementation_name(device, dtype).startswith("triton"),
+        document=workload.seq,
+    )
+    policies = planned_policies(job, workload) if recompute is None else [recompute] * len(classes)
 
     def block(index: int) -> Block:
         packed = {
             ours: torch.cat([workload.draw(f"model.layers.{index}.{name}", shape) for name, shape in parts])
             for ours, parts in spec.tensors().items()
         }
-        return Block(spec, packed, block_class=classes[index], compute_dtype=dtype, recompute=recompute)
+        return Block(spec, packed, block_class=classes[index], compute_dtype=dtype, recompute=policies[index])
 
     def embedding(name: str) -> Embedding:
         return Embedding(workload.draw(name, shapes[name]), trained=False, compute_dtype=dtype)
 
     cos, sin = rotary_tables(config, workload.seq)
-    backend = select_attention_backend(device, dtype, head_dim=spec.head_dim)
     model = Decoder(
         embed_tokens=embedding(EMBEDDING),
         blocks=[block(index) for index in range(config.num_hidden_layers)],
@@ -117,14 +130,36 @@ def build_ours(workload: Workload, *, recompute: Recompute = Recompute.NONE) -> 
     scale = torch.tensor(1.0 / (workload.micro_batch * (workload.seq - 1)), device=device)
     return Runner(
         model=model,
-        prepare=lambda tokens: PackedBatch.from_documents(tokens.tolist()).to(device),
+        prepare=lambda tokens: PackedBatch.from_documents(
+            tokens.tolist(), cu_seqlens_length=padded_boundaries(len(tokens) + 1)
+        ).to(device),
         loss=lambda batch: model.loss(batch, scale),
         tensors=lambda: (pair for name, p in model.named_parameters() for pair in hf_tensors(config, name, p)),
-        facts={"attention": backend, "trained_dtype": "float32"},
+        facts={
+            "attention": backend,
+            "trained_dtype": "float32",
+            "recompute": recompute_text(policies, job.first),
+            "planned_gib": round(
+                step_memory(job, policies, micro_batch_size=workload.micro_batch, accumulating=False).total / GIB, 4
+            ),
+        },
     )
 
 
-def _ours(recompute: Recompute) -> Contestant:
+def planned_policies(job: Job, workload: Workload) -> Sequence[Recompute]:
+    """What the planner would have each block recompute on this machine."""
+    found = best_fit(
+        job,
+        present() if workload.device == "cuda" else cpu(),
+        batch_size=workload.micro_batch,
+        micro_batch_size=workload.micro_batch,
+    )
+    if found is None:
+        raise torch.OutOfMemoryError("the planner finds no way to fit this step")
+    return found.recompute
+
+
+def _ours(recompute: Recompute | None) -> Contestant:
     return Contestant(partial(build_ours, recompute=recompute))
 
 
@@ -147,12 +182,15 @@ def _full(*, pure: bool = False, checkpointing: str = "none") -> Contestant:
 CONTESTANTS: dict[str, Contestant] = {
     "ours": _ours(Recompute.NONE),
     "hf-liger": _hf(liger=True),
+    "hf-liger-cudnn": _hf(liger=True, attention="cudnn"),
     "hf": _hf(),
     "hf-bf16": _hf(pure=True),
     "hf-liger-bf16": _hf(liger=True, pure=True),
+    "hf-liger-cudnn-bf16": _hf(liger=True, attention="cudnn", pure=True),
     "hf-checkpointing-trained": _hf(checkpointing="trained"),
     "hf-checkpointing": _hf(checkpointing="all"),
     "ours-block": _ours(Recompute.BLOCK),
+    "ours-planned": _ours(None),
     "ours-mlp": _ours(Recompute.MLP),
     "ours-attention": _ours(Recompute.ATTENTION),
     "lora": _lora(),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from workload import Runner, Workload
@@ -29,7 +30,7 @@ def build_hf(
     """The expanded model, of which the new blocks train.
 
     Args:
-        attention: transformers' name for it.
+        attention: transformers' name for it; or ``cudnn``, which is SDPA held to that backend.
         checkpointing: of layers: ``none``; ``all``, by the model's own switch; ``trained``, those that have a trained
             parameter, which is LLaMA-Factory's way.
         pure: trained weights in the compute dtype too, no autocast.
@@ -48,7 +49,8 @@ def build_hf(
         for layer in model.model.layers:
             layer.compile()
         model.loss_function = torch.compile(model.loss_function)
-    return _runner(workload, model, list(model.named_parameters()), pure=pure)
+    backend = SDPBackend.CUDNN_ATTENTION if attention == "cudnn" else None
+    return _runner(workload, model, list(model.named_parameters()), pure=pure, backend=backend)
 
 
 def build_full(workload: Workload, *, checkpointing: str = "none", pure: bool = False) -> Runner:
@@ -79,7 +81,7 @@ def _model(
 ) -> LlamaForCausalLM:
     """Tensors whose name starts with one of ``trained`` train."""
     config = workload.config
-    config._attn_implementation = attention
+    config._attn_implementation = "sdpa" if attention == "cudnn" else attention
     config.use_cache = False
     # Without memory first: transformers would draw weights of its own beside ours.
     with torch.device("meta"):
@@ -108,13 +110,22 @@ def _checkpoint(model: LlamaForCausalLM, which: str) -> None:
 
 
 def _runner(
-    workload: Workload, model: nn.Module, tensors: list[tuple[str, torch.Tensor]], *, pure: bool = False
+    workload: Workload,
+    model: nn.Module,
+    tensors: list[tuple[str, torch.Tensor]],
+    *,
+    pure: bool = False,
+    backend: SDPBackend | None = None,
 ) -> Runner:
     device, dtype = workload.device, workload.dtype
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         mixed = dtype == torch.bfloat16 and not pure
-        with torch.autocast(device, dtype) if mixed else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if mixed:
+                stack.enter_context(torch.autocast(device, dtype))
+            if backend is not None:
+                stack.enter_context(sdpa_kernel(backend))
             return model(input_ids=tokens, labels=tokens).loss
 
     return Runner(
@@ -123,7 +134,7 @@ def _runner(
         loss=loss,
         tensors=lambda: tensors,
         facts={
-            "attention": model.config._attn_implementation,
+            "attention": model.config._attn_implementation + (f", {backend.name.lower()}" if backend else ""),
             "trained_dtype": str(dtype if pure else torch.float32).removeprefix("torch."),
         },
     )

@@ -156,6 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     for name in (*DEFAULTS, "rounds"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the size's own")
+    parser.add_argument("--attention", default="auto", help="backend of ours")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds of a round; default: {LIMIT}")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no contestant starts")
     parser.add_argument("--out", type=Path, help="default: bench/results/throughput-SIZE-DEVICE.json")
@@ -177,7 +178,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    workload = Workload(**{name: getattr(options, name) for name in (*DEFAULTS, "size", "device")})
+    workload = Workload(**{name: getattr(options, name) for name in (*DEFAULTS, "size", "device", "attention")})
     trains = {name: CONTESTANTS[name].trains for name in options.contestants}
     missing = {name: CONTESTANTS[name].missing(options.device) for name in options.contestants}
     able = [name for name, why in missing.items() if why is None]

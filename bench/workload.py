@@ -97,6 +97,8 @@ class Workload:
     seed: int = 0
     expanded: bool = True
     """Else the base itself, for those who train something else than new blocks."""
+    attention: str = "auto"
+    """Backend of ours."""
 
     @property
     def dtype(self) -> torch.dtype:
