@@ -32,8 +32,12 @@ from llama_pro_fast.block import BlockClass, Recompute, block_classes
 from llama_pro_fast.cost import activation_bytes, kept_bytes, matrices, num_parameters, num_trained_parameters
 from llama_pro_fast.families import BlockSpec
 from llama_pro_kernels import compute_dtype, rows_per_chunk
+from llama_pro_kernels.attention_selection import BACKENDS
 from llama_pro_kernels.reference import DSCALE_ROWS
 
+WORKSPACES = 2 << 25
+"""Bytes that PyTorch gives cuBLAS: 32 MiB on a Hopper for each of the two threads that make products, of forward and of
+backward. Older cards get less."""
 BATCH_BYTES = 3 * 8
 """A token's id, label and position, int64 each."""
 
@@ -139,7 +143,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
     states = _states(job)
 
     # What stays over every moment of the step.
-    always = tokens * BATCH_BYTES + 2 * job.seq_len * (job.specs[0].head_dim // 2) * 4
+    always = _always(job, tokens)
     kept = [
         tokens * kept_bytes(spec, kind, job.dtype, policy)
         for spec, kind, policy in zip(job.specs, job.classes, recompute, strict=True)
@@ -219,8 +223,14 @@ def evaluation_memory(job: Job, *, micro_batch_size: int) -> int:
     else:
         logits = chunk * (2 * narrow + (0 if job.triton else 3 * wide))
     losses = logits + tokens * (2 * narrow * H + 2 * wide)
-    always = tokens * BATCH_BYTES + 2 * job.seq_len * (spec.head_dim // 2) * 4
+    always = _always(job, tokens)
     return sum(_states(job).values()) + always + max(block, losses)
+
+
+def _always(job: Job, tokens: int) -> int:
+    """Beside the states: the batch, the rotary tables and, on a GPU, what cuBLAS has."""
+    workspaces = WORKSPACES if BACKENDS[job.attention].device == "cuda" else 0
+    return tokens * BATCH_BYTES + 2 * job.seq_len * (job.specs[0].head_dim // 2) * 4 + workspaces
 
 
 def states_bytes(job: Job) -> int:

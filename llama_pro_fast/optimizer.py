@@ -83,7 +83,10 @@ class Optimizer:
         Returns:
             The gradient norm before clipping, a device scalar (NaN or Inf where the step was left out).
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True)
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        # AdamW divides by it as it reads a gradient; clipped on their own, all would be read and written once more.
+        self.adamw.grad_scale = ((norm + 1e-6) / self.config.clip).clamp(min=1.0)
         self.adamw.found_inf = (~torch.isfinite(norm)).float()
         self.skipped += self.adamw.found_inf
         for group in self.adamw.param_groups:

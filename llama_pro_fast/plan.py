@@ -101,7 +101,7 @@ def _parser() -> ArgumentParser:
         "--share",
         type=float,
         default=SHARE,
-        help=f"of the device's peak that products and attention reach (default: {SHARE:g}, an assumption)",
+        help=f"of the device's peak that products and attention reach (default: {SHARE:g}, an H200's)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures")
     return parser

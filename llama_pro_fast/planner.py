@@ -29,8 +29,12 @@ NEARLY = 0.002
 
 ACCUMULATE = 12
 """Bytes a trained parameter costs in traffic each micro-batch: its gradient and the new one read, the sum written."""
-OPTIMIZER = 44
-"""… and each step: gradient three times (norm, clipping, AdamW), clipped once, weight and moments both ways, shadow."""
+OPTIMIZER = 42
+"""… and each step: gradient read twice (norm, AdamW) and written clipped, weight and moments both ways, shadow."""
+
+HOST = 2e-3
+"""Seconds the host takes to start the kernels of a block, forward and backward, however few tokens there are: on the
+host of an H200 1.2 and 0.9 ms under a profiler (bench/results/step-profile-7b-nvidia-h200.json)."""
 
 LETTERS = {Recompute.NONE: ".", Recompute.MLP: "m", Recompute.ATTENTION: "a", Recompute.BLOCK: "b"}
 """How a strip of blocks shows what each recomputes."""
@@ -100,13 +104,14 @@ def fit(
     traffic = job.num_trained * (
         (ACCUMULATE / (micro_batch_size * job.seq_len) if accumulating else 0) + OPTIMIZER / (batch_size * job.seq_len)
     )
+    starting = 0 if device.is_cpu else HOST * len(job.specs) / (micro_batch_size * job.seq_len)
     return Fit(
         micro_batch_size=micro_batch_size,
         recompute=tuple(recompute),
         memory=memory,
         peak=max(memory.total, evaluation),
         cost=cost,
-        seconds=executed / (share * device.flops) + traffic / device.bandwidth,
+        seconds=max(starting, executed / (share * device.flops) + traffic / device.bandwidth),
     )
 
 

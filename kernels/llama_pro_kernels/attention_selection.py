@@ -206,15 +206,15 @@ BACKENDS = {
     "reference": Backend(device=None),
 }
 
-# What "auto" tries, in this order, by the major compute capability. Nothing here was measured by us yet. The order is
-# that of published figures, causal, head dim 128, TFLOP/s forward / backward: on an H100 FlashAttention 2 has about
-# 330 / 310 and 3 has 580-685 / 445-560; on a B200, where 3 does not run, 4 has 1,381 / 1,082 (flash-attention pull
-# request 2150). A backend without such a figure for a capability is not in its row: 4 on an H100; and cuDNN nowhere,
-# since its figures (530 / 500 on an H100) are for dense batches and its packed path is young. Built-in FlashAttention 2
-# comes before the package with the same kernels, for it was built and tested with its PyTorch. A package that is
-# installed counts as wanted.
+# What "auto" tries, in this order, by the major compute capability. Causal, head dim 128, TFLOP/s forward / backward:
+# measured on an H200 FlashAttention 4 has 650 / 577 and PyTorch's FlashAttention 2 327 / 281, 4,096 tokens a document
+# (docs/LOG.md); published are for an H100 580-685 / 445-560 of FlashAttention 3, which has to be built from source, and
+# for a B200, where 3 does not run, 1,381 / 1,082 of 4 (flash-attention pull request 2150). A backend without such a
+# figure for a capability is not in its row; cuDNN nowhere, since its figures (600 / 500 here) are for dense batches and
+# its packed path is young. Built-in FlashAttention 2 comes before the package with the same kernels, for it was built
+# and tested with its PyTorch. A package that is installed counts as wanted.
 _FOR_ANY = ("flash", "flash_attn", "cpu_flash", "reference")
-_PREFERENCE = {9: ("flash_3", *_FOR_ANY), 10: ("flash_4", *_FOR_ANY)}
+_PREFERENCE = {9: ("flash_4", "flash_3", *_FOR_ANY), 10: ("flash_4", *_FOR_ANY)}
 
 
 def select_attention_backend(

@@ -82,9 +82,10 @@ ALL = {"packages": NEWEST, "flash_3": True}
         ((8, 0), ALL, {}, "flash"),
         ((8, 9), {"packages": NEWEST, "built_in": False}, {}, "flash_attn"),
         ((9, 0), {}, {}, "flash"),
-        ((9, 0), {"packages": NEWEST}, {}, "flash"),
-        ((9, 0), ALL, {}, "flash_3"),
-        ((9, 0), ALL, {"window": 8}, "flash_3"),
+        ((9, 0), {"flash_3": True}, {}, "flash_3"),
+        ((9, 0), {"packages": NEWEST}, {}, "flash_4"),
+        ((9, 0), ALL, {}, "flash_4"),
+        ((9, 0), ALL, {"window": 8}, "flash_4"),
         ((9, 0), ALL, {"head_dim": 256}, "flash_3"),
         ((9, 0), ALL, {"head_dim": 12}, "reference"),
         ((10, 0), {}, {}, "flash"),
@@ -200,7 +201,7 @@ def test_a_head_dim_out_of_bounds_is_named(gpu, requested, head_dim):
 @pytest.mark.parametrize("requested", ["auto", "flash", "flash_3", "flash_4", "flash_attn"])
 def test_a_deterministic_run_needs_the_switch(gpu, switch, requested):
     gpu((9, 0), **ALL)
-    name = "flash_3" if requested == "auto" else requested
+    name = "flash_4" if requested == "auto" else requested
     for on, warn_only in [(False, False), (True, True)]:
         switch(on, warn_only)
         with pytest.raises(ValueError, match=f"'{name}': .* only under torch.use_deterministic_algorithms.*set that"):

@@ -14,11 +14,13 @@ from planner_cases import ATTENTION, BLOCK, CARD, JOBS, MLP, NONE, job_of, least
 from llama_pro_fast import devices
 from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.cost import kept_bytes, recomputed_flops, step_cost
+from llama_pro_fast.devices import DEVICES
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.memory import Job
 from llama_pro_fast.planner import (
+    HOST,
     NEARLY,
     best_fit,
     expanded_shape,
@@ -263,6 +265,17 @@ def test_an_evaluation_has_to_fit_too():
 # -- time ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_small_step_takes_as_long_as_the_host_needs_to_start_it():
+    job = job_of()
+    way = {"recompute": (NONE,) * 8, "share": devices.SHARE, "batch_size": 8}
+    for size in (1, 8):
+        small = fit(job, DEVICES["h100"], micro_batch_size=size, **way)
+        assert small.seconds == pytest.approx(8 * HOST / (size * job.seq_len))
+    assert (
+        fit(job, DEVICES["h100"], micro_batch_size=8, **way).seconds < fit(job, CARD, micro_batch_size=8, **way).seconds
+    )
+
+
 def test_time_is_products_and_attention_at_a_share_and_traffic_at_the_bandwidth():
     job, tokens = JOBS["usual"], 8 * 512
     ways = {
@@ -273,7 +286,7 @@ def test_time_is_products_and_attention_at_a_share_and_traffic_at_the_bandwidth(
     # Half the share, twice the time of what is computed; the traffic stays.
     computed = ways[8, 0.2].seconds - ways[8, 0.4].seconds
     traffic = ways[8, 0.4].seconds - computed
-    assert traffic == pytest.approx(44 * job.num_trained / tokens / CARD.bandwidth)
+    assert traffic == pytest.approx(42 * job.num_trained / tokens / CARD.bandwidth)
     # Each further micro-batch reads and writes the gradients once more.
     for size, more in ((1, 8), (2, 4)):
         gradients = ways[size, 0.4].seconds - ways[8, 0.4].seconds
