@@ -72,7 +72,7 @@ SIZES = {
     "cpu": Size(
         base=published("meta-llama/Llama-3.2-1B") | {"num_hidden_layers": 2, "vocab_size": 8192},
         after=(0, 1),
-        seq=512,
+        seq=256,
         micro_batch=1,
         steps=2,
         warmup=1,
