@@ -96,7 +96,7 @@ class Job:
 def in_turn(
     jobs: Iterator[Job], device: str, *, limit: float = LIMIT, deadline: float = math.inf
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Keys and results of ``jobs``, one at a time; none has its turn after ``deadline`` of `time.monotonic`.
+    """Keys and results of ``jobs``, one at a time; after ``deadline`` (of `time.monotonic`) none but the first starts.
 
     On a GPU a job is asked for and started while the one before it runs. A CPU would be disturbed.
     """
@@ -105,10 +105,10 @@ def in_turn(
         job = next(jobs, None)
         return job and (job.key, Child(device, job.function, *job.arguments, imports=job.imports))
 
-    waiting = start()
+    waiting, first = start(), True
     try:
-        while waiting and time.monotonic() < deadline:
-            (key, child), waiting = waiting, None
+        while waiting and (first or time.monotonic() < deadline):
+            (key, child), waiting, first = waiting, None, False
             try:
                 if device == "cuda":
                     waiting = start()

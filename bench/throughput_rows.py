@@ -77,8 +77,8 @@ def make_row(
         "step_s": {"p10": round(p10, 6), "median": round(median, 6), "p90": round(p90, 6)},
         "round_tokens_per_s": [round(tokens / statistics.median(result["seconds"]), 1) for result in results],
         "flop_convention": CONVENTION,
-        "tflops": round(tflops, 4),
-        "tflops_flash": round(tflops_flash, 4),
+        "tflops": round(tflops, 6),
+        "tflops_flash": round(tflops_flash, 6),
         "share_of_product": round(tflops / shared["product_tflops"], 4),
     }  # fmt: skip
 
@@ -90,7 +90,9 @@ def validate(rows: list[dict[str, Any]]) -> None:
         ValueError: a key is missing, or its value is of another type than it should be.
     """
     for row in rows:
-        measured = row.get("status") == "measured"
+        if row.get("status") not in STATUSES:
+            raise ValueError(f"row {row.get('contestant')}: status is none of {', '.join(STATUSES)}")
+        measured = row["status"] == "measured"
         wanted = ALWAYS | ({"error": type(None), **MEASURED} if measured else {"error": str})
         if not measured:
             wanted |= dict.fromkeys(MEASURED, type(None))
@@ -99,8 +101,6 @@ def validate(rows: list[dict[str, Any]]) -> None:
                 raise ValueError(
                     f"row {row.get('contestant')}: {key} is {row.get(key, 'not there')!r}, not a {kind.__name__}"
                 )
-        if row["status"] not in STATUSES:
-            raise ValueError(f"row {row['contestant']}: status {row['status']!r} is none of {', '.join(STATUSES)}")
 
 
 def show(rows: list[dict[str, Any]]) -> str:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from contestants import CONTESTANTS
+from hugging_face import build_hf
+from miniature import layer_classes
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from workload import OPTIM, SIZES, Runner, Workload, weights_digest
 
+from llama_pro_fast.comparison import adapter_parameters
 from llama_pro_fast.cost import num_parameters, step_cost
+from llama_pro_fast.memory import Job
+from llama_pro_fast.optimizer import Optimizer
 
 
-@pytest.fixture
-def contestants(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "bench")
-    return importlib.import_module("contestants")
-
-
-@pytest.fixture
-def workload(contestants):
-    def make(size: str):
-        return contestants.Workload(size=size, seq=8, micro_batch=1, steps=1, warmup=0, device="cpu")
-
-    return make
+def make(size: str) -> Workload:
+    return Workload(size=size, seq=8, micro_batch=1, steps=1, warmup=0, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -31,23 +29,23 @@ def workload(contestants):
     [("1b", 1_235_814_400, 1_479_100_416, 64), ("7b", 6_738_415_616, 8_357_482_496, 128),
      ("8b", 8_030_261_248, 9_775_157_248, 128)],
 )  # fmt: skip
-def test_a_size_is_the_model_it_is_named_after(contestants, workload, size, base, expanded, head_dim):
-    config = workload(size).config
+def test_a_size_is_the_model_it_is_named_after(size, base, expanded, head_dim):
+    config = make(size).config
     assert num_parameters(config) == expanded
-    config.num_hidden_layers = contestants.SIZES[size].base["num_hidden_layers"]
+    config.num_hidden_layers = SIZES[size].base["num_hidden_layers"]
     assert (num_parameters(config), config.head_dim) == (base, head_dim)
 
 
-def test_7b_is_the_papers_expansion(workload):
-    paper = workload("7b")
+def test_7b_is_the_papers_expansion():
+    paper = make("7b")
     assert paper.trained_blocks == [4, 9, 14, 19, 24, 29, 34, 39]
     # By hand 38.28 GFLOP a token with all of dX from the lowest trained block up, whose q/k/v projection makes none.
     expected = 38.28e9 - 2 * 3 * 4096**2
     assert step_cost(paper.config, paper.trained_blocks, seq_len=4096).total == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_new_block_is_its_source_with_zero_outputs(workload):
-    tiny = workload("tiny")  # 8 blocks, new ones after 3 and 7: block 4 copies 3, block 5 is the base's 4
+def test_a_new_block_is_its_source_with_zero_outputs():
+    tiny = make("tiny")  # 8 blocks, new ones after 3 and 7: block 4 copies 3, block 5 is the base's 4
     for name, shape in (("self_attn.q_proj.weight", (6, 4)), ("input_layernorm.weight", (4,))):
         new, source, above = (tiny.draw(f"model.layers.{index}.{name}", shape) for index in (4, 3, 5))
         assert torch.equal(new, source)
@@ -57,10 +55,10 @@ def test_a_new_block_is_its_source_with_zero_outputs(workload):
         assert tiny.draw(f"model.layers.3.{name}", (4, 4)).all()
 
 
-def test_the_digest_sees_one_bit_and_an_exchange(contestants):
+def test_the_digest_sees_one_bit_and_an_exchange():
     def digest(tensor):
-        return contestants.weights_digest(
-            contestants.Runner(model=None, prepare=None, loss=None, tensors=lambda: [("w", tensor)]), torch.float32
+        return weights_digest(
+            Runner(model=None, prepare=None, loss=None, tensors=lambda: [("w", tensor)]), torch.float32
         )
 
     weight = torch.tensor([1.0, 2.0, 3.0])
@@ -69,16 +67,97 @@ def test_the_digest_sees_one_bit_and_an_exchange(contestants):
     assert digest(weight) != digest(torch.nextafter(weight, torch.full((3,), 9.0)))
 
 
-@pytest.mark.parametrize("name", ["ours", "hf", "hf-checkpointing"])
-def test_bf16_contestants_hold_equal_bits_and_float32_masters(contestants, workload, name, monkeypatch):
-    # What a GPU will run, as far as a CPU can tell: precisions and dtypes, not speed.
-    monkeypatch.setattr(contestants.Workload, "dtype", torch.bfloat16)
-    tiny = workload("tiny")
-    runner = contestants.CONTESTANTS[name](tiny)
+def test_size_cpu_has_a_block_of_every_class():
+    cpu = make("cpu")
+    assert layer_classes(cpu) == ["prefix", "lowest trained", "frozen", "trained"]
+    published, config = make("1b").config, cpu.config
+    for width in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        assert getattr(config, width) == getattr(published, width)
+
+
+def test_the_base_is_drawn_with_the_same_numbers():
+    tiny = make("tiny")
+    base = replace(tiny, expanded=False)
+    assert (base.config.num_hidden_layers, base.trained_blocks) == (8, [])
+    for old, new in enumerate(tiny.plan.old_indices):
+        name = "self_attn.o_proj.weight"
+        assert torch.equal(
+            base.draw(f"model.layers.{old}.{name}", (2, 3)), tiny.draw(f"model.layers.{new}.{name}", (2, 3))
+        )
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """What a GPU will run, as far as a CPU can tell: precisions and dtypes, not speed."""
+    monkeypatch.setattr(Workload, "dtype", torch.bfloat16)
+    return make("tiny")
+
+
+def recomputing(runner: Runner) -> list[bool]:
+    """Of each of Hugging Face's layers."""
+    return [m.gradient_checkpointing for m in runner.model.modules() if isinstance(m, LlamaDecoderLayer)]
+
+
+@pytest.mark.parametrize("name", ["ours", "ours-block", "hf", "hf-checkpointing", "hf-checkpointing-trained"])
+def test_bf16_contestants_hold_equal_bits_and_float32_masters(name, bfloat16):
+    runner = CONTESTANTS[name].build(bfloat16)
     assert {p.dtype for p in runner.trained.values()} == {torch.float32}
     frozen = [p for p in runner.model.parameters() if not p.requires_grad]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
-    drawn = {n: tiny.draw(n, tuple(t.shape)) for n, t in runner.tensors()}
+    drawn = {n: bfloat16.draw(n, tuple(t.shape)) for n, t in runner.tensors()}
     assert all(torch.equal(t.detach().to(torch.bfloat16), drawn[n]) for n, t in runner.tensors())
-    recomputing = any(getattr(module, "gradient_checkpointing", False) for module in runner.model.modules())
-    assert recomputing is (name == "hf-checkpointing")
+    if name.startswith("hf"):
+        new = list(bfloat16.plan.is_new)
+        wanted = {"hf": [False] * 10, "hf-checkpointing": [True] * 10, "hf-checkpointing-trained": new}
+        assert recomputing(runner) == wanted[name]
+    else:
+        assert {b.recompute.value for b in runner.model.blocks} == {"block" if name == "ours-block" else "none"}
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-bf16", "hf-checkpointing-bf16", "hf-checkpointing-trained-bf16", "full-bf16-checkpointing"]
+)
+def test_pure_bf16_contestants_hold_nothing_else(name, bfloat16):
+    runner = CONTESTANTS[name].build(bfloat16)
+    assert {p.dtype for p in runner.model.parameters()} == {torch.bfloat16}
+    assert runner.facts["trained_dtype"] == "bfloat16"
+    tokens = runner.prepare(next(bfloat16.token_batches()))
+    runner.loss(tokens).backward()
+    optimizer = Optimizer(runner.model, runner.trained, OPTIM, 1)
+    optimizer.step(0)
+    moments = [value for key, value in optimizer.state().items() if not key.endswith(".step")]
+    assert {moment.dtype for moment in moments} == {torch.bfloat16}
+    assert (len(runner.trained) == len(list(runner.model.parameters()))) is name.startswith("full")
+
+
+@pytest.mark.parametrize(("name", "checkpointed"), [("lora", False), ("lora-checkpointing", True)])
+def test_lora_trains_adapters_of_every_linear_layer_of_the_base_and_nothing_else(name, checkpointed, bfloat16):
+    pytest.importorskip("peft")
+    runner = CONTESTANTS[name].build(bfloat16)
+    assert len(runner.trained) == 2 * 7 * 8
+    assert all("lora_" in key and p.dtype == torch.float32 for key, p in runner.trained.items())
+    job = Job(config=replace(bfloat16, expanded=False).config, trained_blocks=(), train_all=True)
+    assert sum(p.numel() for p in runner.trained.values()) == adapter_parameters(job, 16)
+    assert all(p.dtype == torch.bfloat16 for _, p in runner.tensors())
+    assert recomputing(runner) == [checkpointed] * 8
+    runner.loss(runner.prepare(next(bfloat16.token_batches()))).backward()
+    # Of an adapter's two matrices the upper is zero, so that at first only it has a gradient.
+    assert all(p.grad.any() for key, p in runner.trained.items() if "lora_B" in key)
+
+
+def test_a_compiled_contestant_compiles_layers_and_loss(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    plain, runner = (build_hf(make("tiny"), compiled=switch) for switch in (False, True))
+    assert len(compiled) == 10 + 1
+    tokens = next(make("tiny").token_batches())
+    assert torch.equal(plain.loss(tokens), runner.loss(tokens))
+
+
+def test_what_is_missing_is_said_without_a_process(monkeypatch):
+    assert CONTESTANTS["ours"].missing("cpu") is None
+    assert CONTESTANTS["hf-liger"].missing("cpu") == "needs a GPU"
+    for package in ("liger_kernel", "peft"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert CONTESTANTS["hf-liger"].missing("cuda") == "liger-kernel is not installed"
+    assert CONTESTANTS["lora"].missing("cpu") == "peft is not installed"
