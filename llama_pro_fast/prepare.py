@@ -147,6 +147,8 @@ def resolve_device(config: RunConfig, base: PretrainedFolder, seq_len: int) -> t
             "--train.device cuda: PyTorch sees no GPU here; install its CUDA build or use --train.device cpu"
         )
     device = torch.device(train.device)
+    if device.type == "cuda":
+        devices.expandable_segments()
     if train.dtype == "auto":
         train.dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = DTYPES[train.dtype]
