@@ -40,7 +40,7 @@ from llama_pro_fast.optimizer import Optimizer
 KINDS = {
     "attention": r"flash|fmha|attention|attn",
     "products": r"gemm|nvjet|xmma|cutlass|cublas|\bmm\b|addmm|matmul",
-    "norms": r"rms_norm|_sum_rows",
+    "norms": r"rms_norm|_sum_rows|dscale",
     "rotary": r"rotary",
     "SwiGLU": r"swiglu",
     "loss": r"cross_entropy",

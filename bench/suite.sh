@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# One part of what a machine with a GPU should run: bench/suite.sh tests|kernels|train|throughput|memory|quickstart
+# One part of what a machine with a GPU should run:
+# bench/suite.sh tests|kernels|train|throughput|memory|profile|quickstart
 #
 #   tests        the tests of the kernels and of the block, natively
 #   kernels      every op by the clock, beside eager PyTorch, torch.compile, and Liger and quack where installed
 #   train        train, kill, resume, compare bit for bit
-#   throughput   ours against Hugging Face; on a GPU the sizes 1b and 7b, else tiny
+#   throughput   ours against Hugging Face and other ways to train; on a GPU 7b, a sequence of 32k, 8b and 1b, else tiny
+#                and cpu
 #   memory       what a step holds: ours and others, and the plan beside what is measured along six axes
+#   profile      a step under the profiler: kernels by time, gaps, waits; with a trace
 #   quickstart   `python -m llama_pro_fast.train` without options, by the clock
 #
 # Each part ends within 470 s, needs no network, no installation and no git (say COMMIT=... where there is none), and
@@ -14,9 +17,9 @@ set -euo pipefail
 
 part=${1:-}
 case $part in
-    tests | kernels | train | throughput | memory | quickstart) ;;
+    tests | kernels | train | throughput | memory | profile | quickstart) ;;
     *)
-        echo "usage: bench/suite.sh tests|kernels|train|throughput|memory|quickstart" >&2
+        echo "usage: bench/suite.sh tests|kernels|train|throughput|memory|profile|quickstart" >&2
         exit 2
         ;;
 esac
@@ -38,7 +41,9 @@ case $part in
     tests)
         {
             "$python" bench/common.py
-            "$python" -m pytest kernels tests/model/test_block_gradients.py -q -p no:cacheprovider --durations=5
+            if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); else workers=(); fi
+            "$python" -m pytest kernels tests/model/test_block_gradients.py -q -p no:cacheprovider --durations=5 \
+                "${workers[@]}"
         } 2>&1 | tee "$OUT/tests-kernels.txt"
         ;;
     kernels)
@@ -49,14 +54,25 @@ case $part in
         "$python" bench/train_resume.py --out "$OUT/train-resume.json"
         ;;
     throughput)
-        if [[ $cuda == 1 ]]; then sizes="1b 7b"; else sizes=tiny; fi
-        for size in $sizes; do
-            "$python" bench/throughput.py --size "$size" --out "$OUT/throughput-$size.json"
-        done
+        measure() { "$python" bench/throughput.py --size "$2" --out "$OUT/throughput-$1.json" "${@:3}"; }
+        if [[ $cuda == 1 ]]; then
+            best=ours,hf-liger,hf-liger-bf16
+            measure 7b 7b --budget 240
+            measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 40
+            measure 8b 8b --contestants $best --budget 40
+            measure 1b 1b --contestants $best --budget 40
+        else
+            measure tiny tiny
+            measure cpu cpu
+        fi
         ;;
     memory)
         "$python" bench/scaling.py --out "$OUT/scaling.json" --picture "$OUT/scaling.png"
         "$python" bench/memory.py --out "$OUT/memory.json" --picture "$OUT/memory.png"
+        ;;
+    profile)
+        if [[ $cuda == 1 ]]; then size=7b; else size=tiny; fi
+        "$python" bench/step_profile.py --size $size --out "$OUT/step-profile.json" --trace "$OUT/step-profile.trace.json.gz"
         ;;
     quickstart)
         "$python" bench/quickstart.py --out "$OUT/quickstart.json"

@@ -15,8 +15,8 @@ CONTEXT = GIB
 they do not: stas00/ml-engineering, training/performance) and libraries' workspaces."""
 
 SPARE = 0.05
-"""Of what is left, for blocks the allocator holds and cannot use: 4 % of an H200 when a sequence of 32,768 tokens, planned
-at 97 %, found no room (docs/LOG.md)."""
+"""Of what is left, for blocks the allocator holds and cannot use: 4 % of an H200 when a sequence of 32,768 tokens,
+planned at 97 %, found no room (docs/LOG.md)."""
 
 SHARE = 0.5
 """Of a card's dense bf16 peak, what products and attention reach over whole steps. An H200 reached 0.53 with PyTorch's
