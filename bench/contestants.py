@@ -16,6 +16,9 @@ float32, frozen ones bf16, products in bf16 (ours by narrow copies, the others u
       …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast. Cheaper and
                         less exact than all others, so its loss may drift from theirs
 
+    llama-factory, unsloth  the models that these trainers make of the same checkpoint (bench/other_trainers.py), in the
+                        bench's loop; unsloth's in pure bf16
+
 Instead of a block expansion, on the base itself; other parameters train, so these compare methods, not implementations:
 
     lora                PEFT's LoRA of rank 16 on every linear layer; adapters float32
@@ -33,6 +36,7 @@ from importlib.util import find_spec
 
 import torch
 from hugging_face import RANK, build_full, build_hf, build_lora
+from other_trainers import build_llama_factory, build_unsloth
 from workload import Runner, Workload
 
 from llama_pro_fast.batch import PackedBatch, padded_boundaries
@@ -204,4 +208,6 @@ CONTESTANTS: dict[str, Contestant] = {
     "hf-checkpointing-bf16": _hf(checkpointing="all", pure=True),
     "full-checkpointing": _full(checkpointing="all"),
     "full": _full(),
+    "llama-factory": Contestant(build_llama_factory, package=("llamafactory", "llamafactory")),
+    "unsloth": Contestant(build_unsloth, gpu=True, package=("unsloth", "unsloth")),
 }

@@ -43,22 +43,22 @@ def build_hf(
 
         apply_liger_kernel_to_llama()
     trained = tuple(f"model.layers.{index}." for index in workload.trained_blocks)
-    model = _model(workload, trained, attention=attention, pure=pure)
+    model = drawn_model(workload, trained, attention=attention, pure=pure)
     _checkpoint(model, checkpointing)
     if compiled:
         for layer in model.model.layers:
             layer.compile()
         model.loss_function = torch.compile(model.loss_function)
     backend = SDPBackend.CUDNN_ATTENTION if attention == "cudnn" else None
-    return _runner(workload, model, list(model.named_parameters()), pure=pure, backend=backend)
+    return runner_of(workload, model, list(model.named_parameters()), pure=pure, backend=backend)
 
 
 def build_full(workload: Workload, *, checkpointing: str = "none", pure: bool = False) -> Runner:
     """The base, of which everything trains; arguments as of :func:`build_hf`."""
     workload = replace(workload, expanded=False)
-    model = _model(workload, ("",), pure=pure)
+    model = drawn_model(workload, ("",), pure=pure)
     _checkpoint(model, checkpointing)
-    return _runner(workload, model, list(model.named_parameters()), pure=pure)
+    return runner_of(workload, model, list(model.named_parameters()), pure=pure)
 
 
 def build_lora(workload: Workload, *, checkpointing: str = "none") -> Runner:
@@ -66,17 +66,17 @@ def build_lora(workload: Workload, *, checkpointing: str = "none") -> Runner:
     from peft import LoraConfig, get_peft_model
 
     workload = replace(workload, expanded=False)
-    model = _model(workload, ())
+    model = drawn_model(workload, ())
     # Wrapping gives the base's parameters other names.
     tensors = list(model.named_parameters())
     torch.manual_seed(workload.seed)
     adapters = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, adapters)
     _checkpoint(model, checkpointing)
-    return _runner(workload, wrapped, tensors)
+    return runner_of(workload, wrapped, tensors)
 
 
-def _model(
+def drawn_model(
     workload: Workload, trained: tuple[str, ...], *, attention: str = "sdpa", pure: bool = False
 ) -> LlamaForCausalLM:
     """Tensors whose name starts with one of ``trained`` train."""
@@ -109,7 +109,7 @@ def _checkpoint(model: LlamaForCausalLM, which: str) -> None:
             layer.gradient_checkpointing = any(p.requires_grad for p in layer.parameters())
 
 
-def _runner(
+def runner_of(
     workload: Workload,
     model: nn.Module,
     tensors: list[tuple[str, torch.Tensor]],

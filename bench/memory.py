@@ -43,6 +43,7 @@ from typing import Any
 
 import block_counts
 import common
+import pictures
 import torch
 from child import in_child
 from contestants import build_ours
@@ -198,14 +199,10 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A bar for each contestant that ran, what a step holds at its fullest by kind, and what cards have."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not (rows := [row for row in result["rows"] if not row["error"]]):
         return
     height = 0.6 * len(rows) + 1.6
-    figure = Figure(figsize=(11, height), dpi=150)
-    FigureCanvasAgg(figure)
+    figure = pictures.sheet(11, height)
     axes = figure.add_axes((0.2, 1.05 / height, 0.78, 1 - 1.45 / height))
     names = [row["contestant"].replace(", ", ",\n") for row in rows]
     left = [0.0] * len(rows)
@@ -231,15 +228,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
             text = f"to {total:.0f} GiB, {extra}  \N{RIGHTWARDS ARROW}"
             axes.annotate(text, (end, place), xytext=(-6, 0), ha="right", color="w", **look)
     axes.set_xlim(0, end)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"GiB at the fullest moment of a step, {result['full_size']}")
-    axes.tick_params(axis="y", length=0, labelsize=10)
-    axes.grid(axis="x", alpha=0.25)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    pictures.dress(axes, f"GiB at the fullest moment of a step, {result['full_size']}")
     figure.legend(loc="lower center", ncols=len(PARTS), frameon=False, fontsize=9.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    pictures.save(figure, path)
 
 
 def compare(options: argparse.Namespace) -> int:

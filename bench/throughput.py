@@ -12,14 +12,20 @@ Not measured: loading and tokenising data, moving batches, logging, checkpoints,
 Random weights and tokens: what is timed does not depend on values, except for the power a chip draws.
 
 Fairness: contestants (bench/contestants.py) start from bit-equal weights (`weights_digest`) and see equal tokens, and
-the loss of the first and of the last step is printed, so that nobody is fast by being wrong. Each runs in a process of
-its own, one at a time, so none sees another's memory or fate: one that fails is a row with its error. With `--rounds`
-above 1 they take turns, each round in another order. Large sizes have one round (`rounds` in the JSON), since building
-takes longer than measuring.
+the loss of the first and of the last step is printed, so that nobody is fast by being wrong. Those who train something
+else than new blocks start from the base, which is the same function: their first loss must be the same. Each runs in a
+process of its own, one at a time, so none sees another's memory or fate; on a GPU the next process imports what it
+needs while another runs, and touches the GPU when that one has ended. With `--rounds` above 1 they take turns, each
+round in another order. Large sizes have one round (`rounds` in the JSON), since building takes longer than measuring.
+
+Every contestant is a row, whatever became of it (`status`, and `error` if it is not `measured`): `missing`, where it
+needs a GPU or a package that is not here, or time (`--budget`) ran out; `out of memory`, of the device; `failed`.
 
 FLOPs are those of `llama_pro_fast.cost`: what the frozen-aware step needs, attention causal with a backward of twice
-its forward, recomputation not counted; so TFLOP/s compares useful work, and its share of the peak is of a large bf16
-product measured in the same run.
+its forward, recomputation not counted; so TFLOP/s compares useful work, and its share is of a large product measured in
+the same run. `tflops_flash` takes the 2.5 times that flash attention's backward really does. On a CPU, whose speed says
+little of a GPU's, the bytes each class of block keeps for backward and the products of a step are counted as well, in
+bf16 (bench/counts.py).
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import math
 import resource
 import sys
@@ -43,6 +50,7 @@ import torch
 from child import Job, in_turn
 from contestants import CONTESTANTS, NEW_BLOCKS
 from counts import count
+from pictures import draw_throughput
 from throughput_rows import make_row, show, validate
 from workload import OPTIM, SIZES, Workload, weights_digest
 
@@ -160,9 +168,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds of a round; default: {LIMIT}")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no contestant starts")
     parser.add_argument("--out", type=Path, help="default: bench/results/throughput-SIZE-DEVICE.json")
+    parser.add_argument("--picture", type=Path, help="bars of speed and memory, as a PNG file")
+    parser.add_argument("--draw", action="store_true", help="table and picture of --out again, without measuring")
     options = parser.parse_args(argv)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.draw and options.out is None:
+        options.out = result_file(options.size, common.device_name(options.device))
     options.contestants = options.contestants.split(",") if options.contestants else list(CONTESTANTS)
     for name in options.contestants:
         if name not in CONTESTANTS:
@@ -178,6 +190,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    if options.draw:
+        report(json.loads(options.out.read_text()), options)
+        return 0
     workload = Workload(**{name: getattr(options, name) for name in (*DEFAULTS, "size", "device", "attention")})
     trains = {name: CONTESTANTS[name].trains for name in options.contestants}
     missing = {name: CONTESTANTS[name].missing(options.device) for name in options.contestants}
@@ -222,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
             "steps": options.steps,
             "warmup": options.warmup,
         }
-        out = options.out or common.RESULTS / f"throughput-{options.size}-{common.slug(facts['device'])}.json"
+        options.out = options.out or result_file(options.size, facts["device"])
         print(
             f"{options.size} expanded by {len(workload.trained_blocks)} blocks on {facts['device']}, "
             f"{shared['compute_dtype']}: steps of {options.micro_batch} x {options.seq} tokens; "
@@ -237,13 +252,23 @@ def main(argv: list[str] | None = None) -> int:
                 said = result.get("error") or f"{median(result['seconds']) * 1e3:,.1f} ms a step"
                 said = f"round {round_ + 1}/{options.rounds}: {said}"
                 results[name].append(result)
-            common.write_json(out, rows("the bench ended early"))
+            common.write_json(options.out, rows("the bench ended early"))
             print(f"{name}, {said}", flush=True)
     final = rows("the time budget was used up")
-    common.write_json(out, final)
-    print(show(final))
-    print(f"written to {out}")
+    common.write_json(options.out, final)
+    report(final, options)
     return 0
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    print(show(rows))
+    if options.picture:
+        draw_throughput(rows, options.picture)
+    print(f"written to {options.out}" + (f" and {options.picture}" if options.picture else ""))
+
+
+def result_file(size: str, device: str) -> Path:
+    return common.RESULTS / f"throughput-{size}-{common.slug(device)}.json"
 
 
 if __name__ == "__main__":

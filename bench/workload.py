@@ -32,6 +32,7 @@ class Size:
     """A base model, its expansion, and what is affordable to run of it.
 
     Attributes:
+        title: of the expanded model, for a reader.
         base: arguments of `LlamaConfig`, before expansion.
         groups: of the expansion, a new block after each.
         after: blocks of the base that a new one follows, in the place of groups.
@@ -39,6 +40,7 @@ class Size:
         steps, warmup, rounds: timed and untimed steps of each round, by default.
     """
 
+    title: str = ""
     base: dict[str, Any]
     groups: int = 0
     after: tuple[int, ...] = ()
@@ -66,10 +68,18 @@ def base_shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads
 
 SIZES = {
     "tiny": Size(
-        base=base_shape(8, 256, 688, 8, 4, 4096), groups=2, seq=256, micro_batch=2, steps=6, warmup=2, rounds=3
+        title="A tiny Llama + 2 new blocks",
+        base=base_shape(8, 256, 688, 8, 4, 4096),
+        groups=2,
+        seq=256,
+        micro_batch=2,
+        steps=6,
+        warmup=2,
+        rounds=3,
     ),
     # Two layers as wide as Llama-3.2-1B's and a new one after each: a block of every class, small enough for a CPU.
     "cpu": Size(
+        title="2 layers of Llama-3.2-1B + 2 new blocks",
         base=published("meta-llama/Llama-3.2-1B") | {"num_hidden_layers": 2, "vocab_size": 8192},
         after=(0, 1),
         seq=256,
@@ -77,10 +87,31 @@ SIZES = {
         steps=2,
         warmup=1,
     ),
-    "1b": Size(base=published("meta-llama/Llama-3.2-1B"), groups=4, seq=4096, micro_batch=4, steps=12),
+    "1b": Size(
+        title="Llama-3.2-1B + 4 new blocks",
+        base=published("meta-llama/Llama-3.2-1B"),
+        groups=4,
+        seq=4096,
+        micro_batch=4,
+        steps=12,
+    ),
     # Two sequences, so that stock Hugging Face without checkpointing fits a card of 141 GB with room.
-    "7b": Size(base=published("meta-llama/Llama-2-7b-hf"), groups=8, seq=4096, micro_batch=2, steps=8),
-    "8b": Size(base=published("meta-llama/Llama-3.1-8B"), groups=8, seq=4096, micro_batch=2, steps=8),
+    "7b": Size(
+        title="LLaMA-2-7B + 8 new blocks",
+        base=published("meta-llama/Llama-2-7b-hf"),
+        groups=8,
+        seq=4096,
+        micro_batch=2,
+        steps=8,
+    ),
+    "8b": Size(
+        title="Llama-3.1-8B + 8 new blocks",
+        base=published("meta-llama/Llama-3.1-8B"),
+        groups=8,
+        seq=4096,
+        micro_batch=2,
+        steps=8,
+    ),
 }
 
 

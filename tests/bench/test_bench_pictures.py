@@ -1,0 +1,99 @@
+"""bench/pictures.py and bench/readme_table.py: who is shown, in which order, and that the README is up to date."""
+
+from __future__ import annotations
+
+import json
+
+import common
+import pictures
+import pytest
+import readme_table
+import throughput
+import throughput_rows
+
+
+def row(contestant: str, speed: float | None, trains: str = "new blocks", **more: object) -> dict:
+    shared = dict.fromkeys(throughput_rows.ALWAYS) | {
+        "contestant": contestant, "trains": trains, "status": "measured", "device": "NVIDIA H200", "size": "7b",
+        "seq": 4096, "micro_batch": 2, "compute_dtype": "bfloat16", "trained_dtype": "float32", "error": None,
+        "commit": "0123456789", "date": "2026-11-01T00:00:00+00:00", "warmup": 3, "steps": 8, "products_flop": None,
+        "tokens_per_s": speed, "peak_gib": 40.125, "step_s": dict.fromkeys(("p10", "median", "p90"), 0.5),
+        "tflops": 500.0, "share_of_product": 0.655, "first_loss": 10.5, "loss": 10.25, "weights_digest": trains,
+    }  # fmt: skip
+    return shared | more
+
+
+@pytest.fixture
+def rows():
+    """Of a GPU, in no order of speed."""
+    full = dict.fromkeys(("tokens_per_s", "peak_gib", "share_of_product"))
+    return [
+        row("hf", 5_000.0),
+        row("ours", 10_000.0),
+        row("hf-bf16", 7_500.0, trained_dtype="bfloat16"),
+        row("full", None, "everything", status="out of memory", error="OutOfMemoryError: CUDA", **full),
+        row("unsloth", None, status="missing", error="unsloth is not installed"),
+        row("lora", 8_000.0, "adapters"),
+    ]
+
+
+def test_the_fastest_first_other_methods_apart_and_the_missing_left_out(rows):
+    names = [[row["contestant"] for row in group] for group in pictures.ordered(rows)]
+    assert names == [["ours", "hf-bf16", "hf"], ["lora", "full"]]
+
+
+def test_the_table(rows, tmp_path):
+    assert readme_table.table(tmp_path / "throughput-7b.json", rows).splitlines() == [
+        "![LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16](docs/pictures/throughput.png)",
+        "",
+        "| | trains | tokens/s | against ours | peak GiB | of a product's TFLOP/s |",
+        "|---|---|--:|--:|--:|--:|",
+        "| `ours` | new blocks | 10,000 | 1.00 | 40.1 | 66% |",
+        "| `hf-bf16` | new blocks | 7,500 | 0.75 | 40.1 | 66% |",
+        "| `hf` | new blocks | 5,000 | 0.50 | 40.1 | 66% |",
+        "| `lora` | adapters | 8,000 | 0.80 | 40.1 | 66% |",
+        "| `full` | everything | out of memory |  |  |  |",
+        "",
+        "LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16, commit 0123456:",
+        "[throughput-7b.json](throughput-7b.json).",
+    ]
+
+
+def test_the_result_of_a_gpu_then_of_7b_then_the_latest_is_chosen(tmp_path):
+    results = {
+        "cpu-late": {"device": "cpu, X", "date": "2026-12-01"},
+        "1b": {"size": "1b", "date": "2026-12-01"},
+        "7b-old": {"date": "2026-10-01"},
+        "7b-new": {"date": "2026-11-01"},
+    }
+    for name, more in results.items():
+        (tmp_path / f"throughput-{name}.json").write_text(json.dumps([row("ours", 1.0, **more)]))
+    for name in ("7b-new", "7b-old", "1b", "cpu-late"):
+        file, _ = readme_table.chosen(tmp_path)
+        assert file.name == f"throughput-{name}.json"
+        file.unlink()
+
+
+def test_the_readme_holds_the_table_of_the_results():
+    text = readme_table.README.read_text(encoding="utf-8")
+    assert readme_table.with_table(text) == text, "run: PYTHONPATH=.:kernels python bench/readme_table.py"
+
+
+def test_a_result_is_drawn_without_measuring(rows, tmp_path, capsys):
+    out, picture = tmp_path / "rows.json", tmp_path / "pictures" / "throughput.png"
+    common.write_json(out, rows)
+    before = out.read_bytes()
+    assert throughput.main(["--draw", "--out", str(out), "--picture", str(picture)]) == 0
+    assert picture.stat().st_size > 20_000
+    assert out.read_bytes() == before
+    said = capsys.readouterr().out
+    assert "NOT COMPARABLE" not in said
+    assert "full: out of memory: OutOfMemoryError: CUDA" in said
+
+
+def test_ours_has_a_colour_and_pure_bf16_a_hatch(rows):
+    looks = {row["contestant"]: pictures.fill(row) for row in rows}
+    assert looks["ours"] == {"color": pictures.OURS}
+    assert looks["hf"] == {"color": pictures.OTHERS}
+    assert "hatch" in looks["hf-bf16"]
+    assert pictures.fill(row("ours-block", 1.0, trained_dtype="float32")) == looks["ours"]
