@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -111,3 +113,17 @@ def test_no_limit_is_none(tmp_path):
     (tmp_path / "memory.max").write_text("max\n")
     assert available_memory(tmp_path) > 2**20
     assert available_memory(tmp_path / "nothing") > 2**20
+
+
+@pytest.mark.parametrize(
+    ("told", "left"),
+    [
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_what_the_user_told_the_allocator_stands(monkeypatch, told, left):
+    monkeypatch.setattr(os, "environ", dict(told))
+    devices.expandable_segments()
+    assert os.environ == left
