@@ -14,6 +14,24 @@ if TYPE_CHECKING:
 
 OURS, OTHERS, PURE = "#1f77b4", "0.55", "0.8"
 """Colours: ours; others; others in pure bf16, hatched too."""
+WORDS = {
+    "llama-factory": "LLaMA-Factory",
+    "unsloth": "Unsloth",
+    "hf": "HF",
+    "lora": "LoRA on the base (HF)",
+    "full": "full fine-tuning (HF)",
+    "-liger": " + Liger",
+    "-cudnn": ", cuDNN",
+    "-compile": ", torch.compile",
+    "-bf16": ", all bf16",
+    "-checkpointing-trained": ", trained layers checkpointed",
+    "-checkpointing": ", all layers checkpointed",
+    "-mlp": ", MLP again",
+    "-attention": ", all but attention again",
+    "-block": ", block again",
+    "-planned": ", as planned",
+}
+"""Parts of a contestant's name, a part before what it begins with."""
 
 
 def sheet(width: float, height: float) -> Figure:
@@ -48,20 +66,26 @@ def ordered(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [sorted(group, key=lambda row: -(row["tokens_per_s"] or 0)) for group in groups if group]
 
 
+def in_words(contestant: str) -> str:
+    for part, words in WORDS.items():
+        contestant = contestant.replace(part, words)
+    return contestant
+
+
 def draw_throughput(rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens a second and peak memory of the contestants that ran, side by side."""
-    if not (groups := ordered(rows)):
+    """Tokens a second and peak memory side by side, of the contestants that ran or found no room."""
+    if not (groups := ordered([row for row in rows if row["status"] != "failed"])):
         return
     # A place is left out between the groups.
     starts = [0, len(groups[0]) + 1]
     placed = [(first + i, row) for first, group in zip(starts, groups, strict=False) for i, row in enumerate(group)]
     last = placed[-1][0]
     height = 0.34 * (last + 1) + 1.5
-    figure = sheet(12, height)
+    figure = sheet(13, height)
     low, tall = 0.95 / height, 0.34 * (last + 1) / height
     panels = [
-        (figure.add_axes((0.225, low, 0.42, tall)), "tokens_per_s", "tokens/s", "{:,.0f}".format, "{x:,.0f}"),
-        (figure.add_axes((0.685, low, 0.285, tall)), "peak_gib", "peak memory of a step, GiB", gib, "{x:g}"),
+        (figure.add_axes((0.3, low, 0.37, tall)), "tokens_per_s", "tokens/s", "{:,.0f}".format, "{x:,.0f}"),
+        (figure.add_axes((0.705, low, 0.275, tall)), "peak_gib", "peak memory of a step, GiB", gib, "{x:g}"),
     ]
     for axes, key, label, form, ticks in panels:
         longest = max((row[key] or 0 for _, row in placed), default=0) or 1
@@ -78,7 +102,7 @@ def draw_throughput(rows: list[dict[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_formatter(ticks)
         dress(axes, label)
     names = panels[0][0]
-    names.set_yticklabels([row["contestant"] for _, row in placed])
+    names.set_yticklabels([in_words(row["contestant"]) for _, row in placed])
     for text, (_, row) in zip(names.get_yticklabels(), placed, strict=True):
         if ours(row):
             text.set(color=OURS, fontweight="bold")

@@ -1,12 +1,14 @@
 """The README's table of speeds and the picture above it, from the results that are there.
 
     PYTHONPATH=.:kernels python bench/readme_table.py
+    PYTHONPATH=.:kernels python bench/readme_table.py --check     ends with 1 if the README's table is another
 
 The result is a GPU's before a CPU's, of size 7b before another, and of those the latest.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from pictures import draw_throughput, gib, ordered, title
+from pictures import draw_throughput, gib, in_words, ordered, title
 
 README = common.ROOT / "README.md"
 PICTURE = common.ROOT / "docs" / "pictures" / "throughput.png"
@@ -33,25 +35,29 @@ def chosen(results: Path = common.RESULTS) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def table(file: Path, rows: list[dict[str, Any]]) -> str:
-    """In Markdown: who ran, and where it is from."""
+    """In Markdown: who ran, how many times faster ours is, and where it is from."""
     ours = next((row["tokens_per_s"] for row in rows if row["contestant"] == "ours"), None)
-    lines = ["| | trains | tokens/s | against ours | peak GiB | of a product's TFLOP/s |", "|---|---|--:|--:|--:|--:|"]
+    step = rows[0]["warmup"] + rows[0]["steps"]
+    head = f"| | tokens/s | ours / its | peak GiB | trained weights | loss of step {step} |"
+    lines = [head, "|---|--:|--:|--:|---|--:|"]
     for row in itertools.chain(*ordered(rows)):
-        cells = [row["status"], "", "", ""]
+        cells = [row["status"], "", "", "", ""]
         if row["status"] == "measured":
             cells = [
                 f"{row['tokens_per_s']:,.0f}",
-                f"{row['tokens_per_s'] / ours:.2f}" if ours else "",
+                f"{ours / row['tokens_per_s']:.2f}" if ours else "",
                 gib(row["peak_gib"]),
-                f"{row['share_of_product']:.0%}",
+                row["trained_dtype"],
+                f"{row['loss']:.4f}",
             ]
-        lines.append(f"| `{row['contestant']}` | {row['trains']} | {' | '.join(cells)} |")
+        lines.append(f"| {in_words(row['contestant'])} | {' | '.join(cells)} |")
     where = file.relative_to(common.ROOT).as_posix() if file.is_relative_to(common.ROOT) else file.name
     source = f"[{file.name}]({where})"
     if any("transcribed" in row for row in rows):
         source += ",\ntranscribed from the table that the bench printed"
     picture = f"![{title(rows[0])}]({PICTURE.relative_to(common.ROOT).as_posix()})"
-    return "\n".join([picture, "", *lines, "", f"{title(rows[0])}, commit {rows[0]['commit'][:7]}:", f"{source}.", ""])
+    when = f"commit {rows[0]['commit'][:7]}, {rows[0]['date'][:10]}"
+    return "\n".join([picture, "", *lines, "", f"{title(rows[0])}, {when}:", f"{source}.", ""])
 
 
 def with_table(text: str, results: Path = common.RESULTS) -> str:
@@ -62,8 +68,15 @@ def with_table(text: str, results: Path = common.RESULTS) -> str:
     return PLACE.sub(lambda _: made, text)
 
 
-def main() -> int:
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if the table is another")
+    options = parser.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    made = with_table(text)
+    if options.check:
+        return int(made != text)
+    README.write_text(made, encoding="utf-8")
     file, rows = chosen()
     draw_throughput(rows, PICTURE)
     print(f"{README.name} and {PICTURE.name}: of {file.name}")

@@ -46,15 +46,15 @@ def test_the_table(rows, tmp_path):
     assert readme_table.table(tmp_path / "throughput-7b.json", rows).splitlines() == [
         "![LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16](docs/pictures/throughput.png)",
         "",
-        "| | trains | tokens/s | against ours | peak GiB | of a product's TFLOP/s |",
-        "|---|---|--:|--:|--:|--:|",
-        "| `ours` | new blocks | 10,000 | 1.00 | 40.1 | 66% |",
-        "| `hf-bf16` | new blocks | 7,500 | 0.75 | 40.1 | 66% |",
-        "| `hf` | new blocks | 5,000 | 0.50 | 40.1 | 66% |",
-        "| `lora` | adapters | 8,000 | 0.80 | 40.1 | 66% |",
-        "| `full` | everything | out of memory |  |  |  |",
+        "| | tokens/s | ours / its | peak GiB | trained weights | loss of step 11 |",
+        "|---|--:|--:|--:|---|--:|",
+        "| ours | 10,000 | 1.00 | 40.1 | float32 | 10.2500 |",
+        "| HF, all bf16 | 7,500 | 1.33 | 40.1 | bfloat16 | 10.2500 |",
+        "| HF | 5,000 | 2.00 | 40.1 | float32 | 10.2500 |",
+        "| LoRA on the base (HF) | 8,000 | 1.25 | 40.1 | float32 | 10.2500 |",
+        "| full fine-tuning (HF) | out of memory |  |  |  |  |",
         "",
-        "LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16, commit 0123456:",
+        "LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16, commit 0123456, 2026-11-01:",
         "[throughput-7b.json](throughput-7b.json).",
     ]
 
@@ -77,6 +77,42 @@ def test_the_result_of_a_gpu_then_of_7b_then_the_latest_is_chosen(tmp_path):
 def test_the_readme_holds_the_table_of_the_results():
     text = readme_table.README.read_text(encoding="utf-8")
     assert readme_table.with_table(text) == text, "run: PYTHONPATH=.:kernels python bench/readme_table.py"
+
+
+def test_check_tells_another_table_and_writes_nothing(tmp_path, monkeypatch):
+    stale = tmp_path / "README.md"
+    stale.write_text("<!-- throughput -->\nold\n<!-- /throughput -->\n")
+    assert readme_table.main(["--check"]) == 0
+    monkeypatch.setattr(readme_table, "README", stale)
+    assert readme_table.main(["--check"]) == 1
+    assert "old" in stale.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ours-mlp", "ours, MLP again"),
+        ("hf-liger-cudnn-bf16", "HF + Liger, cuDNN, all bf16"),
+        ("hf-checkpointing-trained", "HF, trained layers checkpointed"),
+        ("full-bf16-checkpointing", "full fine-tuning (HF), all bf16, all layers checkpointed"),
+        ("llama-factory", "LLaMA-Factory"),
+    ],
+)
+def test_contestants_in_words(name, words):
+    assert pictures.in_words(name) == words
+
+
+def test_only_who_failed_or_is_missing_is_not_drawn(rows, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure))
+    pictures.draw_throughput([*rows, row("hf-liger", None, status="failed", error="RuntimeError")], tmp_path / "x.png")
+    left, right = drawn[0].axes
+    assert [text.get_text() for text in left.get_yticklabels()] == [
+        "ours", "HF, all bf16", "HF", "LoRA on the base (HF)", "full fine-tuning (HF)",
+    ]  # fmt: skip
+    for axes in (left, right):
+        assert len(axes.patches) == 4
+        assert "out of memory" in [text.get_text() for text in axes.texts]
 
 
 def test_a_result_is_drawn_without_measuring(rows, tmp_path, capsys):
