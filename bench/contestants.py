@@ -43,7 +43,7 @@ from llama_pro_fast.batch import PackedBatch, padded_boundaries
 from llama_pro_fast.block import Block, Recompute, RMSNorm, block_classes
 from llama_pro_fast.comparison import lora_estimate
 from llama_pro_fast.cost import step_cost
-from llama_pro_fast.devices import GIB, cpu, expandable_segments, present
+from llama_pro_fast.devices import GIB, cpu, present
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.memory import Job, step_memory
 from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, Embedding, hf_tensors, rotary_tables
@@ -95,8 +95,6 @@ class Contestant:
 def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NONE) -> Runner:
     """Every block that has a backward makes ``recompute`` again; None leaves the choice to the planner."""
     config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
-    if device.type == "cuda":
-        expandable_segments()
     spec = BlockSpec.from_config(config, 0)
     shapes = tensor_shapes(config)
     classes = block_classes(config.num_hidden_layers, workload.trained_blocks)

@@ -54,10 +54,10 @@ case $part in
         "$python" bench/train_resume.py --out "$OUT/train-resume.json"
         ;;
     throughput)
-        measure() { "$python" bench/throughput.py --size "$2" --out "$OUT/throughput-$1.json" "${@:3}"; }
+        measure() { "$python" bench/throughput.py --size "$2" --limit 60 --out "$OUT/throughput-$1.json" "${@:3}"; }
         if [[ $cuda == 1 ]]; then
             best=ours,hf-liger,hf-liger-bf16
-            measure 7b 7b --budget 240
+            measure 7b 7b --budget 190
             measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 40
             measure 8b 8b --contestants $best --budget 40
             measure 1b 1b --contestants $best --budget 40

@@ -55,6 +55,7 @@ from throughput_rows import make_row, show, validate
 from workload import OPTIM, SIZES, Workload, weights_digest
 
 from llama_pro_fast.cost import num_parameters
+from llama_pro_fast.devices import expandable_segments
 from llama_pro_fast.optimizer import Optimizer
 
 LIMIT = 120
@@ -66,6 +67,8 @@ def measure(name: str, workload: Workload) -> dict[str, Any]:
     """One round of one contestant, in a process of its own."""
     contestant = CONTESTANTS[name]
     device = torch.device(workload.device)
+    if device.type == "cuda":
+        expandable_segments()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     runner = contestant.build(workload)
     digest = weights_digest(runner, workload.dtype)
@@ -208,7 +211,9 @@ def main(argv: list[str] | None = None) -> int:
                 if any("error" in result for result in results[name]):
                     continue  # it would fail again
                 package = CONTESTANTS[name].package
-                yield Job((round_, name), measure, (name, workload), imports=package[:1] if package else ())
+                # Unsloth looks for a GPU when it is imported, so not before its turn.
+                early = package[:1] if package and name != "unsloth" else ()
+                yield Job((round_, name), measure, (name, workload), imports=early)
                 if options.device == "cpu" and round_ == 0 and trains[name] == NEW_BLOCKS:
                     yield Job((None, name), count, (name, workload))
 

@@ -100,7 +100,8 @@ def _same(device: Device, name: str) -> bool:
 
 
 def expandable_segments() -> None:
-    """Let PyTorch's allocator grow what it holds, where the user has not told it otherwise; before its first use.
+    """Let PyTorch's allocator grow what it holds, where the user has not told it otherwise; before CUDA is
+    initialised.
 
     A step's tensors differ in size from block to block, and blocks of fixed size end up as holes.
     """

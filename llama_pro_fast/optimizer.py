@@ -85,9 +85,10 @@ class Optimizer:
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
-        # AdamW divides by it as it reads a gradient; clipped on their own, all would be read and written once more.
+        # AdamW divides by it as it reads a gradient, and writes that back; clipped on their own, all gradients would be
+        # read once more.
         self.adamw.grad_scale = ((norm.float() + 1e-6) / self.config.clip).clamp(min=1.0)
-        self.adamw.found_inf = (~torch.isfinite(norm)).float()
+        self.adamw.found_inf = (~torch.isfinite(self.adamw.grad_scale)).float()
         self.skipped += self.adamw.found_inf
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate(self.config, index, self.steps)

@@ -34,7 +34,7 @@ OPTIMIZER = 42
 
 HOST = 2e-3
 """Seconds the host takes to start the kernels of a block, forward and backward, however few tokens there are: on the
-host of an H200 1.2 and 0.9 ms under a profiler (bench/results/step-profile-7b-nvidia-h200.json)."""
+host of an H200 1.2 and 0.9 ms under a profiler (docs/LOG.md)."""
 
 LETTERS = {Recompute.NONE: ".", Recompute.MLP: "m", Recompute.ATTENTION: "a", Recompute.BLOCK: "b"}
 """How a strip of blocks shows what each recomputes."""

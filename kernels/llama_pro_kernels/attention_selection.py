@@ -25,32 +25,35 @@ class Requirement:
         what: its name.
         found: returns the version that is there ("" where it has none), or None. Imports nothing: a package for another
             GPU may fail when it is imported.
-        minimum: the least version that will do; None where any does.
+        minimum, maximum: the least and the newest version that will do; None where any does.
         remedy: what the user can do.
     """
 
     what: str
     found: Callable[[], str | None]
     minimum: str | None = None
+    maximum: str | None = None
     remedy: str
 
     def unmet(self) -> str | None:
         """Why it is not fulfilled, or None."""
         found = self.found()
+        if found is not None and self.maximum is not None and TorchVersion(found) > self.maximum:
+            return f"needs {self.what} {self.maximum} or older, here is {found}: {self.remedy}"
         if found is not None and (self.minimum is None or TorchVersion(found) >= self.minimum):
             return None
         wanted = f"needs {self.what} {self.minimum} or newer" if self.minimum else f"needs {self.what}"
         return f"{wanted}, here is {found or 'none'}: {self.remedy}"
 
 
-def _package(name: str, *, minimum: str, remedy: str) -> Requirement:
+def _package(name: str, *, minimum: str, maximum: str | None = None, remedy: str) -> Requirement:
     def found() -> str | None:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             return None
 
-    return Requirement(what=f"the package {name}", found=found, minimum=minimum, remedy=remedy)
+    return Requirement(what=f"the package {name}", found=found, minimum=minimum, maximum=maximum, remedy=remedy)
 
 
 def _cudnn_version() -> str | None:
@@ -78,6 +81,7 @@ class Backend:
         deterministic: whether backward sums in a fixed order: always, never, or under the switch
             ``torch.use_deterministic_algorithms(True)``.
         max_deterministic_head_dim: where that holds for smaller head dims only.
+        auto_head_dims: those for which it is taken unasked, as it ran with them; None for all.
         requires: what must be installed.
     """
 
@@ -89,6 +93,7 @@ class Backend:
     window: bool = True
     deterministic: Literal["always", "switch", "never"] = "always"
     max_deterministic_head_dim: int | None = None
+    auto_head_dims: tuple[int, ...] | None = None
     requires: tuple[Requirement, ...] = ()
 
     def obstacle(
@@ -155,9 +160,14 @@ BACKENDS = {
         below=(11, 0),
         dtypes=_HALVES,
         max_head_dim=128,  # capability 9 goes on to 256, capability 10 does not
+        auto_head_dims=(64, 128),
         deterministic="switch",
-        # Its functions have changed their arguments more than once; this is the release whose were read.
-        requires=(_package("flash-attn-4", minimum="4.0.0b36", remedy="pip install --pre -U flash-attn-4"),),
+        # Its functions have changed their arguments more than once; this is the release that was run.
+        requires=(
+            _package(
+                "flash-attn-4", minimum="4.0.0b36", maximum="4.0.0b36", remedy="pip install flash-attn-4==4.0.0b36"
+            ),
+        ),
     ),
     "flash": Backend(
         device="cuda",
@@ -247,7 +257,11 @@ def select_attention_backend(
     if requested == "auto":
         on_cuda = device.type == "cuda" and torch.cuda.is_available()
         major = torch.cuda.get_device_capability(device)[0] if on_cuda else None
-        name = next(name for name in _PREFERENCE.get(major, _FOR_ANY) if obstacles[name] is None)
+        name = next(
+            name
+            for name in _PREFERENCE.get(major, _FOR_ANY)
+            if obstacles[name] is None and head_dim in (BACKENDS[name].auto_head_dims or (head_dim,))
+        )
     else:
         name = requested
         reason = obstacles.get(name, "there is no such backend")

@@ -88,6 +88,8 @@ ALL = {"packages": NEWEST, "flash_3": True}
         ((9, 0), ALL, {"window": 8}, "flash_4"),
         ((9, 0), ALL, {"head_dim": 256}, "flash_3"),
         ((9, 0), ALL, {"head_dim": 12}, "reference"),
+        ((9, 0), {"packages": NEWEST}, {"head_dim": 32}, "flash"),
+        ((9, 0), {"packages": NEWEST}, {"head_dim": 64}, "flash_4"),
         ((10, 0), {}, {}, "flash"),
         ((10, 0), ALL, {}, "flash_4"),
         ((10, 0), ALL, {"head_dim": 256}, "flash"),
@@ -98,7 +100,7 @@ ALL = {"packages": NEWEST, "flash_3": True}
 )
 def test_auto_takes_what_is_preferred_for_the_capability_and_installed(gpu, capability, installed, options, chosen):
     gpu(capability, **installed)
-    assert select_attention_backend("cuda", bf16, **options) == chosen
+    assert select_attention_backend("cuda", bf16, **{"head_dim": 128, **options}) == chosen
 
 
 def test_a_gpu_that_is_not_there_is_said(monkeypatch):
@@ -161,13 +163,19 @@ def test_a_backend_that_cannot_serve_is_one_clear_line(requested, device, dtype,
             "flash_4",
             (9, 0),
             {},
-            "needs the package flash-attn-4 4.0.0b36 or newer, here is none: pip install --pre -U flash-attn-4",
+            "needs the package flash-attn-4 4.0.0b36 or newer, here is none: pip install flash-attn-4==4.0.0b36",
         ),
         (
             "flash_4",
             (9, 0),
             {"packages": {"flash-attn-4": "4.0.0b35"}},
-            "needs the package flash-attn-4 4.0.0b36 or newer, here is 4.0.0b35: pip install --pre -U flash-attn-4",
+            "needs the package flash-attn-4 4.0.0b36 or newer, here is 4.0.0b35: pip install flash-attn-4==4.0.0b36",
+        ),
+        (
+            "flash_4",
+            (9, 0),
+            {"packages": {"flash-attn-4": "4.0.0b40"}},
+            "needs the package flash-attn-4 4.0.0b36 or older, here is 4.0.0b40: pip install flash-attn-4==4.0.0b36",
         ),
         ("cudnn", (9, 0), ALL | {"pytorch": "2.13.0+cu130"}, "needs PyTorch 2.14 or newer, here is 2.13.0+cu130"),
         (
@@ -205,9 +213,9 @@ def test_a_deterministic_run_needs_the_switch(gpu, switch, requested):
     for on, warn_only in [(False, False), (True, True)]:
         switch(on, warn_only)
         with pytest.raises(ValueError, match=f"'{name}': .* only under torch.use_deterministic_algorithms.*set that"):
-            select_attention_backend("cuda", bf16, requested=requested, deterministic=True)
+            select_attention_backend("cuda", bf16, requested=requested, head_dim=128, deterministic=True)
     switch(True)
-    assert select_attention_backend("cuda", bf16, requested=requested, deterministic=True) == name
+    assert select_attention_backend("cuda", bf16, requested=requested, head_dim=128, deterministic=True) == name
 
 
 def test_a_deterministic_run_gets_no_backend_that_cannot_repeat(gpu, switch):
