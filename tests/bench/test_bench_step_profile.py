@@ -27,8 +27,9 @@ def test_kernels_and_kinds_tell_of_the_same_time(written):
     assert sum(row["ms"] for row in result["kinds"]) == pytest.approx(total)
     assert sum(row["share"] for row in result["kinds"]) == pytest.approx(1)
     assert sum(row["calls"] for row in result["kernels"]) == pytest.approx(result["launches"])
-    assert 0 < total <= 1.2 * result["step_ms"]
-    assert result["kinds"][0]["kind"] == "products"
+    assert total > 0
+    for rows in (result["kernels"], result["kinds"]):
+        assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
 
 
 def test_products_are_counted_as_they_are_made(written):
