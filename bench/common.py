@@ -57,10 +57,16 @@ def versions() -> dict[str, str | None]:
 
 
 def command() -> str:
-    """The command line to repeat this, free of the machine's paths."""
-    script = Path(sys.argv[0]).resolve()
-    name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
-    return shlex.join(["python", name, *sys.argv[1:]])
+    """The command line to repeat this, free of the machine's paths: of an absolute one what is below the checkout, else
+    its last part."""
+
+    def free(argument: str) -> str:
+        path = Path(argument)
+        if not path.is_absolute():
+            return argument
+        return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+    return shlex.join(["python", free(str(Path(sys.argv[0]).resolve())), *map(free, sys.argv[1:])])
 
 
 def cpu_name() -> str:

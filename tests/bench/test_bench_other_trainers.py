@@ -7,6 +7,7 @@ import torch
 import transformers
 from contestants import CONTESTANTS
 from other_trainers import checkpoint
+from torch.torch_version import TorchVersion
 from transformers import AutoTokenizer, LlamaForCausalLM
 from workload import Workload, weights_digest
 
@@ -24,9 +25,10 @@ def test_the_checkpoint_holds_the_drawn_bits_and_a_tokenizer(tiny):
         assert torch.equal(tensor, tiny.draw(name, tuple(tensor.shape)))
 
 
-@pytest.mark.skipif(transformers.__version__ >= "5.14", reason="fails with a newer transformers")
 def test_llama_factory_trains_the_new_blocks_of_the_same_bits(tiny):
     pytest.importorskip("llamafactory")
+    if TorchVersion(transformers.__version__) >= "5.14":
+        pytest.skip("LLaMA-Factory's checkpointing fails with transformers above 5.13")
     theirs, plain = (CONTESTANTS[name].build(tiny) for name in ("llama-factory", "hf"))
     assert theirs.trained.keys() == plain.trained.keys()
     assert weights_digest(theirs, tiny.dtype) == weights_digest(plain, tiny.dtype)
