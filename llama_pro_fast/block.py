@@ -11,7 +11,7 @@ one of three classes, set by where it lies and whether it trains:
     prefix    below the first trained block: runs without a graph, keeps nothing
     frozen    above it: the gradient passes through, no weight gets one
     trained   its float32 weights are Parameters; products run on a narrow copy (the shadow) that is refreshed after
-              each optimizer step, and every gradient stays float32
+              each optimizer step, or made for each product where nothing is kept; every gradient stays float32
 
 Between forward and backward a frozen and a trained block keep the same: x, q, k, v, o, lse, s, gate and up, and one
 number a token for each of the two layer norms; `cost.kept_bytes` is the sum. The normed rows and the SwiGLU product,
@@ -323,14 +323,16 @@ def _norm_linear_dw(
 class Linear(nn.Module):
     """A weight ``[out, in]``, perhaps a bias, and while it trains in a wider dtype than it computes in, a shadow.
 
-    With ``shadow`` set to None, as where the master is sharded, it is narrowed in forward and once more in backward.
+    Without a shadow, as where the master is sharded, it is narrowed for each product.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, trained: bool, compute_dtype: torch.dtype):
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, trained: bool, compute_dtype: torch.dtype, shadow: bool = True
+    ):
         super().__init__()
         self.weight = parameter(weight, trained=trained, compute_dtype=compute_dtype)
         self.bias = None if bias is None else parameter(bias, trained=trained, compute_dtype=compute_dtype)
-        needs_shadow = self.weight.dtype != compute_dtype
+        needs_shadow = shadow and self.weight.dtype != compute_dtype
         self.register_buffer("shadow", self.weight.detach().to(compute_dtype) if needs_shadow else None, False)
 
 
@@ -355,7 +357,7 @@ class Block(nn.Module):
         block_class: prefix, frozen or trained.
         compute_dtype: of the activations and of frozen weights. A trained block wants the exponents of float32 (bf16,
             fp32, fp64): float16 loses small gradients. Autocast is not for it.
-        recompute: what is made again in backward.
+        recompute: what is made again in backward; ``BLOCK`` keeps no shadows either.
     """
 
     def __init__(
@@ -378,7 +380,8 @@ class Block(nn.Module):
             weight = tensors.get(f"{name}.weight")
             setattr(self, name, None if weight is None else RMSNorm(weight, spec.norm_eps, **how))
         for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
-            setattr(self, name, Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), **how))
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            setattr(self, name, Linear(weight, bias, **how, shadow=recompute is not Recompute.BLOCK))
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """``[T, H]`` -> ``[T, H]``, in the dtype of ``x``."""

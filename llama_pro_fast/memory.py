@@ -100,7 +100,8 @@ class StepMemory:
     Attributes:
         weights: frozen ones, the only copy.
         masters: trained weights in float32.
-        shadows: their narrow copies for the products; 0 where the computation is as wide as the masters.
+        shadows: their narrow copies for the products, of blocks that keep them; 0 where the computation is as wide as
+            the masters.
         moments: AdamW's two.
         gradients: those that are there at that moment.
         kept_frozen, kept_trained: activations kept for backward, by the class of the blocks that keep them.
@@ -140,7 +141,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
     narrow, wide = job.dtype.itemsize, compute_dtype(job.dtype).itemsize
     config, trained = job.config, job.num_trained
     head_size = config.vocab_size * config.hidden_size
-    states = _states(job)
+    states = _states(job, recompute)
 
     # What stays over every moment of the step.
     always = _always(job, tokens)
@@ -206,7 +207,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
     return max(moments, key=lambda found: found.total)
 
 
-def evaluation_memory(job: Job, *, micro_batch_size: int) -> int:
+def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: int) -> int:
     """Bytes at the fullest moment of an evaluation (`evaluate.evaluate`), with the base beside the model where it is
     kept."""
     spec, narrow, wide = job.specs[0], job.dtype.itemsize, compute_dtype(job.dtype).itemsize
@@ -216,6 +217,15 @@ def evaluation_memory(job: Job, *, micro_batch_size: int) -> int:
     widened = 0 if job.triton or narrow == wide else 2 * wide
     mlp = narrow * (2 * H + 3 * I) + max(widened * I, narrow * (2 * Q + 2 * KV)) + 2 * wide
     block = tokens * (narrow * H + mlp + wide * spec.num_heads)
+    without_shadow = (
+        narrow != wide and kind is BlockClass.TRAINED and policy is Recompute.BLOCK
+        for kind, policy in zip(job.classes, recompute, strict=True)
+    )
+    if any(without_shadow):  # its master's copy is there while the product is made, and the temporaries are not
+        beside = narrow * (H + 2 * Q + 2 * KV) + wide * (spec.num_heads + 2)
+        gate_up, down = (narrow * matrices(spec)[f"{name}.weight"] for name in ("gate_up_proj", "down_proj"))
+        products = (tokens * narrow * (2 * H + 2 * I) + gate_up, tokens * narrow * (2 * H + 3 * I) + down)
+        block = max(block, tokens * beside + max(products))
     # The two chunks of logits; the reference makes three wide ones of them.
     chunk = min(tokens, rows_per_chunk(job.config.vocab_size, job.dtype)) * job.config.vocab_size
     if job.train_all:  # no base: one chunk, and in the reference its wide copy
@@ -224,7 +234,7 @@ def evaluation_memory(job: Job, *, micro_batch_size: int) -> int:
         logits = chunk * (2 * narrow + (0 if job.triton else 3 * wide))
     losses = logits + tokens * (2 * narrow * H + 2 * wide)
     always = _always(job, tokens)
-    return sum(_states(job).values()) + always + max(block, losses)
+    return sum(_states(job, recompute).values()) + always + max(block, losses)
 
 
 def _always(job: Job, tokens: int) -> int:
@@ -234,19 +244,20 @@ def _always(job: Job, tokens: int) -> int:
 
 
 def states_bytes(job: Job) -> int:
-    """What a step needs whatever its batch: weights, masters, shadows, moments and gradients."""
-    return sum(_states(job).values()) + compute_dtype(job.dtype).itemsize * job.num_trained
+    """What a step needs whatever its batch and recomputation: weights, masters, moments and gradients."""
+    states = _states(job, [Recompute.BLOCK] * len(job.specs))
+    return sum(states.values()) + compute_dtype(job.dtype).itemsize * job.num_trained
 
 
-def _states(job: Job) -> dict[str, int]:
+def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:
     narrow, wide = job.dtype.itemsize, compute_dtype(job.dtype).itemsize
     trained = job.num_trained
     shadowed = 0
     if narrow != wide:  # of matrices and tables; norms and biases are read as they are
         shadowed = sum(
             sum(matrices(spec).values())
-            for spec, kind in zip(job.specs, job.classes, strict=True)
-            if kind is BlockClass.TRAINED
+            for spec, kind, policy in zip(job.specs, job.classes, recompute, strict=True)
+            if kind is BlockClass.TRAINED and policy is not Recompute.BLOCK
         )
         if job.train_all:
             shadowed += job.config.vocab_size * job.config.hidden_size * (1 if job.config.tie_word_embeddings else 2)
@@ -286,6 +297,11 @@ def _backward_peak(
     def replayed(*names: str) -> int:
         return sum(sizes[name] for name in names if name not in recompute.kept)
 
+    def narrowed(name: str) -> int:
+        # The copy of a master without a shadow, around its products.
+        needed = trained and narrow != wide and recompute is Recompute.BLOCK
+        return narrow * matrices(spec)[f"{name}.weight"] if needed else 0
+
     # Gradients of the weights, each alive until the block is done; and scratch on the way to a norm's.
     def dw(*names: str) -> int:
         return wide * sum(matrices(spec)[f"{name}.weight"] for name in names) if trained else 0
@@ -308,13 +324,15 @@ def _backward_peak(
         mlp += replayed("rstd", "qkv", "o", "lse")
     normed = hidden + max(norm_forward, widened * (H + 2 * I))
     made = dw("down_proj", "gate_up_proj")
+    copy = narrowed("gate_up_proj")
     moments = [
-        (mlp + (hidden + norm_forward if replayed("gate_up") else 0), 0),
+        (mlp + (hidden + norm_forward if replayed("gate_up") else 0), copy),
+        (mlp + inner, narrowed("down_proj")),
         (mlp + inner + (inner if trained else 0) + swiglu_backward, 0),
         (mlp + inner + (inner if trained else 0) + widened * (H + I), dw("down_proj")),
-        (mlp + (normed if trained else 0), made),
-        (mlp, made + dscale(2 * I)),
-        (mlp + 2 * hidden + norm_backward, made),
+        (mlp + (normed if trained else 0), made + copy),
+        (mlp, made + copy + dscale(2 * I)),
+        (mlp + 2 * hidden + norm_backward, made + copy),
     ]
     # from ds to d(q, k, v) and dx
     branch = 2 * hidden + replayed("rstd", "qkv")
@@ -324,13 +342,14 @@ def _backward_peak(
     scratch, scores = _attention_scratch(attention, spec, narrow, wide, tokens, sequences, documents)
     moments += [
         (branch + (hidden + norm_forward if replayed("qkv") else 0), made),
+        (branch + q, made + narrowed("o_proj")),
         (branch + q + (q + kv + head_rstd if spec.qk_norm else 0) + qkv + scratch, made + scores),
         (branch + head_rstd + 2 * qkv + rotation, made),
         (branch + head_rstd + 2 * qkv + (q + kv + head_norms if spec.qk_norm else 0), made),
     ]
     after = branch - replayed("qkv") + qkv
     normed = hidden + max(norm_forward, widened * (H + Q + 2 * KV))
-    made = dw("down_proj", "gate_up_proj", "o_proj", "qkv_proj")
+    made = dw("down_proj", "gate_up_proj", "o_proj", "qkv_proj") + narrowed("qkv_proj")
     moments += [
         (after + widened * (H + Q), made - dw("qkv_proj")),
         (after + (normed if trained else 0), made),

@@ -98,7 +98,7 @@ def fit(
     """What a given way takes, whether it fits or not."""
     accumulating = batch_size > micro_batch_size
     memory = step_memory(job, recompute, micro_batch_size=micro_batch_size, accumulating=accumulating)
-    evaluation = evaluation_memory(job, micro_batch_size=micro_batch_size)
+    evaluation = evaluation_memory(job, recompute, micro_batch_size=micro_batch_size)
     cost = step_cost(job.config, job.trained_blocks, seq_len=job.seq_len, train_all=job.train_all, recompute=recompute)
     executed = cost.total + cost.recomputed + flash_backward_flops(job)
     traffic = job.num_trained * (
@@ -124,7 +124,7 @@ def peak_bytes(job: Job, recompute: Sequence[Recompute], micro_batch_size: int, 
     """At the fullest moment of a run, evaluation included."""
     accumulating = batch_size > micro_batch_size
     step = step_memory(job, recompute, micro_batch_size=micro_batch_size, accumulating=accumulating)
-    return max(step.total, evaluation_memory(job, micro_batch_size=micro_batch_size))
+    return max(step.total, evaluation_memory(job, recompute, micro_batch_size=micro_batch_size))
 
 
 def best_fit(

@@ -116,7 +116,7 @@ def test_the_reason_is_the_one():
     assert "1 sequence at a time (2 would hardly be faster)" in reason(long, CARD.usable)
 
 
-@pytest.mark.parametrize("share", [0.9, 0.75, 0.6])
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.65])
 def test_of_several_copies_whole_places_are_left_out(share):
     base = job_of(layers=8).config
     plan = ExpansionPlan.from_groups(8, 4, 2)
