@@ -10,8 +10,8 @@ float32, frozen ones bf16, products in bf16 (ours by narrow copies, the others u
     hf                  stock LlamaForCausalLM with SDPA (bench/hugging_face.py), and of it
       -checkpointing    every layer recomputed, by the model's own switch
       -checkpointing-trained  only layers with a trained parameter recomputed, which is LLaMA-Factory's rule
-      -liger            with Liger's kernels, its fused loss included; -liger-cudnn with cuDNN behind SDPA as well,
-                        which is faster than PyTorch's FlashAttention 2 and takes no documents packed into a row
+      -liger            with Liger's kernels, its fused loss included; -liger-flash4 with FlashAttention 4 in SDPA's
+                        place, which takes packed documents as they lie; SDPA takes a mask over all pairs of tokens
       -compile          decoder layers and loss through torch.compile, one graph for all layers of a class
       …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast. Cheaper and
                         less exact than all others, so its loss may drift from theirs
@@ -32,8 +32,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 
+import common
 import torch
 from hugging_face import RANK, build_full, build_hf, build_lora
 from other_trainers import build_llama_factory, build_unsloth
@@ -51,6 +51,8 @@ from llama_pro_fast.model import expected_tensors as tensor_shapes
 from llama_pro_fast.planner import best_fit, flash_backward_flops, recompute_text
 from llama_pro_kernels import implementation_name, select_attention_backend
 
+FLASH_4 = "flash_attention_4"
+"""Transformers' name of it."""
 NEW_BLOCKS, ADAPTERS, EVERYTHING = "new blocks", "adapters", "everything"
 
 
@@ -61,21 +63,20 @@ class Contestant:
     Attributes:
         trains: the new blocks of the expanded model; or adapters on the base, or everything in it.
         gpu: it is for a GPU only.
-        package: name of what it imports beside our own dependencies, as it is imported and as it is installed.
+        packages: what it needs beside our own dependencies.
     """
 
     build: Callable[[Workload], Runner]
     trains: str = NEW_BLOCKS
     gpu: bool = False
-    package: tuple[str, str] | None = None
+    packages: tuple[str, ...] = ()
 
     def missing(self, device: str) -> str | None:
         """Why it cannot run here, if so."""
         if self.gpu and device != "cuda":
             return "needs a GPU"
-        if self.package and find_spec(self.package[0]) is None:
-            return f"{self.package[1]} is not installed"
-        return None
+        lacking = [package for package in self.packages if common.version_of(package) is None]
+        return f"not installed: {', '.join(lacking)}" if lacking else None
 
     def model(self, workload: Workload) -> Workload:
         """With the model that it trains: the expanded one, or the base."""
@@ -84,11 +85,12 @@ class Contestant:
     def flops_per_token(self, workload: Workload) -> tuple[float, float]:
         """That its step is for, attention's backward at 2 and at 2.5 times its forward; nothing counted twice."""
         model, whole = self.model(workload), self.trains != NEW_BLOCKS
-        job = Job(config=model.config, trained_blocks=tuple(model.trained_blocks), train_all=whole, seq_len=model.seq)
+        blocks, length = tuple(model.trained_blocks), model.document_length
+        job = Job(config=model.config, trained_blocks=blocks, train_all=whole, seq_len=length)
         if self.trains == ADAPTERS:
             cost = lora_estimate(job, rank=RANK, micro_batch_size=1, usable=1 << 62).cost
         else:
-            cost = step_cost(model.config, model.trained_blocks, seq_len=model.seq, train_all=whole)
+            cost = step_cost(model.config, blocks, seq_len=length, train_all=whole)
         return cost.total, cost.total + flash_backward_flops(job)
 
 
@@ -106,7 +108,7 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
         seq_len=workload.seq,
         attention=backend,
         triton=implementation_name(device, dtype).startswith("triton"),
-        document=workload.seq,
+        document=workload.document_length,
     )
     policies = planned_policies(job, workload) if recompute is None else [recompute] * len(classes)
 
@@ -131,12 +133,15 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
         rotary_tables=(cos.to(device), sin.to(device)),
         attention=backend,
     )
-    scale = torch.tensor(1.0 / (workload.micro_batch * (workload.seq - 1)), device=device)
+    scale = torch.tensor(1.0 / workload.predictions, device=device)
+
+    def prepare(tokens: torch.Tensor) -> PackedBatch:
+        documents = tokens.view(-1, workload.document_length).tolist()
+        return PackedBatch.from_documents(documents, cu_seqlens_length=padded_boundaries(len(documents) + 1)).to(device)
+
     return Runner(
         model=model,
-        prepare=lambda tokens: PackedBatch.from_documents(
-            tokens.tolist(), cu_seqlens_length=padded_boundaries(len(tokens) + 1)
-        ).to(device),
+        prepare=prepare,
         loss=lambda batch: model.loss(batch, scale),
         tensors=lambda: (pair for name, p in model.named_parameters() for pair in hf_tensors(config, name, p)),
         facts={
@@ -168,14 +173,15 @@ def _ours(recompute: Recompute | None) -> Contestant:
 
 
 def _hf(*, pure: bool = False, **options: object) -> Contestant:
-    liger = ("liger_kernel", "liger-kernel") if "liger" in options else None
+    packages = ("liger-kernel",) if "liger" in options else ()
+    packages += ("flash-attn-4",) if "attention" in options else ()
     return Contestant(
-        partial(build_hf, pure=pure, **options), gpu=pure or liger is not None or "compiled" in options, package=liger
+        partial(build_hf, pure=pure, **options), gpu=pure or bool(packages) or "compiled" in options, packages=packages
     )
 
 
 def _lora(checkpointing: str = "none") -> Contestant:
-    return Contestant(partial(build_lora, checkpointing=checkpointing), trains=ADAPTERS, package=("peft", "peft"))
+    return Contestant(partial(build_lora, checkpointing=checkpointing), trains=ADAPTERS, packages=("peft",))
 
 
 def _full(*, pure: bool = False, checkpointing: str = "none") -> Contestant:
@@ -186,11 +192,11 @@ def _full(*, pure: bool = False, checkpointing: str = "none") -> Contestant:
 CONTESTANTS: dict[str, Contestant] = {
     "ours": _ours(Recompute.NONE),
     "hf-liger": _hf(liger=True),
-    "hf-liger-cudnn": _hf(liger=True, attention="cudnn"),
     "hf": _hf(),
     "hf-bf16": _hf(pure=True),
     "hf-liger-bf16": _hf(liger=True, pure=True),
-    "hf-liger-cudnn-bf16": _hf(liger=True, attention="cudnn", pure=True),
+    "hf-liger-flash4": _hf(liger=True, attention=FLASH_4),
+    "hf-liger-flash4-bf16": _hf(liger=True, attention=FLASH_4, pure=True),
     "hf-checkpointing-trained": _hf(checkpointing="trained"),
     "hf-checkpointing": _hf(checkpointing="all"),
     "ours-block": _ours(Recompute.BLOCK),
@@ -206,6 +212,6 @@ CONTESTANTS: dict[str, Contestant] = {
     "hf-checkpointing-bf16": _hf(checkpointing="all", pure=True),
     "full-checkpointing": _full(checkpointing="all"),
     "full": _full(),
-    "llama-factory": Contestant(build_llama_factory, package=("llamafactory", "llamafactory")),
-    "unsloth": Contestant(build_unsloth, gpu=True, package=("unsloth", "unsloth")),
+    "llama-factory": Contestant(build_llama_factory, packages=("llamafactory",)),
+    "unsloth": Contestant(build_unsloth, gpu=True, packages=("unsloth",)),
 }

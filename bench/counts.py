@@ -30,7 +30,7 @@ class Narrow(Workload):
 def count(contestant: str, workload: Workload) -> dict[str, Any]:
     """Bytes kept a token by class of block, and products of a step of ``workload``, in a process of its own."""
     values = {field.name: getattr(workload, field.name) for field in fields(workload)}
-    narrow = Narrow(**(values | {"seq": TOKENS, "micro_batch": 2}))
+    narrow = Narrow(**(values | {"seq": TOKENS, "micro_batch": 2, "document": None}))
     runner = CONTESTANTS[contestant].build(narrow)
     kept = kept_by_layer(runner, narrow, layer_classes(narrow))["kept a token"]
     batch = runner.prepare(next(narrow.token_batches())[:1])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from workload import Runner, Workload
@@ -30,7 +31,7 @@ def build_hf(
     """The expanded model, of which the new blocks train.
 
     Args:
-        attention: transformers' name for it; or ``cudnn``, which is SDPA held to that backend.
+        attention: transformers' name for it.
         checkpointing: of layers: ``none``; ``all``, by the model's own switch; ``trained``, those that have a trained
             parameter, which is LLaMA-Factory's way.
         pure: trained weights in the compute dtype too, no autocast.
@@ -49,8 +50,7 @@ def build_hf(
         for layer in model.model.layers:
             layer.compile()
         model.loss_function = torch.compile(model.loss_function)
-    backend = SDPBackend.CUDNN_ATTENTION if attention == "cudnn" else None
-    return runner_of(workload, model, list(model.named_parameters()), pure=pure, backend=backend)
+    return runner_of(workload, model, list(model.named_parameters()), pure=pure)
 
 
 def build_full(workload: Workload, *, checkpointing: str = "none", pure: bool = False) -> Runner:
@@ -81,7 +81,7 @@ def drawn_model(
 ) -> LlamaForCausalLM:
     """Tensors whose name starts with one of ``trained`` train."""
     config = workload.config
-    config._attn_implementation = "sdpa" if attention == "cudnn" else attention
+    config._attn_implementation = attention
     config.use_cache = False
     # Without memory first: transformers would draw weights of its own beside ours.
     with torch.device("meta"):
@@ -110,31 +110,48 @@ def _checkpoint(model: LlamaForCausalLM, which: str) -> None:
 
 
 def runner_of(
-    workload: Workload,
-    model: nn.Module,
-    tensors: list[tuple[str, torch.Tensor]],
-    *,
-    pure: bool = False,
-    backend: SDPBackend | None = None,
+    workload: Workload, model: nn.Module, tensors: list[tuple[str, torch.Tensor]], *, pure: bool = False
 ) -> Runner:
     device, dtype = workload.device, workload.dtype
 
-    def loss(tokens: torch.Tensor) -> torch.Tensor:
+    def loss(batch: dict[str, Any]) -> torch.Tensor:
         mixed = dtype == torch.bfloat16 and not pure
-        with contextlib.ExitStack() as stack:
-            if mixed:
-                stack.enter_context(torch.autocast(device, dtype))
-            if backend is not None:
-                stack.enter_context(sdpa_kernel(backend))
-            return model(input_ids=tokens, labels=tokens).loss
+        with torch.autocast(device, dtype) if mixed else contextlib.nullcontext():
+            return model(**batch).loss
 
     return Runner(
         model=model,
-        prepare=lambda tokens: tokens.to(device),
+        prepare=packed(workload, flash=model.config._attn_implementation.startswith("flash")),
         loss=loss,
         tensors=lambda: tensors,
         facts={
-            "attention": model.config._attn_implementation + (f", {backend.name.lower()}" if backend else ""),
+            "attention": model.config._attn_implementation,
             "trained_dtype": str(dtype if pure else torch.float32).removeprefix("torch."),
         },
     )
+
+
+def packed(workload: Workload, *, flash: bool) -> Callable[[torch.Tensor], dict[str, Any]]:
+    """Tokens ``[B, S]`` -> the model's arguments, as transformers' `DataCollatorWithFlattening` makes them.
+
+    Where sequences hold several documents, all are one row whose positions begin anew, and a document's first token is
+    nobody's label. ``flash`` takes the boundaries with it, so that no layer looks for them.
+    """
+    length = workload.document_length
+
+    def prepare(tokens: torch.Tensor) -> dict[str, Any]:
+        tokens = tokens.to(workload.device)
+        if workload.document is None:
+            return {"input_ids": tokens, "labels": tokens}
+        documents = tokens.reshape(-1, length)
+        labels = documents.clone()
+        labels[:, 0] = -100
+        positions = torch.arange(length, device=tokens.device).expand_as(documents)
+        batch: dict[str, Any] = {"input_ids": documents, "labels": labels, "position_ids": positions}
+        batch = {name: rows.reshape(1, -1) for name, rows in batch.items()}
+        if flash:
+            bounds = torch.arange(len(documents) + 1, dtype=torch.int32, device=tokens.device) * length
+            batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
+        return batch
+
+    return prepare

@@ -21,7 +21,7 @@ WORDS = {
     "lora": "LoRA on the base (HF)",
     "full": "full fine-tuning (HF)",
     "-liger": " + Liger",
-    "-cudnn": ", cuDNN",
+    "-flash4": " + FlashAttention 4",
     "-compile": ", torch.compile",
     "-bf16": ", all bf16",
     "-checkpointing-trained": ", trained layers checkpointed",
@@ -150,4 +150,6 @@ def title(row: dict[str, Any]) -> str:
     """Device, model and tokens of a step."""
     device = "CPU" if common.slug(row["device"]) == "cpu" else row["device"]
     tokens = f"{row['micro_batch']} \N{MULTIPLICATION SIGN} {row['seq']:,} tokens a step"
+    if row["document"] < row["seq"]:
+        tokens += f", documents of {row['document']:,}"
     return f"{SIZES[row['size']].title} on {device}, {tokens}, {row['compute_dtype']}"

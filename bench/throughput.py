@@ -60,6 +60,8 @@ from llama_pro_fast.optimizer import Optimizer
 
 LIMIT = 120
 """Seconds a contestant's round may take, by default, before it is ended and written down as a failure."""
+EARLY = {"liger-kernel": "liger_kernel", "peft": "peft", "llamafactory": "llamafactory"}
+"""Packages whose modules are imported before a contestant's turn. Unsloth looks for a GPU when it is imported."""
 DEFAULTS = ("seq", "micro_batch", "steps", "warmup")
 
 
@@ -117,7 +119,7 @@ def measure(name: str, workload: Workload) -> dict[str, Any]:
 
 def probe(device: str) -> dict[str, Any]:
     """The device's name, the versions, and what it reaches: in a large product, and in a copy (read and write)."""
-    others = {name: common.version_of(name) for name in ("liger-kernel", "peft")}
+    others = {name: common.version_of(name) for name in ("liger-kernel", "peft", "flash-attn-4")}
     n, dtype, copied = (8192, torch.bfloat16, 1 << 30) if device == "cuda" else (1024, torch.float32, 1 << 26)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     product = time_of(lambda: a @ b, device)
@@ -167,6 +169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     for name in (*DEFAULTS, "rounds"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the size's own")
+    parser.add_argument("--document", type=int, help="tokens of each document in a sequence; default: all of it")
     parser.add_argument("--attention", default="auto", help="backend of ours")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds of a round; default: {LIMIT}")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no contestant starts")
@@ -188,6 +191,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             setattr(options, name, getattr(SIZES[options.size], name))
         elif getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)} is below {least}")
+    if options.document is not None and (options.document < 2 or options.seq % options.document):
+        parser.error(f"--document: {options.document} does not divide a sequence of {options.seq} tokens")
     return options
 
 
@@ -196,7 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.draw:
         report(json.loads(options.out.read_text()), options)
         return 0
-    workload = Workload(**{name: getattr(options, name) for name in (*DEFAULTS, "size", "device", "attention")})
+    taken = (*DEFAULTS, "document", "size", "device", "attention")
+    workload = Workload(**{name: getattr(options, name) for name in taken})
     trains = {name: CONTESTANTS[name].trains for name in options.contestants}
     missing = {name: CONTESTANTS[name].missing(options.device) for name in options.contestants}
     able = [name for name, why in missing.items() if why is None]
@@ -210,9 +216,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in able[turn:] + able[:turn]:
                 if any("error" in result for result in results[name]):
                     continue  # it would fail again
-                package = CONTESTANTS[name].package
-                # Unsloth looks for a GPU when it is imported, so not before its turn.
-                early = package[:1] if package and name != "unsloth" else ()
+                early = [EARLY[package] for package in CONTESTANTS[name].packages if package in EARLY]
                 yield Job((round_, name), measure, (name, workload), imports=early)
                 if options.device == "cpu" and round_ == 0 and trains[name] == NEW_BLOCKS:
                     yield Job((None, name), count, (name, workload))
@@ -234,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         shared = facts | {
             "size": options.size,
             "seq": options.seq,
+            "document": workload.document_length,
             "micro_batch": options.micro_batch,
             "compute_dtype": str(workload.dtype).removeprefix("torch."),
             "commit": common.commit(),
@@ -245,8 +250,9 @@ def main(argv: list[str] | None = None) -> int:
         options.out = options.out or result_file(options.size, facts["device"])
         print(
             f"{options.size} expanded by {len(workload.trained_blocks)} blocks on {facts['device']}, "
-            f"{shared['compute_dtype']}: steps of {options.micro_batch} x {options.seq} tokens; "
-            f"product {facts['product_tflops']:.3g} TFLOP/s, copy {facts['copy_tb_per_s']:.3g} TB/s",
+            f"{shared['compute_dtype']}: steps of {options.micro_batch} x {options.seq} tokens in documents of "
+            f"{workload.document_length}; product {facts['product_tflops']:.3g} TFLOP/s, "
+            f"copy {facts['copy_tb_per_s']:.3g} TB/s",
             flush=True,
         )
         for (round_, name), result in done:

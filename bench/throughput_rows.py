@@ -16,6 +16,7 @@ ALWAYS = {
     "device": str,
     "size": str,
     "seq": int,
+    "document": int,
     "micro_batch": int,
     "compute_dtype": str,
     "steps": int,

@@ -130,6 +130,17 @@ class Workload:
     """Else the base itself, for those who train something else than new blocks."""
     attention: str = "auto"
     """Backend of ours."""
+    document: int | None = None
+    """Tokens of each of the documents that are packed into a sequence; by default a sequence is one."""
+
+    @property
+    def document_length(self) -> int:
+        return self.document or self.seq
+
+    @property
+    def predictions(self) -> int:
+        """Of a step: a document's last token predicts nothing."""
+        return self.micro_batch * self.seq // self.document_length * (self.document_length - 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,7 +170,7 @@ class Workload:
         return LlamaConfig(**(self.shape.base | {"num_hidden_layers": len(self.plan.sources)}))
 
     def token_batches(self) -> Iterator[torch.Tensor]:
-        """For each step other random tokens ``[B, S]``; every sequence is one document."""
+        """For each step other random tokens ``[B, S]``."""
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.warmup + self.steps):
             yield torch.randint(self.config.vocab_size, (self.micro_batch, self.seq), generator=generator)
@@ -182,7 +193,7 @@ class Runner:
 
     Attributes:
         prepare: tokens ``[B, S]`` -> the batch on the device, outside the timing.
-        loss: batch -> mean loss over the ``B·(S-1)`` predictions, differentiable.
+        loss: batch -> mean loss over the predictions, differentiable.
         tensors: Hugging Face names and tensors of every parameter, for the checksum.
         facts: what a row says of it besides.
     """

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
+import common
 import pytest
 import torch
 from contestants import CONTESTANTS
-from hugging_face import build_hf
+from hugging_face import build_hf, packed
 from miniature import layer_classes
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from workload import OPTIM, SIZES, Runner, Workload, weights_digest
@@ -151,13 +151,36 @@ def test_a_compiled_contestant_compiles_layers_and_loss(monkeypatch):
     plain, runner = (build_hf(make("tiny"), compiled=switch) for switch in (False, True))
     assert len(compiled) == 10 + 1
     tokens = next(make("tiny").token_batches())
-    assert torch.equal(plain.loss(tokens), runner.loss(tokens))
+    assert torch.equal(*(built.loss(built.prepare(tokens)) for built in (plain, runner)))
 
 
 def test_what_is_missing_is_said_without_a_process(monkeypatch):
     assert CONTESTANTS["ours"].missing("cpu") is None
     assert CONTESTANTS["hf-liger"].missing("cpu") == "needs a GPU"
-    for package in ("liger_kernel", "peft"):
-        monkeypatch.setitem(sys.modules, package, None)
-    assert CONTESTANTS["hf-liger"].missing("cuda") == "liger-kernel is not installed"
-    assert CONTESTANTS["lora"].missing("cpu") == "peft is not installed"
+    monkeypatch.setattr(common, "version_of", {"liger-kernel": "0.8"}.get)
+    assert CONTESTANTS["hf-liger"].missing("cuda") is None
+    assert CONTESTANTS["hf-liger-flash4"].missing("cuda") == "not installed: flash-attn-4"
+    assert CONTESTANTS["lora"].missing("cpu") == "not installed: peft"
+
+
+@pytest.mark.parametrize("name", ["ours", "hf", "lora"])
+def test_packed_documents_do_not_see_each_other(name):
+    """Nor does one predict the next: the loss is the mean over the documents by themselves."""
+    pytest.importorskip("peft")
+    whole = replace(make("tiny"), seq=12, document=4, micro_batch=2)
+    alone = replace(whole, seq=4, document=None, micro_batch=1)
+    tokens = next(whole.token_batches())
+    together = CONTESTANTS[name].build(whole)
+    by_itself = CONTESTANTS[name].build(alone)
+    loss = together.loss(together.prepare(tokens))
+    losses = [by_itself.loss(by_itself.prepare(piece[None])) for piece in tokens.view(-1, 4)]
+    assert whole.predictions == 18
+    torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-5, atol=0)
+
+
+def test_flash_attention_is_told_where_documents_begin():
+    batch = packed(replace(make("tiny"), document=4), flash=True)(torch.arange(16).view(2, 8))
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 8, 12, 16]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3] * 4]
+    assert batch["labels"].tolist() == [[-100, 1, 2, 3, -100, 5, 6, 7, -100, 9, 10, 11, -100, 13, 14, 15]]
+    assert (batch["max_length_q"], batch["input_ids"].shape) == (4, (1, 16))

@@ -15,7 +15,8 @@ import throughput_rows
 def row(contestant: str, speed: float | None, trains: str = "new blocks", **more: object) -> dict:
     shared = dict.fromkeys(throughput_rows.ALWAYS) | {
         "contestant": contestant, "trains": trains, "status": "measured", "device": "NVIDIA H200", "size": "7b",
-        "seq": 4096, "micro_batch": 2, "compute_dtype": "bfloat16", "trained_dtype": "float32", "error": None,
+        "seq": 4096, "document": 4096, "micro_batch": 2, "compute_dtype": "bfloat16", "trained_dtype": "float32",
+        "error": None,
         "commit": "0123456789", "date": "2026-11-01T00:00:00+00:00", "warmup": 3, "steps": 8, "products_flop": None,
         "tokens_per_s": speed, "peak_gib": 40.125, "step_s": dict.fromkeys(("p10", "median", "p90"), 0.5),
         "tflops": 500.0, "share_of_product": 0.655, "first_loss": 10.5, "loss": 10.25, "weights_digest": trains,
@@ -92,7 +93,7 @@ def test_check_tells_another_table_and_writes_nothing(tmp_path, monkeypatch):
     ("name", "words"),
     [
         ("ours-mlp", "ours, MLP again"),
-        ("hf-liger-cudnn-bf16", "HF + Liger, cuDNN, all bf16"),
+        ("hf-liger-flash4-bf16", "HF + Liger + FlashAttention 4, all bf16"),
         ("hf-checkpointing-trained", "HF, trained layers checkpointed"),
         ("full-bf16-checkpointing", "full fine-tuning (HF), all bf16, all layers checkpointed"),
         ("llama-factory", "LLaMA-Factory"),

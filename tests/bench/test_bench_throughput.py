@@ -181,6 +181,7 @@ def test_without_time_all_are_missing(tmp_path):
     [
         (["--contestants", "ours,theirs"], "there is no theirs; there are ours, hf-liger,"),
         (["--seq", "1"], "--seq: 1 is below 2"),
+        (["--seq", "16", "--document", "5"], "--document: 5 does not divide a sequence of 16 tokens"),
     ],
 )
 def test_a_wrong_argument_is_told(capsys, arguments, complaint):
