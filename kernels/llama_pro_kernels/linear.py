@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .library import implementation
+from .library import implementation, register
 from .reference import compute_dtype
 
 __all__ = ["linear", "linear_dbias", "linear_dscale", "linear_dw", "linear_dx", "trainable_linear"]
@@ -56,6 +56,14 @@ def linear_dbias(dy: Tensor) -> Tensor:
     return dy.sum(0, dtype=compute_dtype(dy.dtype))
 
 
+@register(
+    "linear_dscale(Tensor weight, Tensor dweight, Tensor scale) -> Tensor",
+    fake=lambda weight, dweight, scale: dweight.new_empty(dweight.shape[1:]),
+)
+def _linear_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
+    return implementation(dweight).linear_dscale(weight, dweight, scale)
+
+
 def linear_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
     """Gradient of a scale on the input's columns, from the weight's gradient: colsum(W ∘ dW) / scale.
 
@@ -71,7 +79,7 @@ def linear_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
     Returns:
         ``[in]`` in ``dweight``'s dtype.
     """
-    return implementation(dweight).linear_dscale(weight, dweight, scale)
+    return _linear_dscale(weight, dweight, scale)
 
 
 class _TrainableLinear(torch.autograd.Function):

@@ -61,7 +61,7 @@ def linear_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
     total = torch.zeros(min(DSCALE_ROWS, len(weight)), weight.shape[1], dtype=dweight.dtype, device=dweight.device)
     for rows, drows in zip(weight.split(DSCALE_ROWS), dweight.split(DSCALE_ROWS), strict=True):
         total[: len(rows)].addcmul_(rows, drows)
-    return total.sum(0) / scale
+    return total.sum(0).div_(scale)
 
 
 # SwiGLU

@@ -9,6 +9,7 @@ from llama_pro_kernels import (
     add_rms_norm,
     attention,
     linear_cross_entropy,
+    linear_dscale,
     rms_norm,
     rotary,
     select_attention_backend,
@@ -37,6 +38,8 @@ def inputs():
     yield "add_rms_norm_forward", (x, dy, weight, 1e-5)
     yield "rms_norm_backward", (dy, x, weight, rstd, None, False)
     yield "rms_norm_backward", (dy, x, weight, rstd, dy, True)
+    yield "linear_dscale", (head, torch.randn(9, H), weight)
+    yield "linear_dscale", (head.bfloat16(), torch.randn(H, 9).t(), weight)
     yield "swiglu_forward", (gate_up,)
     yield "swiglu_forward", (gate_up.t().contiguous().t(),)
     yield "swiglu_backward", (dy, gate_up, False)
@@ -85,6 +88,17 @@ def test_a_decoder_compiles_without_a_break_and_computes_the_same(trained):
     torch.testing.assert_close(got, expected)
     gradients = [torch.autograd.grad(loss, leaves) for loss in (expected, got)]
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_scale_compiles_without_a_break_and_computes_the_same(dtype):
+    def gradient(weight, dweight, scale):
+        return linear_dscale(2 * weight, dweight, scale.abs() + 1)
+
+    arguments = torch.randn(9, H, dtype=dtype), torch.randn(9, H), torch.randn(H)
+    torch._dynamo.reset()
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), gradient(*arguments))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
