@@ -369,14 +369,21 @@ def _attention_scratch(
     """
     q, kv = spec.q_size, spec.kv_size
     grouped = spec.num_kv_heads < spec.num_heads
-    # dq is summed in float32, in rows of heads rounded up, beside a number a head and row; each document has 128 more.
+    # dq is summed in float32, in rows of heads rounded up, beside a number a head and row. Each document has a block of
+    # rows more than it has tokens.
     head = -(-spec.head_dim // 32) * 32 if spec.head_dim <= 128 else -(-spec.head_dim // 64) * 64
-    row = 4 * spec.num_heads * (head + 1)
     if backend in ("flash", "flash_attn"):
+        row = 4 * spec.num_heads * (head + 1)
         # dk and dv are made for every query head where heads share them.
         return row + (2 * narrow * q if grouped else 0), 128 * documents * row
     if backend in ("flash_3", "flash_4"):
-        return row + 4 * spec.num_heads + (2 * 4 * kv if grouped else 0), 128 * documents * row
+        # Two numbers beside dq: o·do and lse. Where heads share dk and dv, these are summed in float32 as well, in
+        # blocks of their own. Blocks are capability 9's; on 10 flash_4 has up to 128 and 256 rows.
+        if backend == "flash_3":
+            head = max(head, 64)
+        queries, keys = 128 if head <= 64 else 64, 128 if head <= 128 else 96 if head <= 192 else 80
+        row, shared = 4 * spec.num_heads * (head + 2), 2 * 4 * spec.num_kv_heads * head if grouped else 0
+        return row + shared, documents * (queries * row + keys * shared)
     if backend == "cudnn":  # copies of q, k, v, o and do besides
         return 4 * q + 3 * narrow * q + 2 * narrow * kv, 0
     if backend == "reference":

@@ -8,6 +8,7 @@ Each case below says which one is.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from llama_pro_fast.block import Block, BlockClass, Recompute, RMSNorm
 from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.evaluate import evaluate
 from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.memory import Job, StepMemory, evaluation_memory, states_bytes, step_memory
+from llama_pro_fast.families import BlockSpec
+from llama_pro_fast.memory import Job, StepMemory, _attention_scratch, evaluation_memory, states_bytes, step_memory
 from llama_pro_fast.model import Decoder, Embedding, rotary_tables
 from llama_pro_fast.optimizer import Optimizer
 from llama_pro_fast.planner import expanded_shape, policies
@@ -314,6 +316,41 @@ def test_every_document_costs_flash_attention_128_rows():
         totals[document] = step_memory(changed, next(policies(job)), micro_batch_size=1, accumulating=True).total
     boundaries = {512: 128, 64: 1024}  # of 1.25 · 32768 / document + 1 pieces, the next power of two
     assert totals[64] - totals[512] == 128 * row * (boundaries[64] - boundaries[512])
+
+
+@pytest.mark.parametrize(
+    ("attention", "heads", "kv_heads", "head_dim", "rows_of_q", "rows_of_kv", "padded_head_dim"),
+    [
+        ("flash_4", 32, 32, 128, 64, 128, 128),
+        ("flash_4", 32, 8, 128, 64, 128, 128),
+        ("flash_4", 32, 8, 96, 64, 128, 96),
+        ("flash_4", 4, 2, 80, 64, 128, 96),
+        ("flash_4", 32, 8, 64, 128, 128, 64),
+        ("flash_4", 4, 2, 32, 128, 128, 32),
+        ("flash_3", 32, 32, 128, 64, 128, 128),
+        ("flash_3", 32, 8, 64, 128, 128, 64),
+        ("flash_3", 4, 2, 32, 128, 128, 64),
+        ("flash_3", 16, 8, 192, 64, 96, 192),
+        ("flash_3", 16, 8, 256, 64, 80, 256),
+    ],
+)
+def test_newer_flash_attention_pads_every_document_by_a_block(
+    attention, heads, kv_heads, head_dim, rows_of_q, rows_of_kv, padded_head_dim
+):
+    """The shapes that a packed backward allocates in float32, on capability 9.
+
+    Of flash-attn-4 4.0.0b36 (`_flash_attn_bwd` in cute/interface.py) as seen in a run up to its first kernel, of
+    FlashAttention 3 as in its source (`mha_bwd` in hopper/flash_api.cpp).
+    """
+    tokens, documents = 1920, 16  # a multiple of every block
+    q, kv = tokens + documents * rows_of_q, tokens + documents * rows_of_kv
+    shapes = [(heads, q * padded_head_dim), (heads, q), (heads, q)]  # dq, o·do, lse
+    if heads > kv_heads:
+        shapes += 2 * [(kv_heads, kv * padded_head_dim)]
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    spec = BlockSpec.from_config(transformers.LlamaConfig(**sizes), 0)
+    per_token, more = _attention_scratch(attention, spec, 2, 4, tokens, 1, documents)
+    assert tokens * per_token + more == 4 * sum(map(math.prod, shapes))
 
 
 # -- figures of real models ----------------------------------------------------------------------------------------
