@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -85,12 +85,14 @@ class Job:
 
     Attributes:
         key: whose result it will be.
+        unless: asked before it is started, and again at its turn: whether it is left out after all.
     """
 
     key: Any
     function: Any
     arguments: tuple
     imports: Sequence[str] = ()
+    unless: Callable[[], bool] = lambda: False
 
 
 def in_turn(
@@ -101,21 +103,23 @@ def in_turn(
     On a GPU a job is asked for and started while the one before it runs. A CPU would be disturbed.
     """
 
-    def start() -> tuple[Any, Child] | None:
-        job = next(jobs, None)
-        return job and (job.key, Child(device, job.function, *job.arguments, imports=job.imports))
+    def start() -> tuple[Job, Child] | None:
+        job = next((job for job in jobs if not job.unless()), None)
+        return job and (job, Child(device, job.function, *job.arguments, imports=job.imports))
 
     waiting, first = start(), True
     try:
         while waiting and (first or time.monotonic() < deadline):
-            (key, child), waiting, first = waiting, None, False
+            (job, child), waiting, first = waiting, None, False
             try:
                 if device == "cuda":
                     waiting = start()
-                result = child.result(limit)
+                # It may have been started before the result that speaks against it.
+                result = None if job.unless() else child.result(limit)
             finally:
                 child.end()
-            yield key, result
+            if result is not None:
+                yield job.key, result
             waiting = waiting or start()
     finally:
         if waiting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import time
 
 import child
@@ -37,6 +39,19 @@ def test_on_a_gpu_the_next_process_imports_while_one_runs_and_waits_for_its_turn
     (tmp_path / "touches_ready.py").write_text(f"open({str(tmp_path / 'ready')!r}, 'w').close()")
     finished = run_bench(tmp_path / "ahead.py", str(tmp_path))
     assert "[('a', {'turn': 1}), ('b', {'turn': 2})]" in finished.stdout
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_job_is_left_out_though_it_was_started_before_the_result_that_speaks_against_it(device):
+    failed = []
+    jobs = (child.Job(round_, int, ("none",), unless=lambda: bool(failed)) for round_ in range(3))
+    last = child.Job("last", dict, ())
+    done = []
+    for key, result in child.in_turn(itertools.chain(jobs, [last]), device):
+        done.append(key)
+        failed += ["error"] if "error" in result else []
+    assert done == [0, "last"]
+    assert not multiprocessing.active_children()
 
 
 def test_after_the_deadline_nobody_but_the_first_has_a_turn():
