@@ -5,8 +5,8 @@
 #   tests        the tests of the kernels and of the block, natively
 #   kernels      every op by the clock, beside eager PyTorch, torch.compile, and Liger and quack where installed
 #   train        train, kill, resume, compare bit for bit
-#   throughput   ours against Hugging Face and other ways to train; on a GPU 7b, a sequence of 32k, 8b and 1b, else tiny
-#                and cpu
+#   throughput   ours against Hugging Face and other ways to train; on a GPU 7b, a sequence of 32k, packed documents, 8b
+#                and 1b, else tiny and cpu
 #   memory       what a step holds: ours and others, and the plan beside what is measured along six axes
 #   profile      a step under the profiler: kernels by time, gaps, waits; with a trace
 #   quickstart   `python -m llama_pro_fast.train` without options, by the clock
@@ -57,10 +57,12 @@ case $part in
         measure() { "$python" bench/throughput.py --size "$2" --limit 60 --out "$OUT/throughput-$1.json" "${@:3}"; }
         if [[ $cuda == 1 ]]; then
             best=ours,hf-liger,hf-liger-bf16
-            measure 7b 7b --budget 190
-            measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 40
-            measure 8b 8b --contestants $best --budget 40
-            measure 1b 1b --contestants $best --budget 40
+            packed=$best,hf-liger-flash4,hf-liger-flash4-bf16
+            measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 30
+            measure 7b 7b --rounds 3 --budget 240
+            measure 7b-packed 7b --document 1024 --contestants $packed --budget 50
+            measure 8b 8b --contestants $best --budget 30
+            measure 1b 1b --contestants $best --budget 30
         else
             measure tiny tiny
             measure cpu cpu
