@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels python bench/readme_table.py
     PYTHONPATH=.:kernels python bench/readme_table.py --check     ends with 1 if the README's table is another
 
-The result is a GPU's before a CPU's, of size 7b before another, of the size's own length in one document, and of those
-the latest.
+The result is a GPU's before a CPU's, of size 7b before another, of the size's own length in one document, with the most
+contestants, and of those the latest.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ PLACE = re.compile(r"(?<=<!-- throughput -->\n).*(?=<!-- /throughput -->)", re.D
 def chosen(results: Path = common.RESULTS) -> tuple[Path, list[dict[str, Any]]]:
     """File and rows of the result that says most."""
 
-    def rank(found: tuple[Path, list[dict[str, Any]]]) -> tuple[bool, bool, bool, str]:
+    def rank(found: tuple[Path, list[dict[str, Any]]]) -> tuple[bool, bool, bool, int, str]:
         row = found[1][0]
         usual = row["document"] == row["seq"] == SIZES[row["size"]].seq
-        return not row["device"].startswith("cpu"), row["size"] == "7b", usual, row["date"]
+        return not row["device"].startswith("cpu"), row["size"] == "7b", usual, len(found[1]), row["date"]
 
     return max(((file, json.loads(file.read_text())) for file in results.glob("throughput-*.json")), key=rank)
 
@@ -55,12 +55,9 @@ def table(file: Path, rows: list[dict[str, Any]]) -> str:
             ]
         lines.append(f"| {in_words(row['contestant'])} | {' | '.join(cells)} |")
     where = file.relative_to(common.ROOT).as_posix() if file.is_relative_to(common.ROOT) else file.name
-    source = f"[{file.name}]({where})"
-    if any("transcribed" in row for row in rows):
-        source += ",\ntranscribed from the table that the bench printed"
     picture = f"![{title(rows[0])}]({PICTURE.relative_to(common.ROOT).as_posix()})"
     when = f"commit {rows[0]['commit'][:7]}, {rows[0]['date'][:10]}"
-    return "\n".join([picture, "", *lines, "", f"{title(rows[0])}, {when}:", f"{source}.", ""])
+    return "\n".join([picture, "", *lines, "", f"{title(rows[0])}, {when}:", f"[{file.name}]({where}).", ""])
 
 
 def with_table(text: str, results: Path = common.RESULTS) -> str:

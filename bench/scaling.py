@@ -159,17 +159,16 @@ class Measured:
         self.optimizer.step(self.steps)
         self.steps += 1
 
-    def peak(self) -> int:
-        """Bytes allocated at the fullest moment of a step, those before it included."""
+    def peak(self, others: int) -> int:
+        """Bytes allocated at the fullest moment of a step, those before it included and the ``others`` not."""
         self.step()
         gc.collect()
         if self.point.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() - self.own_bytes()  # of the axis' other points
             self.step()
             torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
+            return torch.cuda.max_memory_allocated() - others
         with PeakBytes() as peak:
             self.step()
         return self.own_bytes() + peak.bytes
@@ -206,7 +205,8 @@ def measure_axis(points: list[tuple[str, Point]], rounds: int) -> list[dict[str,
     for (name, point), measured in zip(points, built, strict=True):
         tokens, predicted = point.micro_batch * point.seq, point.predicted
         cost = predicted.cost
-        peak, (products, attention) = measured.peak(), measured.work()
+        others = sum(other.own_bytes() for other in built if other is not measured)
+        peak, (products, attention) = measured.peak(others), measured.work()
         rows.append(
             {
                 "point": name,

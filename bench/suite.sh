@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # One part of what a machine with a GPU should run:
-# bench/suite.sh tests|kernels|train|throughput|memory|profile|quickstart
+# bench/suite.sh tests|kernels|train|throughput|close|sizes|memory|profile|quickstart
 #
 #   tests        the tests of the kernels and of the block, natively
 #   kernels      every op by the clock, beside eager PyTorch, torch.compile, and Liger and quack where installed
 #   train        train, kill, resume, compare bit for bit
-#   throughput   ours against Hugging Face and other ways to train; on a GPU 7b, a sequence of 32k, packed documents, 8b
-#                and 1b, else tiny and cpu
+#   throughput   ours against Hugging Face and other ways to train; on a GPU 7b, else tiny and cpu
+#   close        on a GPU the fastest of them once more, in rotated rounds; then with packed documents
+#   sizes        on a GPU a sequence of 32k, 8b and 1b
 #   memory       what a step holds: ours and others, and the plan beside what is measured along six axes
 #   profile      a step under the profiler: kernels by time, gaps, waits; with a trace
 #   quickstart   `python -m llama_pro_fast.train` without options, by the clock
@@ -17,9 +18,9 @@ set -euo pipefail
 
 part=${1:-}
 case $part in
-    tests | kernels | train | throughput | memory | profile | quickstart) ;;
+    tests | kernels | train | throughput | close | sizes | memory | profile | quickstart) ;;
     *)
-        echo "usage: bench/suite.sh tests|kernels|train|throughput|memory|profile|quickstart" >&2
+        echo "usage: bench/suite.sh tests|kernels|train|throughput|close|sizes|memory|profile|quickstart" >&2
         exit 2
         ;;
 esac
@@ -36,12 +37,19 @@ mkdir -p "$OUT"
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 cuda=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
+measure() { "$python" bench/throughput.py --size "$2" --limit 60 --out "$OUT/throughput-$1.json" "${@:3}"; }
 
 case $part in
     tests)
         {
             "$python" bench/common.py
-            if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); else workers=(); fi
+            # Workers that each take all threads of the machine wait for each other.
+            if "$python" -c "import xdist" 2>/dev/null; then
+                workers=(-n 8)
+                export OMP_NUM_THREADS=$((($(nproc) + 7) / 8))
+            else
+                workers=()
+            fi
             "$python" -m pytest kernels tests/model/test_block_gradients.py -q -p no:cacheprovider --durations=5 \
                 "${workers[@]}"
         } 2>&1 | tee "$OUT/tests-kernels.txt"
@@ -54,19 +62,22 @@ case $part in
         "$python" bench/train_resume.py --out "$OUT/train-resume.json"
         ;;
     throughput)
-        measure() { "$python" bench/throughput.py --size "$2" --limit 60 --out "$OUT/throughput-$1.json" "${@:3}"; }
         if [[ $cuda == 1 ]]; then
-            best=ours,hf-liger,hf-liger-bf16
-            packed=$best,hf-liger-flash4,hf-liger-flash4-bf16
-            measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 30
-            measure 7b 7b --rounds 3 --budget 240
-            measure 7b-packed 7b --document 1024 --contestants $packed --budget 50
-            measure 8b 8b --contestants $best --budget 30
-            measure 1b 1b --contestants $best --budget 30
+            measure 7b 7b --budget 400
         else
             measure tiny tiny
             measure cpu cpu
         fi
+        ;;
+    close)
+        best=ours,hf-liger-flash4-bf16,hf-liger-bf16
+        measure 7b-close 7b --rounds 3 --contestants $best,hf-compile-bf16 --budget 270
+        measure 7b-packed 7b --document 1024 --contestants $best,hf-liger-flash4 --budget 100
+        ;;
+    sizes)
+        measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 60
+        measure 8b 8b --contestants ours,hf-liger-flash4-bf16,hf-liger,hf-liger-bf16 --budget 120
+        measure 1b 1b --contestants ours,hf-liger-flash4-bf16,hf-liger,hf-liger-bf16 --budget 120
         ;;
     memory)
         "$python" bench/scaling.py --out "$OUT/scaling.json" --picture "$OUT/scaling.png"

@@ -85,8 +85,7 @@ def make_row(
 
 
 def validate(rows: list[dict[str, Any]]) -> None:
-    """That every row is whole; one that was transcribed from a printed table, and says so, lacks what that does not
-    show.
+    """That every row is whole.
 
     Raises:
         ValueError: a key is missing, or its value is of another type than it should be.
@@ -99,8 +98,6 @@ def validate(rows: list[dict[str, Any]]) -> None:
         if not measured:
             wanted |= dict.fromkeys(MEASURED, type(None))
         for key, kind in wanted.items():
-            if "transcribed" in row and key in MEASURED and row[key] is None:
-                continue
             if key not in row or type(row[key]) is not kind:
                 raise ValueError(
                     f"row {row.get('contestant')}: {key} is {row.get(key, 'not there')!r}, not a {kind.__name__}"

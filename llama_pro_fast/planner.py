@@ -32,9 +32,9 @@ ACCUMULATE = 12
 OPTIMIZER = 42
 """… and each step: gradient read twice (norm, AdamW) and written clipped, weight and moments both ways, shadow."""
 
-HOST = 2e-3
-"""Seconds the host takes to start the kernels of a block, forward and backward, however few tokens there are: on the
-host of an H200 1.2 and 0.9 ms under a profiler (docs/LOG.md)."""
+HOST_FORWARD, HOST_BACKWARD = 1.2e-3, 1.5e-3
+"""Seconds the host takes to start the kernels of a block, however few tokens there are: on the host of an H200, by the
+17 smallest models of bench/results/scaling-nvidia-h200.json (docs/LOG.md)."""
 
 LETTERS = {Recompute.NONE: ".", Recompute.MLP: "m", Recompute.ATTENTION: "a", Recompute.BLOCK: "b"}
 """How a strip of blocks shows what each recomputes."""
@@ -104,14 +104,17 @@ def fit(
     traffic = job.num_trained * (
         (ACCUMULATE / (micro_batch_size * job.seq_len) if accumulating else 0) + OPTIMIZER / (batch_size * job.seq_len)
     )
-    starting = 0 if device.is_cpu else HOST * len(job.specs) / (micro_batch_size * job.seq_len)
+    blocks = len(job.specs)
+    starting = 0 if device.is_cpu else HOST_FORWARD * blocks + HOST_BACKWARD * (blocks - job.first)
     return Fit(
         micro_batch_size=micro_batch_size,
         recompute=tuple(recompute),
         memory=memory,
         peak=max(memory.total, evaluation),
         cost=cost,
-        seconds=max(starting, executed / (share * device.flops) + traffic / device.bandwidth),
+        seconds=max(
+            starting / (micro_batch_size * job.seq_len), executed / (share * device.flops) + traffic / device.bandwidth
+        ),
     )
 
 

@@ -9,4 +9,7 @@ import pytest
 def test_an_unknown_part_is_told_the_usage(run_bench, arguments):
     finished = run_bench("suite.sh", *arguments)
     assert finished.returncode == 2
-    assert finished.stdout == "usage: bench/suite.sh tests|kernels|train|throughput|memory|profile|quickstart\n"
+    assert (
+        finished.stdout
+        == "usage: bench/suite.sh tests|kernels|train|throughput|close|sizes|memory|profile|quickstart\n"
+    )
