@@ -6,7 +6,7 @@
 #   kernels      every op by the clock, beside eager PyTorch, torch.compile, and Liger and quack where installed
 #   train        train, kill, resume, compare bit for bit
 #   throughput   ours against Hugging Face and other ways to train; on a GPU 7b, else tiny and cpu
-#   close        on a GPU the fastest of them once more, in rotated rounds; then with packed documents
+#   close        on a GPU the fastest of them once more, in rotated rounds, and with packed documents
 #   sizes        on a GPU a sequence of 32k, 8b and 1b
 #   memory       what a step holds: ours and others, and the plan beside what is measured along six axes
 #   profile      a step under the profiler: kernels by time, gaps, waits; with a trace
