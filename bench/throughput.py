@@ -16,8 +16,7 @@ the loss of the first and of the last step is printed, so that nobody is fast by
 else than new blocks start from the base, which is the same function: their first loss must be the same. Each runs in a
 process of its own, one at a time, so none sees another's memory or fate; on a GPU the next process imports what it
 needs while another runs, and touches the GPU when that one has ended. With `--rounds` above 1 they take turns, each
-round in another order, and who is a tenth slower than the fastest has only one. Large sizes have one (`rounds` in the
-JSON), since building takes longer than measuring.
+round in another order. Large sizes have one round (`rounds` in the JSON), since building takes longer than measuring.
 
 Every contestant is a row, whatever became of it (`status`, and `error` if it is not `measured`): `missing`, where it
 needs a GPU or a package that is not here, or time (`--budget`) ran out; `out of memory`, of the device; `failed`.
@@ -64,8 +63,6 @@ LIMIT = 120
 """Seconds a contestant's round may take, by default, before it is ended and written down as a failure."""
 EARLY = {"liger-kernel": "liger_kernel", "peft": "peft", "llamafactory": "llamafactory"}
 """Packages whose modules are imported before a contestant's turn. Unsloth looks for a GPU when it is imported."""
-CLOSE = 0.1
-"""Who is slower by more than this share than the fastest who trains the same has one round."""
 DEFAULTS = ("seq", "micro_batch", "steps", "warmup")
 
 
@@ -213,8 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in able}
     counts: dict[str, dict[str, Any]] = {}
 
-    def enough(name: str) -> bool:
-        return settled(results[name], [results[other] for other in able if trains[other] == trains[name]])
+    def failed(name: str) -> bool:
+        """Then it would fail again."""
+        return any("error" in result for result in results[name])
 
     def jobs() -> Iterator[Job]:
         yield Job(None, probe, (options.device,))
@@ -222,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
             turn = round_ % max(len(able), 1)
             for name in able[turn:] + able[:turn]:
                 early = [EARLY[package] for package in CONTESTANTS[name].packages if package in EARLY]
-                yield Job((round_, name), measure, (name, workload), imports=early, unless=partial(enough, name))
+                yield Job((round_, name), measure, (name, workload), imports=early, unless=partial(failed, name))
                 if options.device == "cpu" and round_ == 0 and trains[name] == NEW_BLOCKS:
                     yield Job((None, name), count, (name, workload))
 
@@ -274,18 +272,6 @@ def main(argv: list[str] | None = None) -> int:
     common.write_json(options.out, final)
     report(final, options)
     return 0
-
-
-def settled(own: list[dict[str, Any]], alike: list[list[dict[str, Any]]]) -> bool:
-    """Whether another round of who has the results ``own`` would tell no more: it failed, or is clearly not fastest."""
-    if any("error" in result for result in own):
-        return True
-
-    def fastest(rounds: list[dict[str, Any]]) -> float:
-        return min(median(result["seconds"]) for result in rounds)
-
-    done = [rounds for rounds in alike if rounds and not any("error" in result for result in rounds)]
-    return bool(own) and fastest(own) > (1 + CLOSE) * min(map(fastest, done))
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
