@@ -141,7 +141,7 @@ def packed(workload: Workload, *, flash: bool) -> Callable[[torch.Tensor], dict[
 
     def prepare(tokens: torch.Tensor) -> dict[str, Any]:
         tokens = tokens.to(workload.device)
-        if workload.document is None:
+        if not workload.packed:
             return {"input_ids": tokens, "labels": tokens}
         documents = tokens.reshape(-1, length)
         labels = documents.clone()

@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels python bench/readme_table.py
     PYTHONPATH=.:kernels python bench/readme_table.py --check     ends with 1 if the README's table is another
 
-The result is a GPU's before a CPU's, of size 7b before another, of the size's own length in one document, with the most
-contestants, and of those the latest.
+The result is a GPU's before a CPU's, of size 7b before another, one with the usual name (`throughput-SIZE-DEVICE.json`;
+special runs have others), and of those the latest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 import common
 from pictures import draw_throughput, gib, in_words, ordered, title
-from workload import SIZES
 
 README = common.ROOT / "README.md"
 PICTURE = common.ROOT / "docs" / "pictures" / "throughput.png"
@@ -29,10 +28,10 @@ PLACE = re.compile(r"(?<=<!-- throughput -->\n).*(?=<!-- /throughput -->)", re.D
 def chosen(results: Path = common.RESULTS) -> tuple[Path, list[dict[str, Any]]]:
     """File and rows of the result that says most."""
 
-    def rank(found: tuple[Path, list[dict[str, Any]]]) -> tuple[bool, bool, bool, int, str]:
-        row = found[1][0]
-        usual = row["document"] == row["seq"] == SIZES[row["size"]].seq
-        return not row["device"].startswith("cpu"), row["size"] == "7b", usual, len(found[1]), row["date"]
+    def rank(found: tuple[Path, list[dict[str, Any]]]) -> tuple[bool, bool, bool, str]:
+        file, (row, *_) = found
+        usual = file.stem == f"throughput-{row['size']}-{common.slug(row['device'])}"
+        return not row["device"].startswith("cpu"), row["size"] == "7b", usual, row["date"]
 
     return max(((file, json.loads(file.read_text())) for file in results.glob("throughput-*.json")), key=rank)
 

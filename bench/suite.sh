@@ -39,6 +39,12 @@ export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=
 cuda=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 measure() { "$python" bench/throughput.py --size "$2" --limit 60 --out "$OUT/throughput-$1.json" "${@:3}"; }
 
+if [[ $cuda == 0 && ($part == close || $part == sizes) ]]; then
+    echo "bench/suite.sh $part: its models are for a GPU, and PyTorch finds none" >&2
+    exit 2
+fi
+best=ours,hf-liger-flash4-bf16,hf-liger-bf16
+
 case $part in
     tests)
         {
@@ -70,14 +76,13 @@ case $part in
         fi
         ;;
     close)
-        best=ours,hf-liger-flash4-bf16,hf-liger-bf16
-        measure 7b-close 7b --rounds 3 --contestants $best,hf-compile-bf16 --budget 270
-        measure 7b-packed 7b --document 1024 --contestants $best,hf-liger-flash4 --budget 100
+        measure 7b-close 7b --rounds 3 --contestants $best,hf-compile-bf16 --budget 250
+        measure 7b-packed 7b --document 1024 --contestants $best,hf-liger-flash4 --budget 90
         ;;
     sizes)
-        measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 60
-        measure 8b 8b --contestants ours,hf-liger-flash4-bf16,hf-liger,hf-liger-bf16 --budget 120
-        measure 1b 1b --contestants ours,hf-liger-flash4-bf16,hf-liger,hf-liger-bf16 --budget 120
+        measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 50
+        measure 8b 8b --contestants $best,hf-liger --budget 110
+        measure 1b 1b --contestants $best,hf-liger --budget 110
         ;;
     memory)
         "$python" bench/scaling.py --out "$OUT/scaling.json" --picture "$OUT/scaling.png"

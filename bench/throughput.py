@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -61,8 +62,6 @@ from llama_pro_fast.optimizer import Optimizer
 
 LIMIT = 120
 """Seconds a contestant's round may take, by default, before it is ended and written down as a failure."""
-EARLY = {"liger-kernel": "liger_kernel", "peft": "peft", "llamafactory": "llamafactory"}
-"""Packages whose modules are imported before a contestant's turn. Unsloth looks for a GPU when it is imported."""
 DEFAULTS = ("seq", "micro_batch", "steps", "warmup")
 
 
@@ -219,7 +218,9 @@ def main(argv: list[str] | None = None) -> int:
         for round_ in range(options.rounds):
             turn = round_ % max(len(able), 1)
             for name in able[turn:] + able[:turn]:
-                early = [EARLY[package] for package in CONTESTANTS[name].packages if package in EARLY]
+                modules = [package.replace("-", "_") for package in CONTESTANTS[name].packages]
+                # Unsloth looks for a GPU when it is imported, so not before its turn.
+                early = [module for module in modules if module != "unsloth" and find_spec(module)]
                 yield Job((round_, name), measure, (name, workload), imports=early, unless=partial(failed, name))
                 if options.device == "cpu" and round_ == 0 and trains[name] == NEW_BLOCKS:
                     yield Job((None, name), count, (name, workload))

@@ -138,6 +138,11 @@ class Workload:
         return self.document or self.seq
 
     @property
+    def packed(self) -> bool:
+        """Whether a sequence holds several documents."""
+        return self.document_length < self.seq
+
+    @property
     def predictions(self) -> int:
         """Of a step: a document's last token predicts nothing."""
         return self.micro_batch * self.seq // self.document_length * (self.document_length - 1)

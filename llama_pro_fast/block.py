@@ -323,7 +323,11 @@ def _norm_linear_dw(
 class Linear(nn.Module):
     """A weight ``[out, in]``, perhaps a bias, and while it trains in a wider dtype than it computes in, a shadow.
 
-    Without a shadow, as where the master is sharded, it is narrowed for each product.
+    Without a shadow, as where the master is sharded or its block recomputes everything, it is narrowed for each
+    product.
+
+    Args:
+        shadow: whether one is kept where it is needed.
     """
 
     def __init__(

@@ -217,15 +217,16 @@ def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_s
     widened = 0 if job.triton or narrow == wide else 2 * wide
     mlp = narrow * (2 * H + 3 * I) + max(widened * I, narrow * (2 * Q + 2 * KV)) + 2 * wide
     block = tokens * (narrow * H + mlp + wide * spec.num_heads)
-    without_shadow = (
-        narrow != wide and kind is BlockClass.TRAINED and policy is Recompute.BLOCK
+    if any(
+        needs_shadow(kind, job.dtype) and policy is Recompute.BLOCK
         for kind, policy in zip(job.classes, recompute, strict=True)
-    )
-    if any(without_shadow):  # its master's copy is there while the product is made, and the temporaries are not
-        beside = narrow * (H + 2 * Q + 2 * KV) + wide * (spec.num_heads + 2)
-        gate_up, down = (narrow * matrices(spec)[f"{name}.weight"] for name in ("gate_up_proj", "down_proj"))
-        products = (tokens * narrow * (2 * H + 2 * I) + gate_up, tokens * narrow * (2 * H + 3 * I) + down)
-        block = max(block, tokens * beside + max(products))
+    ):  # a master's copy is there while its product is made, and the temporaries are not
+        beside = narrow * H + wide * (spec.num_heads + 2)
+        qkv, heads = 2 * H + Q + 2 * KV, 2 * (H + Q + KV)
+        alive = {"qkv_proj": qkv, "o_proj": heads, "gate_up_proj": heads + 2 * I, "down_proj": heads + 3 * I}
+        weights = matrices(spec)
+        for name, width in alive.items():
+            block = max(block, tokens * (beside + narrow * width) + narrow * weights[f"{name}.weight"])
     # The two chunks of logits; the reference makes three wide ones of them.
     chunk = min(tokens, rows_per_chunk(job.config.vocab_size, job.dtype)) * job.config.vocab_size
     if job.train_all:  # no base: one chunk, and in the reference its wide copy
@@ -244,27 +245,35 @@ def _always(job: Job, tokens: int) -> int:
 
 
 def states_bytes(job: Job) -> int:
-    """What a step needs whatever its batch and recomputation: weights, masters, moments and gradients."""
+    """What a step needs whatever its batch and recomputation: weights, masters, moments and gradients; and a copy of
+    the tables where these train."""
     states = _states(job, [Recompute.BLOCK] * len(job.specs))
     return sum(states.values()) + compute_dtype(job.dtype).itemsize * job.num_trained
+
+
+def shadow_bytes(spec: BlockSpec, block_class: BlockClass, dtype: torch.dtype, recompute: Recompute) -> int:
+    """Narrow copies that a block keeps: of its matrices; norms and biases are read as they are."""
+    keeps = needs_shadow(block_class, dtype) and recompute is not Recompute.BLOCK
+    return dtype.itemsize * sum(matrices(spec).values()) if keeps else 0
+
+
+def needs_shadow(block_class: BlockClass, dtype: torch.dtype) -> bool:
+    """Whether products are made of a narrow copy, kept or not."""
+    return block_class is BlockClass.TRAINED and dtype != compute_dtype(dtype)
 
 
 def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:
     narrow, wide = job.dtype.itemsize, compute_dtype(job.dtype).itemsize
     trained = job.num_trained
-    shadowed = 0
-    if narrow != wide:  # of matrices and tables; norms and biases are read as they are
-        shadowed = sum(
-            sum(matrices(spec).values())
-            for spec, kind, policy in zip(job.specs, job.classes, recompute, strict=True)
-            if kind is BlockClass.TRAINED and policy is not Recompute.BLOCK
-        )
-        if job.train_all:
-            shadowed += job.config.vocab_size * job.config.hidden_size * (1 if job.config.tie_word_embeddings else 2)
+    dtypes = [job.dtype] * len(job.specs)
+    shadows = sum(map(shadow_bytes, job.specs, job.classes, dtypes, recompute))
+    if job.train_all and narrow != wide:
+        tables = 1 if job.config.tie_word_embeddings else 2
+        shadows += narrow * tables * job.config.vocab_size * job.config.hidden_size
     return {
         "weights": narrow * (num_parameters(job.config) - trained),
         "masters": wide * trained,
-        "shadows": narrow * shadowed,
+        "shadows": shadows,
         "moments": 2 * wide * trained,
     }
 
@@ -298,9 +307,9 @@ def _backward_peak(
         return sum(sizes[name] for name in names if name not in recompute.kept)
 
     def narrowed(name: str) -> int:
-        # The copy of a master without a shadow, around its products.
-        needed = trained and narrow != wide and recompute is Recompute.BLOCK
-        return narrow * matrices(spec)[f"{name}.weight"] if needed else 0
+        # The copy of a master without a shadow, around its products. Of down_proj and o_proj it is never the fullest.
+        made = needs_shadow(block_class, dtype) and recompute is Recompute.BLOCK
+        return narrow * matrices(spec)[f"{name}.weight"] if made else 0
 
     # Gradients of the weights, each alive until the block is done; and scratch on the way to a norm's.
     def dw(*names: str) -> int:
@@ -327,7 +336,6 @@ def _backward_peak(
     copy = narrowed("gate_up_proj")
     moments = [
         (mlp + (hidden + norm_forward if replayed("gate_up") else 0), copy),
-        (mlp + inner, narrowed("down_proj")),
         (mlp + inner + (inner if trained else 0) + swiglu_backward, 0),
         (mlp + inner + (inner if trained else 0) + widened * (H + I), dw("down_proj")),
         (mlp + (normed if trained else 0), made + copy),
@@ -342,7 +350,6 @@ def _backward_peak(
     scratch, scores = _attention_scratch(attention, spec, narrow, wide, tokens, sequences, documents)
     moments += [
         (branch + (hidden + norm_forward if replayed("qkv") else 0), made),
-        (branch + q, made + narrowed("o_proj")),
         (branch + q + (q + kv + head_rstd if spec.qk_norm else 0) + qkv + scratch, made + scores),
         (branch + head_rstd + 2 * qkv + rotation, made),
         (branch + head_rstd + 2 * qkv + (q + kv + head_norms if spec.qk_norm else 0), made),

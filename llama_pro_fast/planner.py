@@ -5,7 +5,8 @@ smallest micro-batch. Time is products and attention at a share of the device's 
 a micro-batch (weights' gradients are added up) or once a step (AdamW). A larger micro-batch spreads the traffic over
 more tokens; recomputation buys memory with products, about H FLOP for each byte, so it is the last resort. It is mixed
 over the blocks to just fit: cheapest bytes first, and from the lowest block up, for what the lowest blocks keep is
-there while all others run backward.
+there while all others run backward. Few tokens keep little, and then the cheapest bytes are the narrow copies that a
+trained block does without when it recomputes everything.
 """
 
 from __future__ import annotations
@@ -18,11 +19,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_pro_fast.block import BlockClass, Recompute
-from llama_pro_fast.cost import StepCost, attention_flops, kept_bytes, recomputed_flops, step_cost
+from llama_pro_fast.cost import (
+    StepCost,
+    attention_flops,
+    kept_bytes,
+    matrices,
+    recomputed_flops,
+    replayed_matrices,
+    step_cost,
+)
 from llama_pro_fast.devices import SHARE, Device
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.memory import Job, StepMemory, evaluation_memory, states_bytes, step_memory
+from llama_pro_fast.memory import (
+    Job,
+    StepMemory,
+    evaluation_memory,
+    needs_shadow,
+    shadow_bytes,
+    states_bytes,
+    step_memory,
+)
+from llama_pro_kernels import compute_dtype
 
 NEARLY = 0.002
 """Ways whose predicted times differ by less than this share are alike."""
@@ -34,7 +52,7 @@ OPTIMIZER = 42
 
 HOST_FORWARD, HOST_BACKWARD = 1.2e-3, 1.5e-3
 """Seconds the host takes to start the kernels of a block, however few tokens there are: on the host of an H200, by the
-17 smallest models of bench/results/scaling-nvidia-h200.json (docs/LOG.md)."""
+17 points of 1,024 tokens in bench/results/scaling-nvidia-h200.json (docs/LOG.md)."""
 
 LETTERS = {Recompute.NONE: ".", Recompute.MLP: "m", Recompute.ATTENTION: "a", Recompute.BLOCK: "b"}
 """How a strip of blocks shows what each recomputes."""
@@ -101,20 +119,28 @@ def fit(
     evaluation = evaluation_memory(job, recompute, micro_batch_size=micro_batch_size)
     cost = step_cost(job.config, job.trained_blocks, seq_len=job.seq_len, train_all=job.train_all, recompute=recompute)
     executed = cost.total + cost.recomputed + flash_backward_flops(job)
-    traffic = job.num_trained * (
-        (ACCUMULATE / (micro_batch_size * job.seq_len) if accumulating else 0) + OPTIMIZER / (batch_size * job.seq_len)
-    )
-    blocks = len(job.specs)
-    starting = 0 if device.is_cpu else HOST_FORWARD * blocks + HOST_BACKWARD * (blocks - job.first)
+    tokens = micro_batch_size * job.seq_len
+    traffic = job.num_trained * ((ACCUMULATE / tokens if accumulating else 0) + OPTIMIZER / (batch_size * job.seq_len))
+    traffic += narrowing_bytes(job, recompute) / tokens
+    forwards = len(job.specs) + sum(policy is not Recompute.NONE for policy in recompute)
+    starting = 0 if device.is_cpu else HOST_FORWARD * forwards + HOST_BACKWARD * (len(job.specs) - job.first)
     return Fit(
         micro_batch_size=micro_batch_size,
         recompute=tuple(recompute),
         memory=memory,
         peak=max(memory.total, evaluation),
         cost=cost,
-        seconds=max(
-            starting / (micro_batch_size * job.seq_len), executed / (share * device.flops) + traffic / device.bandwidth
-        ),
+        seconds=max(starting / tokens, executed / (share * device.flops) + traffic / device.bandwidth),
+    )
+
+
+def narrowing_bytes(job: Job, recompute: Sequence[Recompute]) -> int:
+    """Traffic of a micro-batch for masters without a kept copy: read and written narrow in forward, again for what is
+    replayed, and for dX."""
+    return (job.dtype.itemsize + compute_dtype(job.dtype).itemsize) * sum(
+        2 * sum(matrices(spec).values()) + replayed_matrices(spec, policy)
+        for spec, kind, policy in zip(job.specs, job.classes, recompute, strict=True)
+        if needs_shadow(kind, job.dtype) and policy is Recompute.BLOCK
     )
 
 
@@ -159,7 +185,7 @@ def best_fit(
         way = functools.partial(fit, job, device, batch_size=batch_size, micro_batch_size=size, share=share)
         # Work rises along the ladder, so the first that fits is the cheapest. Memory need not fall all along it: what a
         # block no longer keeps it makes again in its own backward.
-        ladder = [tuple(recompute)] if recompute is not None else policies(job)
+        ladder = [tuple(recompute)] if recompute is not None else policies(job, size)
         fitting = next((rung for rung in ladder if peak_bytes(job, rung, size, batch_size) <= usable), None)
         if fitting is not None:
             found.append(way(recompute=fitting))
@@ -177,13 +203,17 @@ def divisors(number: int) -> list[int]:
     return sorted({*lower, *(number // n for n in lower)})
 
 
-def policies(job: Job) -> Iterator[tuple[Recompute, ...]]:
+def policies(job: Job, micro_batch_size: int = 1) -> Iterator[tuple[Recompute, ...]]:
     """Mixtures of policies over the blocks, from none recomputed to the least memory, one block's change at a time."""
-    steps = []
+    steps, tokens = [], micro_batch_size * job.seq_len
     for index, (spec, kind) in enumerate(zip(job.specs, job.classes, strict=True)):
         if kind is not BlockClass.PREFIX:
             ways = [
-                (kept_bytes(spec, kind, job.dtype, policy), recomputed_flops(spec, policy, job.seq_len), policy)
+                (
+                    tokens * kept_bytes(spec, kind, job.dtype, policy) + shadow_bytes(spec, kind, job.dtype, policy),
+                    tokens * recomputed_flops(spec, policy, job.seq_len),
+                    policy,
+                )
                 for policy in Recompute
             ]
             steps += [(rate, index, policy) for rate, policy in _cheapest_bytes(ways)]

@@ -8,8 +8,9 @@ import common
 import pytest
 import torch
 from contestants import CONTESTANTS
-from hugging_face import build_hf, packed
+from hugging_face import build_hf, runner_of
 from miniature import layer_classes
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from workload import OPTIM, SIZES, Runner, Workload, weights_digest
 
@@ -175,11 +176,19 @@ def test_packed_documents_do_not_see_each_other(name):
     loss = together.loss(together.prepare(tokens))
     losses = [by_itself.loss(by_itself.prepare(piece[None])) for piece in tokens.view(-1, 4)]
     assert whole.predictions == 18
+    contestant = CONTESTANTS[name]
+    assert contestant.flops_per_token(whole) == contestant.flops_per_token(alone)
+    assert contestant.flops_per_token(whole)[0] < contestant.flops_per_token(replace(whole, document=None))[0]
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-5, atol=0)
 
 
 def test_flash_attention_is_told_where_documents_begin():
-    batch = packed(replace(make("tiny"), document=4), flash=True)(torch.arange(16).view(2, 8))
+    model = torch.nn.Module()
+    model.config = LlamaConfig(attn_implementation="flash_attention_4")
+    workload = replace(make("tiny"), document=4)
+    batch = runner_of(workload, model, []).prepare(torch.arange(16).view(2, 8))
+    model.config = LlamaConfig(attn_implementation="sdpa")
+    assert "cu_seq_lens_q" not in runner_of(workload, model, []).prepare(torch.arange(16).view(2, 8))
     assert batch["cu_seq_lens_q"].tolist() == [0, 4, 8, 12, 16]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3] * 4]
     assert batch["labels"].tolist() == [[-100, 1, 2, 3, -100, 5, 6, 7, -100, 9, 10, 11, -100, 13, 14, 15]]

@@ -60,19 +60,17 @@ def test_the_table(rows, tmp_path):
     ]
 
 
-def test_the_result_of_a_gpu_then_of_7b_then_of_most_contestants_then_the_latest_is_chosen(tmp_path):
+def test_the_result_of_a_gpu_then_of_7b_then_with_the_usual_name_then_the_latest_is_chosen(tmp_path):
     results = {
         "cpu-late": {"device": "cpu, X", "date": "2026-12-01"},
         "1b": {"size": "1b", "date": "2026-12-01"},
         "7b-old": {"date": "2026-10-01"},
         "7b-new": {"date": "2026-11-01"},
-        "7b-all": {"date": "2026-09-01"},
-        "7b-packed": {"date": "2026-12-01", "document": 1024},
+        "7b-nvidia-h200": {"date": "2026-09-01"},
     }
     for name, more in results.items():
-        rows = [row("ours", 1.0, **more)] * (2 if name == "7b-all" else 1)
-        (tmp_path / f"throughput-{name}.json").write_text(json.dumps(rows))
-    for name in ("7b-all", "7b-new", "7b-old", "7b-packed", "1b", "cpu-late"):
+        (tmp_path / f"throughput-{name}.json").write_text(json.dumps([row("ours", 1.0, **more)]))
+    for name in ("7b-nvidia-h200", "7b-new", "7b-old", "1b", "cpu-late"):
         file, _ = readme_table.chosen(tmp_path)
         assert file.name == f"throughput-{name}.json"
         file.unlink()

@@ -66,4 +66,4 @@ def peak(job: Job, recompute, micro_batch_size=1, batch_size=2) -> int:
 
 
 def least(job: Job, micro_batch_size=1, batch_size=2) -> int:
-    return min(peak(job, rung, micro_batch_size, batch_size) for rung in policies(job))
+    return min(peak(job, rung, micro_batch_size, batch_size) for rung in policies(job, micro_batch_size))

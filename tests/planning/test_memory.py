@@ -137,6 +137,15 @@ CASES = {
         micro_batches=2,
     ),
 }
+# So few tokens that the copy of a weight is the fullest: of gate_up_proj, and of qkv_proj.
+FEW_TOKENS = {
+    "wide MLP": Case(
+        fullest="", trained=(3,), config={"hidden_size": 128, "intermediate_size": 1536}, seq_len=8, micro_batch_size=1
+    ),
+    "narrow MLP": Case(
+        fullest="", trained=(3,), config={"hidden_size": 256, "intermediate_size": 128}, seq_len=8, micro_batch_size=1
+    ),
+}
 WAYS = {policy.value: (policy,) * LAYERS for policy in Recompute} | {"mixture": MIXTURE}
 
 
@@ -215,6 +224,13 @@ def test_in_bf16_it_is_the_counted_peak_to_5_percent(name, way):
     assert_counted(CASES[name], bf16, way, 0.05)
 
 
+@pytest.mark.parametrize("way", ["none", "block"])
+@pytest.mark.parametrize("name", FEW_TOKENS)
+def test_with_few_tokens_it_is_the_counted_peak_to_a_thousandth(name, way):
+    """In bf16, where a block that recomputes everything narrows its weights for each product."""
+    assert_counted(FEW_TOKENS[name], bf16, way, 0.001)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_fullest_moment_is_the_one_the_case_is_for(name):
     """Else a moment that none of the cases reaches would go uncounted."""
@@ -245,9 +261,9 @@ def test_through_triton_it_is_the_counted_peak_to_5_percent():
 
 @pytest.mark.parametrize("way", ["none", "block"])
 @pytest.mark.parametrize("dtype", [fp32, bf16])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.train_all])
+@pytest.mark.parametrize("name", [*(name for name, case in CASES.items() if not case.train_all), *FEW_TOKENS])
 def test_an_evaluation_with_its_base_is_the_counted_peak_to_5_percent(name, dtype, way):
-    case = CASES[name]
+    case = (CASES | FEW_TOKENS)[name]
     job = case.job(dtype)
     model, batch = make_model(job, WAYS[way]), make_batch(job, case.micro_batch_size)
     evaluate(model, [batch], skip_for_base=job.trained_blocks)
