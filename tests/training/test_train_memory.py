@@ -49,11 +49,12 @@ def test_what_was_chosen_stands_in_the_resolved_config(make_config, tmp_path, ca
     assert f"planned {summary['planned_memory_gib']:.2f} GiB for its tensors" in said
 
 
-def test_recomputing_changes_nothing_of_a_run(make_config, tmp_path):
-    """Nor does a mixture: weights byte for byte, and every loss."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recomputing_changes_nothing_of_a_run(make_config, tmp_path, dtype):
+    """Nor does a mixture: weights byte for byte, and every loss; in bf16 too, where `block` keeps no copies."""
     seen = []
     for name in ("none", "block", "..ma.b"):
-        train.run(make_config(train={"recompute": name}, output=str(tmp_path / name)))
+        train.run(make_config(train={"recompute": name, "dtype": dtype}, output=str(tmp_path / name)))
         rows = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses = [(row["kind"], row["step"], row["loss"]) for row in rows]
         seen.append((folder_digest(PretrainedFolder(tmp_path / name / "export")), losses))
