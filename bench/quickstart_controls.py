@@ -32,7 +32,7 @@ import common
 import torch
 
 from llama_pro_fast.cost import step_cost
-from llama_pro_fast.prepare import write_random_model
+from llama_pro_fast.model_folder import write_random_model
 from llama_pro_fast.pretrained import PretrainedFolder, resolve
 from llama_pro_fast.recipe import load_config
 

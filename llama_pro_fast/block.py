@@ -30,7 +30,6 @@ A new block starts as an identity because `o_proj` and `down_proj` are zero (pap
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -69,13 +68,6 @@ class BlockClass(Enum):
     PREFIX = "prefix"
     FROZEN = "frozen"
     TRAINED = "trained"
-
-
-def block_classes(num_layers: int, trained_blocks: Collection[int]) -> list[BlockClass]:
-    """The class of each block, bottom to top."""
-    first, trained = min(trained_blocks, default=num_layers), set(trained_blocks)
-    below = [BlockClass.PREFIX] * first
-    return below + [BlockClass.TRAINED if index in trained else BlockClass.FROZEN for index in range(first, num_layers)]
 
 
 class Recompute(Enum):

@@ -9,37 +9,29 @@ from typing import Any
 
 import torch
 
-from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import amount, block_strip, box, duration, say, table
+from llama_pro_fast.config import Settled
+from llama_pro_fast.console import amount, box, duration, say, table
 from llama_pro_fast.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.devices import GIB
-from llama_pro_fast.manifest import Manifest
-from llama_pro_fast.model import Decoder
+from llama_pro_fast.job import DTYPES
 from llama_pro_fast.planner import Fit
-from llama_pro_fast.pretrained import PretrainedFolder
 from llama_pro_fast.run_folder import resume_command, shown
+from llama_pro_fast.trained import LEGEND, Trained
 from llama_pro_kernels import implementation_name
 
 
-def show_start(
-    config: RunConfig,
-    folder: PretrainedFolder,
-    model: Decoder,
-    corpus: Corpus,
-    *,
-    manifest: Manifest | None,
-    planned: Fit,
-) -> None:
-    """The box before the first step."""
+def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, planned: Fit) -> None:
+    """The box before the first step.
+
+    Args:
+        model: transformers' config of the model that trains.
+    """
     train = config.train
-    train_all = train.parameters == "all"
-    trained = model.trained_blocks
-    parameters = num_parameters(folder.config)
-    count = num_trained_parameters(folder.config, trained, train_all=train_all)
-    if train_all:
+    parameters, count = num_parameters(model), num_trained_parameters(model, trained)
+    if trained.everything:
         meter = "off: all parameters train, the base is not kept"
-    elif not manifest.base_intact:
+    elif not trained.base_intact:
         meter = "off: all parameters were trained since the expansion, the base is no longer in the model"
     else:
         meter = ", ".join(
@@ -49,12 +41,12 @@ def show_start(
         )
     device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads"
     process = " for tensors, the process comes on top" if train.device == "cpu" else ""
-    kernels = implementation_name(train.device, getattr(torch, train.dtype))
+    kernels = implementation_name(train.device, DTYPES[train.dtype])
     box(
         f"llama-pro-fast · {Path(config.output).name}",
         [
-            ("model", f"{config.model.path}  ({folder.config.architectures[0]}, {len(model.blocks)} blocks)"),
-            ("blocks", f"{block_strip(len(model.blocks), trained)}  (X trains, o is frozen)"),
+            ("model", f"{config.model.path}  ({model.architectures[0]}, {trained.num_layers} blocks)"),
+            ("blocks", f"{trained.strip}  ({LEGEND})"),
             ("trained", f"{amount(count)} of {amount(parameters)} parameters ({count / parameters:.1%})"),
             ("cost", f"{planned.cost.total / 1e9:.4g} GFLOP per token (causal attention, its backward 2x)"),
             ("text", corpus.description()),
@@ -111,13 +103,13 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
 from transformers import pipeline
 generate = pipeline("text-generation", {json.dumps(shown(exported))})
 print(generate("import os", max_new_tokens=60, do_sample=False)[0]["generated_text"])"""
-    own = "python -m llama_pro_fast.train --model.path MODEL --expand.groups 8 --data.domain mine.jsonl \\"
+    own = "llama-pro-fast train --model.path MODEL --expand.groups 8 --data.domain mine.jsonl \\"
     evaluate = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={shown(exported)}", "--tasks", "hellaswag"]
     say("\nnext")
     say('# your model (a folder or hub id of a Llama-family checkpoint) and text (one {"text": ...} a line)')
     say(f"{own}\n    --optim.lr 5e-5 --output runs/mine")
     say("# before that: will it fit, and what will it cost")
-    say("python -m llama_pro_fast.plan --model MODEL --gpu h100 --groups 8")
+    say("llama-pro-fast plan --model.path MODEL --expand.groups 8 --gpu h100")
     say("# generate")
     say(shlex.join(["python", "-c", pipeline]))
     say('# evaluate, after pip install "lm_eval[hf]"')

@@ -8,20 +8,11 @@ from dataclasses import dataclass
 
 from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.cost import StepCost, kept_bytes, num_parameters, recomputed_flops, step_cost
+from llama_pro_fast.devices import SHARE
 from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.memory import Job
-from llama_pro_fast.planner import (
-    Fit,
-    Question,
-    best_fit,
-    divisors,
-    expanded_shape,
-    fit,
-    flash_backward_flops,
-    parse_recompute,
-    recompute_text,
-    upper_half,
-)
+from llama_pro_fast.job import Job, Question, parse_recompute, recompute_text
+from llama_pro_fast.planner import Fit, best_fit, divisors, fit, flash_backward_flops, upper_half
+from llama_pro_fast.trained import Trained
 from llama_pro_kernels import compute_dtype
 
 LORA_RANK = 16
@@ -44,7 +35,7 @@ def ways(question: Question, found: Fit | None) -> Iterator[Way]:
     """The plan itself (``found``), other places for as many new blocks, full fine-tuning of the base, and LoRA."""
     job, base, expansion = question.job, question.base, question.expansion
     yield _way(question, "this plan", job, found)
-    if expansion is not None and not job.train_all:
+    if expansion is not None and not job.trained.everything:
         layers, count = expansion.num_old, len(expansion.new_indices)
         others = {}
         if count <= layers:
@@ -53,26 +44,20 @@ def ways(question: Question, found: Fit | None) -> Iterator[Way]:
             others["in the upper half"] = ExpansionPlan.from_after(layers, upper)
         for name, other in others.items():
             if other != expansion:
-                moved = dataclasses.replace(job, config=expanded_shape(base, other), trained_blocks=other.new_indices)
-                yield _way(question, f"{count} {name}", moved)
-    whole = dataclasses.replace(job, config=base, trained_blocks=(), train_all=True)
-    if job.train_all is False or expansion is not None:
+                yield _way(question, f"{count} {name}", job.expanded(base, other))
+    whole = dataclasses.replace(job, config=base, trained=Trained.all_of(base.num_hidden_layers))
+    if not job.trained.everything or expansion is not None:
         yield _way(question, "full fine-tuning", whole)
     yield _lora(question, whole)
 
 
 def _way(question: Question, name: str, job: Job, found: Fit | None = None) -> Way:
-    found = found or best_fit(
-        job, question.device, batch_size=question.batch_size, usable=question.usable, share=question.share
-    )
+    question = dataclasses.replace(question, job=job)
+    found = found or best_fit(dataclasses.replace(question, micro_batch_size=None, recompute=None))
     fits = found is not None
     if found is None:
-        least = parse_recompute("block", job.classes)
-        found = fit(
-            job, question.device, batch_size=question.batch_size, micro_batch_size=1, recompute=least,
-            share=question.share,
-        )  # fmt: skip
-    how = recompute_text(found.recompute, job.first)
+        found = fit(question, micro_batch_size=1, recompute=parse_recompute("block", job.trained.classes))
+    how = recompute_text(found.recompute, job.trained.first)
     return Way(
         name=name,
         trained=job.num_trained,
@@ -98,7 +83,7 @@ def _lora(question: Question, whole: Job) -> Way:
         peak=estimate.peak,
         fits=estimate.peak <= usable,
         how=f"{size}, {'block' if estimate.recomputed else 'none'}",
-        seconds=(cost.total + cost.recomputed + flash_backward_flops(whole)) / (question.share * question.device.flops),
+        seconds=(cost.total + cost.recomputed + flash_backward_flops(whole)) / (SHARE * question.device.flops),
     )
 
 
@@ -137,7 +122,8 @@ def lora_estimate(job: Job, *, rank: int, micro_batch_size: int, usable: int) ->
     none = (Recompute.NONE,) * len(job.specs)
     # A trained input keeps what each adapter reads: both normed inputs and the SwiGLU product beside the usual.
     inputs = sum(narrow * (2 * spec.hidden_size + spec.intermediate_size) for spec in job.specs)
-    cost = step_cost(job.config, range(len(job.specs)), seq_len=job.seq_len, recompute=none)
+    blocks = Trained(len(job.specs), tuple(range(len(job.specs))))
+    cost = step_cost(job.config, blocks, seq_len=job.seq_len, recompute=none)
     states = adapters * (4 * wide) + narrow * num_parameters(job.config)
     full = tokens * (sum(kept_bytes(spec, BlockClass.FROZEN, job.dtype) for spec in job.specs) + inputs)
     light = tokens * sum(kept_bytes(spec, BlockClass.FROZEN, job.dtype, Recompute.BLOCK) for spec in job.specs)

@@ -1,15 +1,40 @@
 """Everything a recipe can say, as dataclasses: one field, one option of the command line, one key of the YAML file.
 
-A run's resolved configuration (every default filled in) is written to its folder and is what ``--resume`` reads.
+A value is never changed: what a run fills in makes a new one, in the end :class:`Settled`, which is written to the
+run's folder and is what ``--resume`` reads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from llama_pro_fast.errors import UserError
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True)
+class Bounds:
+    """What a number must satisfy, and what is said of one that does not."""
+
+    holds: Callable[[float], bool]
+    otherwise: str
+
+
+ABOVE_0 = Bounds(lambda value: 0 < value < math.inf, "is not a number above 0")
+NOT_BELOW_0 = Bounds(lambda value: 0 <= value < math.inf, "is not a number from 0 up")
+BELOW_1 = Bounds(lambda value: 0 <= value < 1, "is not between 0 and 1 (1 excluded)")
+RATIO = Bounds(lambda value: 0 <= value <= 1, "is not between 0 and 1")
+SHARE = Bounds(lambda value: 0 < value < 1, "is not between 0 and 1; 0.02 keeps every 50th document")
+
+
+def number(default: Any, bounds: Bounds) -> Any:
+    """A field with bounds, which None and ``auto`` do not have to satisfy."""
+    return field(default=default, metadata={"bounds": bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model is trained."""
 
@@ -24,14 +49,14 @@ class ModelConfig:
     """`train`, for random weights: a byte-level BPE of the config's vocabulary size, from the training text."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpandConfig:
     """Where the new blocks go. Leave all empty for a model that is already expanded."""
 
     groups: int | None = None
     """N: cut the L blocks into N groups, balanced when N does not divide L; new blocks end each (paper 3.2)."""
 
-    copies: int = 1
+    copies: int = number(1, ABOVE_0)
     """P: new blocks per group, copies of the group's last P blocks."""
 
     after: list[int] | str | None = None
@@ -43,7 +68,7 @@ class ExpandConfig:
         return self.groups is not None or self.after is not None
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """One place text comes from."""
 
@@ -65,7 +90,7 @@ class Source:
     """How reports call it; by default the file's name without ending."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The text."""
 
@@ -75,75 +100,75 @@ class DataConfig:
     general: str | list[Source] | None = None
     """What not to forget: a path, or a list of sources. Without one the built-in prose (`stdlib:prose`) is measured."""
 
-    held_out: float = 0.02
+    held_out: float = number(0.02, SHARE)
     """Share of the documents kept out of training for evaluation, chosen by a hash of the document."""
 
     cache: str | None = None
     """Where tokens are kept between runs; by default `llama-pro-fast` in the user's cache folder."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float | None = None
+    lr: float | None = number(None, ABOVE_0)
     """Peak learning rate. There is no default: it depends on the base. The paper: 2e-4 for LLaMA-2-7B, 2e-5 for
     Mistral-7B; modern bases want the lower end."""
 
     schedule: Literal["cosine", "wsd"] = "cosine"
     """`cosine` decays from the end of the warm-up; `wsd` (warmup-stable-decay) holds, then decays linearly."""
 
-    warmup_steps: int | None = None
+    warmup_steps: int | None = number(None, NOT_BELOW_0)
     """Steps of linear warm-up; by default 6 % of the run (the paper's share)."""
 
-    decay_steps: int | None = None
+    decay_steps: int | None = number(None, NOT_BELOW_0)
     """`wsd` only: length of the final decay; by default 20 % of the run."""
 
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: float = number(0.0, RATIO)
     """What the learning rate decays towards, as a share of `lr`."""
 
-    weight_decay: float = 0.1
+    weight_decay: float = number(0.1, NOT_BELOW_0)
     """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = number(0.9, BELOW_1)
+    beta2: float = number(0.95, BELOW_1)
+    eps: float = number(1e-8, ABOVE_0)
 
-    clip: float = 1.0
+    clip: float = number(1.0, ABOVE_0)
     """Largest global gradient norm."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The run itself."""
 
     parameters: Literal["new_blocks", "all"] = "new_blocks"
     """`new_blocks`: the blocks the checkpoint's manifest names, nothing else. `all`: every parameter."""
 
-    steps: int | None = None
+    steps: int | None = number(None, ABOVE_0)
     """Optimizer steps. Give this or `tokens`; with neither the run is one epoch."""
 
-    tokens: float | None = None
+    tokens: float | None = number(None, ABOVE_0)
     """Length in tokens, rounded down to whole steps."""
 
-    seq_len: int | None = None
+    seq_len: int | None = number(None, ABOVE_0)
     """Tokens per sequence; by default the model's positions, at most 4096."""
 
-    batch_size: int = 16
+    batch_size: int = number(16, ABOVE_0)
     """Sequences per optimizer step."""
 
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = number(None, ABOVE_0)
     """Sequences per forward and backward; divides `batch_size`. By default what fits `memory` and should be fastest."""
 
     recompute: str = "auto"
     """What blocks make again in backward instead of keeping it: `none`, `mlp`, `attention` or `block`, for all, or a
     letter for each block (`.`, `m`, `a`, `b`). `auto`: as little as fits `memory`."""
 
-    memory: float | Literal["auto"] = "auto"
+    memory: float | Literal["auto"] = number("auto", ABOVE_0)
     """GiB the run may take on its device; `auto` is what is free there, with something to spare. A run that needs more
     is refused before it loads anything."""
 
-    seed: int = 0
+    seed: int = number(0, NOT_BELOW_0)
     """Seeds the order of the data and random initial weights."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -157,32 +182,32 @@ class TrainConfig:
     deterministic: bool = False
     """Bit-equal repeats on a GPU, at some cost in speed. A CPU repeats bit for bit anyway."""
 
-    threads: int | None = None
+    threads: int | None = number(None, ABOVE_0)
     """CPU threads; by default what PyTorch chooses."""
 
-    log_every: int = 10
+    log_every: int = number(10, ABOVE_0)
     """Steps between two lines of log."""
 
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = number(None, ABOVE_0)
     """Steps between two checkpoints; by default a tenth of the run, at most 500. The last step is always one."""
 
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = number(2, ABOVE_0)
     """How many checkpoints stay on disk."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Measuring, on held-out text."""
 
-    every: int | None = None
+    every: int | None = number(None, ABOVE_0)
     """Steps between two evaluations; by default a tenth of the run, at most 500. There is always one before the first
     step and one after the last."""
 
-    tokens: int = 65_536
+    tokens: int = number(65_536, ABOVE_0)
     """At most this many held-out tokens per source."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run of `llama-pro-fast train`."""
 
@@ -195,3 +220,44 @@ class RunConfig:
 
     output: str | None = None
     """The run's folder."""
+
+
+MAY_STAY_OPEN = ("expand.groups", "expand.after", "data.general", "data.cache", "train.tokens")
+"""Keys that a settled run may leave empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled(RunConfig):
+    """A run's configuration with nothing left open: what it computes with, and the content of its config.yaml.
+
+    Raises:
+        UserError: a key is still open, or out of its bounds.
+    """
+
+    def __post_init__(self) -> None:
+        for key, value, _ in options(self):
+            if value in (None, "auto") and key not in MAY_STAY_OPEN:
+                raise UserError(f"{key} is not settled; give it a value")
+        check_bounds(self)
+
+
+def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """``(key, value, field)`` of every option, section by section; keys are dotted."""
+    for each in fields(config):
+        value, key = getattr(config, each.name), prefix + each.name
+        if is_dataclass(value):
+            yield from options(value, f"{key}.")
+        else:
+            yield key, value, each
+
+
+def check_bounds(config: Any, prefix: str = "") -> None:
+    """Every number of a configuration, or of its section ``prefix``, within the bounds of its field.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for key, value, each in options(config, prefix):
+        bounds = each.metadata.get("bounds")
+        if bounds is not None and value not in (None, "auto") and not bounds.holds(value):
+            raise UserError(f"--{key}: {value} {bounds.otherwise}")

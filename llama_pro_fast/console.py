@@ -51,12 +51,6 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     console.print(grid)
 
 
-def block_strip(num_layers: int, trained: Iterable[int]) -> str:
-    """``oooXoooX``: X trains, o is frozen."""
-    trained = set(trained)
-    return "".join("X" if index in trained else "o" for index in range(num_layers))
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":

@@ -18,13 +18,14 @@ that, and documents by their own length).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.families import BlockSpec
+from llama_pro_fast.trained import Trained
 from llama_pro_kernels import compute_dtype
 
 
@@ -46,33 +47,30 @@ class StepCost:
 
 def step_cost(
     config,
-    trained_blocks: Collection[int],
+    trained: Trained,
     *,
     seq_len: int,
-    train_all: bool = False,
     recompute: Sequence[Recompute] = (),
 ) -> StepCost:
     """FLOPs per token of one training step.
 
     Args:
         config: a transformers config of a known family.
-        trained_blocks: indices of the trained blocks.
+        trained: what trains; of the tables only the head makes products (the embedding is a lookup).
         seq_len: tokens per sequence; one document is assumed to fill it.
-        train_all: the embedding and the head train too (the embedding is a lookup).
         recompute: of each block; by default none.
     """
     spec = BlockSpec.from_config(config, 0)
     layers = config.num_hidden_layers
     block, qkv = sum(matrices(spec).values()), matrices(spec)["qkv_proj.weight"]
     head = config.vocab_size * config.hidden_size
-    trained = range(layers) if train_all else trained_blocks
-    above = layers - min(trained, default=layers)
+    above = layers - trained.first
     specs = [BlockSpec.from_config(config, index) for index in range(layers)]
     attention = [attention_flops(spec, seq_len) for spec in specs]
     return StepCost(
         forward=2.0 * (layers * block + head),
-        dx=2.0 * (above * block + head) - (2.0 * qkv if above and not train_all else 0.0),
-        dw=2.0 * (len(trained) * block + (head if train_all else 0)),
+        dx=2.0 * (above * block + head) - (2.0 * qkv if above and not trained.everything else 0.0),
+        dw=2.0 * (len(trained.blocks) * block + (head if trained.everything else 0)),
         attention=float(sum(attention) + 2 * sum(attention[layers - above :])),
         recomputed=sum(
             recomputed_flops(specs[index], policy, seq_len)
@@ -151,8 +149,8 @@ def num_parameters(config) -> int:
     )
 
 
-def num_trained_parameters(config, trained_blocks: Collection[int], *, train_all: bool) -> int:
-    """Parameters that train: all of them, or those of some blocks."""
-    return (
-        num_parameters(config) if train_all else len(trained_blocks) * BlockSpec.from_config(config, 0).num_parameters()
-    )
+def num_trained_parameters(config, trained: Trained) -> int:
+    """Parameters that train."""
+    if trained.everything:
+        return num_parameters(config)
+    return len(trained.blocks) * BlockSpec.from_config(config, 0).num_parameters()

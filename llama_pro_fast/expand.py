@@ -1,4 +1,4 @@
-"""`llama-pro-fast expand BASE OUT --groups 8`: insert identity copies of blocks, and prove that nothing changed.
+"""`llama-pro-fast expand BASE OUT --expand.groups 8`: insert identity copies of blocks, and prove that nothing changed.
 
     the base's headers -> plan -> rewrite, byte by byte, into OUT.partial -> proof on OUT.partial -> rename to OUT
 
@@ -11,24 +11,27 @@ import math
 import shlex
 import sys
 import time
+from dataclasses import fields
+from typing import Any
 
 import torch
 
-from llama_pro_fast.cli import PROGRAM, ArgumentParser, run_entry_point
-from llama_pro_fast.config import ExpandConfig
+from llama_pro_fast import model_folder
+from llama_pro_fast.cli import PROGRAM, run_entry_point
+from llama_pro_fast.config import ExpandConfig, check_bounds
 from llama_pro_fast.console import amount, box, duration, peak_memory_gib, progress_bars, say
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.identity import IdentityProof, expand_and_prove
-from llama_pro_fast.pretrained import PretrainedFolder, resolve
+from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.recipe import new_parser, one_line_errors
 
 
 def main(argv: list[str] | None = None) -> int:
     """The verb `expand`."""
-    options = _parser().parse_args(argv)
+    options = _parse(sys.argv[1:] if argv is None else argv)
     start = time.monotonic()
-    base = PretrainedFolder(resolve(options.base))
-    config = ExpandConfig(groups=options.groups, after=options.after, copies=options.copies)
-    plan = ExpansionPlan.from_config(base.config.num_hidden_layers, config)
+    base = PretrainedFolder(model_folder.find(options.base))
+    plan = ExpansionPlan.from_config(base.config.num_hidden_layers, options.expand)
     with progress_bars() as progress:
         proof = expand_and_prove(base, options.out, plan, progress=progress)
     _report(base, PretrainedFolder(options.out), plan, proof)
@@ -40,20 +43,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=f"{PROGRAM} expand",
-        description="Insert identity copies of decoder blocks into a Llama-family checkpoint (arXiv 2401.02415).",
+def _parse(argv: list[str]) -> Any:
+    """``base``, ``out`` and ``expand`` of a command line.
+
+    Raises:
+        UserError: unknown option, wrong type, or one of the two is missing.
+    """
+    parser = new_parser(
+        "expand", "Insert identity copies of decoder blocks into a Llama-family checkpoint (arXiv 2401.02415)."
     )
     parser.add_argument(
-        "base", metavar="BASE", help="folder of a Llama-family checkpoint in the Hugging Face layout, or a hub id"
+        "base",
+        metavar="BASE",
+        help="Folder of a Llama-family checkpoint in the Hugging Face layout, a run or a hub id.",
     )
-    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--groups", type=int, metavar="N", help="cut the blocks into N groups, new blocks after each")
-    where.add_argument("--after", metavar="K,K,...", help="instead: the blocks (from 0) that new ones follow")
-    parser.add_argument("--copies", type=int, default=1, metavar="P", help="new blocks in each place (default: 1)")
-    return parser
+    parser.add_argument("out", metavar="OUT", help="Folder to write; must not exist, or be empty.")
+    parser.add_class_arguments(ExpandConfig, "expand")
+    with one_line_errors([f"expand.{each.name}" for each in fields(ExpandConfig)]):
+        options = parser.instantiate(parser.parse_args(argv))
+    check_bounds(options.expand, "expand.")
+    return options
 
 
 def _report(base: PretrainedFolder, expanded: PretrainedFolder, plan: ExpansionPlan, proof: IdentityProof) -> None:
@@ -61,7 +70,8 @@ def _report(base: PretrainedFolder, expanded: PretrainedFolder, plan: ExpansionP
     new, dtype = after - before, str(proof.dtype).removeprefix("torch.")
     rows = [
         ("blocks", f"{plan.num_old} -> {plan.num_layers}"),
-        ("", f"{plan.strip}  (o old, X new)"),
+        ("", f"{plan.trained.strip}"),
+        ("", "X is new; in training o passes the gradient on, . has no backward"),
         (
             "parameters",
             f"{amount(before)} -> {amount(after)}, of which the new blocks hold {amount(new)} ({new / after:.1%})",

@@ -37,6 +37,7 @@ from llama_pro_fast.pretrained import (
     combined_digest,
     write_header,
 )
+from llama_pro_fast.trained import Trained
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (bytes, or blocks)."""
@@ -78,11 +79,13 @@ class ExpansionPlan:
             UserError: no groups, more groups than blocks, or more copies than the smallest group has blocks.
         """
         if not 1 <= groups <= num_layers:
-            raise UserError(f"groups {groups}: the model has {num_layers} blocks; give a number from 1 to {num_layers}")
+            raise UserError(
+                f"--expand.groups {groups}: the model has {num_layers} blocks; give a number from 1 to {num_layers}"
+            )
         smallest = num_layers // groups
         if copies > smallest:
             raise UserError(
-                f"copies {copies}: the smallest of {groups} groups of {num_layers} blocks has {smallest}; "
+                f"--expand.copies {copies}: the smallest of {groups} groups of {num_layers} blocks has {smallest}; "
                 "give fewer copies or fewer groups"
             )
         return cls.from_after(num_layers, [(group + 1) * num_layers // groups - 1 for group in range(groups)], copies)
@@ -95,16 +98,20 @@ class ExpansionPlan:
             UserError: a block that is not there or is named twice, none at all, or too few blocks before it to copy.
         """
         if copies < 1:
-            raise UserError(f"copies {copies}: give 1 or more")
+            raise UserError(f"--expand.copies {copies}: give 1 or more")
         if not after:
-            raise UserError("after: no block is named; give block numbers such as 3,7,11")
+            raise UserError("--expand.after: no block is named; give block numbers such as 3,7,11")
         for block in after:
             if not 0 <= block < num_layers:
-                raise UserError(f"after {block}: the model has blocks 0 to {num_layers - 1}")
+                raise UserError(f"--expand.after {block}: the model has blocks 0 to {num_layers - 1}")
             if after.count(block) > 1:
-                raise UserError(f"after {block}: named twice; for several new blocks in one place give copies")
+                raise UserError(
+                    f"--expand.after {block}: named twice; for several new blocks in one place give --expand.copies"
+                )
             if block - copies + 1 < 0:
-                raise UserError(f"after {block}: {copies} copies need {copies} blocks, there are {block + 1} up to it")
+                raise UserError(
+                    f"--expand.after {block}: {copies} copies need {copies} blocks, there are {block + 1} up to it"
+                )
         sources: list[int] = []
         is_new: list[bool] = []
         for block in range(num_layers):
@@ -123,8 +130,10 @@ class ExpansionPlan:
             UserError: both or neither of ``groups`` and ``after`` are given, or one of them cannot be followed.
         """
         if (config.groups is None) == (config.after is None):
-            given = "neither" if config.groups is None else "both"
-            raise UserError(f"expansion: {given} of groups and after are given; give one, such as groups 8")
+            given = "none" if config.groups is None else "each"
+            raise UserError(
+                f"--expand.groups and --expand.after: {given} of them is given; give one, such as --expand.groups 8"
+            )
         if config.groups is not None:
             return cls.from_groups(num_layers, config.groups, config.copies)
         after = config.after
@@ -132,7 +141,7 @@ class ExpansionPlan:
             try:
                 after = [int(block) for block in after.split(",")]
             except ValueError as error:
-                raise UserError(f"after {after}: not a list of block numbers such as 3,7,11") from error
+                raise UserError(f"--expand.after {after}: not a list of block numbers such as 3,7,11") from error
         return cls.from_after(num_layers, after, config.copies)
 
     @property
@@ -155,9 +164,9 @@ class ExpansionPlan:
         return tuple(index for index, new in enumerate(self.is_new) if not new)
 
     @property
-    def strip(self) -> str:
-        """The expanded model from bottom to top: ``o`` an old block, ``X`` a new one."""
-        return "".join("X" if new else "o" for new in self.is_new)
+    def trained(self) -> Trained:
+        """The new blocks, and nothing else."""
+        return Trained(self.num_layers, self.new_indices)
 
 
 # -- the rewrite ---------------------------------------------------------------------------------------------------

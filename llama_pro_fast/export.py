@@ -1,4 +1,4 @@
-"""Write a run's model as an ordinary Hugging Face checkpoint: ``python -m llama_pro_fast.export runs/NAME [OUT]``.
+"""Write a run's model as an ordinary Hugging Face checkpoint: ``llama-pro-fast export runs/NAME [OUT]``.
 
 Works on any run that has a complete checkpoint, finished or not. Tensors that did not train are copied byte for byte
 from the folder the run trains; trained ones are narrowed once to the dtype they have there. Nothing is held but one
@@ -50,14 +50,12 @@ def export_run(run: Path, out: Path | None = None) -> tuple[Path, int]:
         UserError: no run, no complete checkpoint, its base is gone or changed, ``out`` is taken, full or not writable.
     """
     config = load_config(run)
-    checkpoints = complete_checkpoints(run)
-    if not checkpoints:
-        raise UserError(f"{run}: has no complete checkpoint yet; resume it with --output {run} --resume")
-    info = read_info(checkpoints[-1])
-    base = PretrainedFolder(run / info.model)
+    checkpoint = last_checkpoint(run)
+    info = read_info(checkpoint)
+    base = trained_folder(run)
     if folder_digest(base) != info.model_digest:
         raise UserError(f"{base.path}: not the weights {run} was trained on any more; put them back")
-    trained = _TrainedTensors(checkpoints[-1], base)
+    trained = _TrainedTensors(checkpoint, base)
     with new_folder(out or run / "export", replace=out is None) as partial:
         for file in base.files:
             entries = [entry for entry in base.entries.values() if entry.file == file]
@@ -78,6 +76,23 @@ def export_run(run: Path, out: Path | None = None) -> tuple[Path, int]:
             raw_config[MANIFEST_KEY] = dataclasses.replace(manifest, base_intact=False).to_config()
         write_json(partial / CONFIG_FILE, raw_config)
     return out or run / "export", info.progress.step
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The run's last complete checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    checkpoints = complete_checkpoints(run)
+    if not checkpoints:
+        raise UserError(f"{run}: has no complete checkpoint yet; resume it with --output {run} --resume")
+    return checkpoints[-1]
+
+
+def trained_folder(run: Path) -> PretrainedFolder:
+    """The model's folder that a run trains, which its last complete checkpoint names."""
+    return PretrainedFolder(run / read_info(last_checkpoint(run)).model)
 
 
 class _TrainedTensors:

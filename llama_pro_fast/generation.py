@@ -20,14 +20,13 @@ import transformers
 from torch.nn import functional as F
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.config import RunConfig
+from llama_pro_fast.config import Settled
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.devices import available_memory
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluate import evaluate
-from llama_pro_fast.manifest import Manifest
+from llama_pro_fast.job import DTYPES
 from llama_pro_fast.model import Decoder, load_model
-from llama_pro_fast.prepare import DTYPES
 from llama_pro_fast.pretrained import PretrainedFolder, no_progress_bars
 
 TIE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -63,16 +62,19 @@ class ExportCheck:
 
 
 def read_export_back(
-    config: RunConfig,
+    config: Settled,
     folder: Path,
     corpus: Corpus,
     tokenizer: transformers.PreTrainedTokenizerBase,
     results: list[dict[str, Any]],
+    *,
+    new_blocks: Collection[int],
 ) -> dict[str, Any]:
     """Check a run's export, where there is memory for it.
 
     Args:
         results: of the run's summary: what the trained model's last evaluation was.
+        new_blocks: blocks without which the model is its base; empty where there are none.
 
     Returns:
         ``export_check`` (equal, compared, and both in words) and ``sample`` (a prompt, the base's continuation and the
@@ -97,7 +99,6 @@ def read_export_back(
     stock = stock_greedy(folder, prompts, new_tokens, dtype, device)
     model = load_model(
         export,
-        trained_blocks=(),
         dtype=dtype,
         device=device,
         max_length=config.train.seq_len,
@@ -108,8 +109,6 @@ def read_export_back(
     trained = next(row for row in results if (row["role"], row["source"]) == ("domain", domain[0].source.name))
     _check_loss(folder, loss, trained["after"]["loss"], {entry.dtype for entry in export.entries.values()})
 
-    manifest = Manifest.from_config(export.raw_config)
-    new_blocks = manifest.trained_blocks if manifest and manifest.base_intact else ()
     check = compare_greedy(folder, model, prompts, stock, dtype=dtype, new_blocks=new_blocks)
     said = f"read back: loss {loss:.4f}; in stock transformers {check.equal} of {check.compared} greedy tokens equal"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.pretrained import CONFIG_FILE
+from llama_pro_fast.trained import Trained
 
 if TYPE_CHECKING:
     from llama_pro_fast.expansion import ExpansionPlan
@@ -141,6 +142,38 @@ class Manifest:
     def to_config(self) -> dict[str, Any]:
         """The value of the ``block_expansion`` key."""
         return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+
+def what_trains(
+    raw_config: dict[str, Any], *, parameters: str, plan: ExpansionPlan | None = None, name: str
+) -> Trained:
+    """What of a model trains, by the recipe and by its manifest, or by the expansion it is about to get.
+
+    Args:
+        raw_config: ``config.json``'s content.
+        parameters: the recipe's `train.parameters`.
+        plan: how the model will be expanded first.
+        name: of the model, for the error.
+
+    Raises:
+        UserError: new blocks are to train and there are none, or are to come and there are some already.
+    """
+    manifest, num_layers = Manifest.from_config(raw_config), raw_config["num_hidden_layers"]
+    if plan is not None and manifest is not None:
+        raise UserError(
+            f"--expand.*: {name} is expanded already; leave the option out to train its new blocks, or add a "
+            "generation with `llama-pro-fast expand` first"
+        )
+    if parameters == "all":
+        return Trained.all_of(num_layers if plan is None else plan.num_layers)
+    if plan is not None:
+        return plan.trained
+    if manifest is None:
+        raise UserError(
+            f"{name}: has no new blocks to train; say where they go, for example --expand.groups "
+            f"{max(1, num_layers // 4)} (or train everything with --train.parameters all)"
+        )
+    return Trained(num_layers, manifest.trained_blocks, base_intact=manifest.base_intact)
 
 
 def _bad_manifest(what: str) -> UserError:

@@ -20,17 +20,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from llama_pro_fast.batch import padded_boundaries
-from llama_pro_fast.block import BlockClass, Recompute, block_classes
-from llama_pro_fast.cost import activation_bytes, kept_bytes, matrices, num_parameters, num_trained_parameters
+from llama_pro_fast.block import BlockClass, Recompute
+from llama_pro_fast.cost import activation_bytes, kept_bytes, matrices, num_parameters
 from llama_pro_fast.families import BlockSpec
+from llama_pro_fast.job import Job
 from llama_pro_kernels import compute_dtype, rows_per_chunk
 from llama_pro_kernels.attention_selection import BACKENDS
 from llama_pro_kernels.reference import DSCALE_ROWS
@@ -40,57 +38,6 @@ WORKSPACES = 2 << 25
 backward. Older cards get less."""
 BATCH_BYTES = 3 * 8
 """A token's id, label and position, int64 each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What of a run decides its memory and its work.
-
-    Attributes:
-        config: the model's transformers config, expanded if it will be.
-        trained_blocks: indices of the blocks that train.
-        train_all: every parameter trains.
-        dtype: of the computation.
-        seq_len: tokens per sequence.
-        attention: the attention backend's name.
-        triton: whether the operations are Triton kernels or the reference in PyTorch.
-        document: tokens of a document on average, before it is cut at a sequence's end. Until the text is known it is
-            assumed to be 512.
-    """
-
-    config: Any
-    trained_blocks: tuple[int, ...]
-    train_all: bool = False
-    dtype: torch.dtype = torch.bfloat16
-    seq_len: int = 4096
-    attention: str = "flash"
-    triton: bool = True
-    document: float = 512
-
-    @functools.cached_property
-    def specs(self) -> list[BlockSpec]:
-        return [BlockSpec.from_config(self.config, index) for index in range(self.config.num_hidden_layers)]
-
-    @functools.cached_property
-    def classes(self) -> list[BlockClass]:
-        trained = range(len(self.specs)) if self.train_all else self.trained_blocks
-        return block_classes(len(self.specs), trained)
-
-    @property
-    def first(self) -> int:
-        """The lowest block with a backward."""
-        return next(
-            (index for index, kind in enumerate(self.classes) if kind is not BlockClass.PREFIX), len(self.classes)
-        )
-
-    def documents(self, micro_batch_size: int) -> int:
-        """How many a micro-batch has at most, empty ones that pad the boundaries included; a quarter above the mean."""
-        pieces = 1.25 * micro_batch_size * self.seq_len / self.document + micro_batch_size
-        return padded_boundaries(math.ceil(pieces) + 1) - 1
-
-    @functools.cached_property
-    def num_trained(self) -> int:
-        return num_trained_parameters(self.config, self.trained_blocks, train_all=self.train_all)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +86,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
     """
     tokens = micro_batch_size * job.seq_len
     narrow, wide = job.dtype.itemsize, compute_dtype(job.dtype).itemsize
-    config, trained = job.config, job.num_trained
+    config, classes = job.config, job.trained.classes
     head_size = config.vocab_size * config.hidden_size
     states = _states(job, recompute)
 
@@ -147,14 +94,14 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
     always = _always(job, tokens)
     kept = [
         tokens * kept_bytes(spec, kind, job.dtype, policy)
-        for spec, kind, policy in zip(job.specs, job.classes, recompute, strict=True)
+        for spec, kind, policy in zip(job.specs, classes, recompute, strict=True)
     ]
     # Of each class, what all blocks below an index keep.
     kept_below = {
-        which: [0, *itertools.accumulate(b * (kind is which) for b, kind in zip(kept, job.classes, strict=True))]
+        which: [0, *itertools.accumulate(b * (kind is which) for b, kind in zip(kept, classes, strict=True))]
         for which in (BlockClass.FROZEN, BlockClass.TRAINED)
     }
-    every = wide * trained
+    every = wide * job.num_trained
     top = tokens * (narrow * config.hidden_size + wide)  # what the final norm keeps: the last block's output, rstd
 
     def moment(name: str, blocks: int, gradients: int, transient: int, logits: int = 0) -> StepMemory:
@@ -172,7 +119,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
     chunk = rows * config.vocab_size * narrow
     copies = 0 if job.triton or narrow == wide else rows * config.vocab_size * wide
     layers = len(job.specs)
-    dhead = wide * head_size if job.train_all else 0
+    dhead = wide * head_size if job.trained.everything else 0
 
     # The head: its input and dX, a loss a token, and where it trains dW.
     loss = moment(
@@ -184,19 +131,20 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
     )
     moments = [loss]
     made = dhead  # gradients of this micro-batch so far
-    for index in reversed(range(job.first, layers)):
-        spec, kind = job.specs[index], job.classes[index]
+    for index in reversed(range(job.trained.first, layers)):
+        spec, kind = job.specs[index], classes[index]
+        need_dx = index > job.trained.first or job.trained.everything
         transient = _backward_peak(
-            spec, kind, recompute[index], index > job.first or job.train_all, job.dtype, job.triton, job.attention,
-            tokens, micro_batch_size, job.documents(micro_batch_size),
+            spec, kind, recompute[index], need_dx, job.dtype, job.triton, job.attention, tokens, micro_batch_size,
+            job.documents(micro_batch_size),
         )  # fmt: skip
         gradients = every if accumulating else made
         # What this micro-batch has made of the head waits for the embedding's, where they are one table.
-        waiting = made if accumulating and job.train_all and config.tie_word_embeddings else 0
+        waiting = made if accumulating and job.trained.everything and config.tie_word_embeddings else 0
         moments.append(moment(f"backward of block {index}", index + 1, gradients, transient + waiting))
         if kind is BlockClass.TRAINED and not accumulating:
             made += wide * spec.num_parameters()
-    if job.train_all:
+    if job.trained.everything:
         table = wide * head_size
         tied = table if config.tie_word_embeddings else 0
         dx = tokens * (narrow + (wide if wide != narrow else 0)) * config.hidden_size
@@ -219,7 +167,7 @@ def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_s
     block = tokens * (narrow * H + mlp + wide * spec.num_heads)
     if any(
         needs_shadow(kind, job.dtype) and policy is Recompute.BLOCK
-        for kind, policy in zip(job.classes, recompute, strict=True)
+        for kind, policy in zip(job.trained.classes, recompute, strict=True)
     ):  # a master's copy is there while its product is made, and the temporaries are not
         beside = narrow * H + wide * (spec.num_heads + 2)
         qkv, heads = 2 * H + Q + 2 * KV, 2 * (H + Q + KV)
@@ -229,7 +177,7 @@ def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_s
             block = max(block, tokens * (beside + narrow * width) + narrow * weights[f"{name}.weight"])
     # The two chunks of logits; the reference makes three wide ones of them.
     chunk = min(tokens, rows_per_chunk(job.config.vocab_size, job.dtype)) * job.config.vocab_size
-    if job.train_all:  # no base: one chunk, and in the reference its wide copy
+    if job.trained.everything:  # no base: one chunk, and in the reference its wide copy
         logits = chunk * (narrow + (0 if job.triton or narrow == wide else wide))
     else:
         logits = chunk * (2 * narrow + (0 if job.triton else 3 * wide))
@@ -266,8 +214,8 @@ def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:
     narrow, wide = job.dtype.itemsize, compute_dtype(job.dtype).itemsize
     trained = job.num_trained
     dtypes = [job.dtype] * len(job.specs)
-    shadows = sum(map(shadow_bytes, job.specs, job.classes, dtypes, recompute))
-    if job.train_all and narrow != wide:
+    shadows = sum(map(shadow_bytes, job.specs, job.trained.classes, dtypes, recompute))
+    if job.trained.everything and narrow != wide:
         tables = 1 if job.config.tie_word_embeddings else 2
         shadows += narrow * tables * job.config.vocab_size * job.config.hidden_size
     return {

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute, RMSNorm, block_classes, parameter
+from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute, RMSNorm, parameter
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.trained import Trained
 from llama_pro_kernels import linear_cross_entropy, linear_cross_entropy_forward, linear_kl
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -218,8 +219,7 @@ def load_block(
 def load_model(
     folder: PretrainedFolder,
     *,
-    trained_blocks: Collection[int] = (),
-    train_all: bool = False,
+    trained: Trained | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     max_length: int | None = None,
@@ -229,8 +229,7 @@ def load_model(
     """Read a folder into a :class:`Decoder`, tensor by tensor, so that the peak is the model plus one block.
 
     Args:
-        trained_blocks: indices of the blocks that train.
-        train_all: every parameter trains, embeddings and head too.
+        trained: what trains; by default nothing.
         dtype: of the computation; frozen weights are held in it.
         max_length: longest sequence that will be given; by default the config's positions.
         attention: an attention backend's name (`llama_pro_kernels.select_attention_backend`).
@@ -242,15 +241,17 @@ def load_model(
     check_tensors(folder)
     config = folder.config
     count = config.num_hidden_layers
-    classes = block_classes(count, range(count) if train_all else trained_blocks)
+    trained = trained or Trained(count, ())
     recompute = recompute or [Recompute.NONE] * count
-    how = {"trained": train_all, "dtype": dtype, "device": device}
+    how = {"trained": trained.everything, "dtype": dtype, "device": device}
     embed_tokens = load_embedding(folder, **how)
     blocks = [
         load_block(folder, index, dtype=dtype, block_class=block_class, recompute=policy, device=device)
-        for index, (block_class, policy) in enumerate(zip(classes, recompute, strict=True))
+        for index, (block_class, policy) in enumerate(zip(trained.classes, recompute, strict=True))
     ]
-    norm = RMSNorm(folder.tensor(FINAL_NORM).to(device), config.rms_norm_eps, trained=train_all, compute_dtype=dtype)
+    norm = RMSNorm(
+        folder.tensor(FINAL_NORM).to(device), config.rms_norm_eps, trained=trained.everything, compute_dtype=dtype
+    )
     lm_head = None if config.tie_word_embeddings else load_embedding(folder, name=HEAD, **how)
     cos, sin = rotary_tables(config, max_length or config.max_position_embeddings)
     return Decoder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,18 @@ class Log:
 
 
 class StopSignal:
-    """The first Ctrl-C (or SIGTERM) asks for a stop at the end of the step; the second one ends at once."""
+    """The first Ctrl-C (or SIGTERM) asks for a stop at the end of the step; the second one ends at once.
+
+    Only the main thread may handle signals; in another one they are left to the program that started it.
+    """
 
     def __init__(self) -> None:
         self.stop_requested = False
+        self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _ask(self, number: int, frame: Any) -> None:

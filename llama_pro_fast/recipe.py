@@ -6,39 +6,74 @@ jsonargparse does the parsing; its messages, which span many lines, become one h
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
-from llama_pro_fast.config import RunConfig, Source
+from llama_pro_fast.cli import PROGRAM
+from llama_pro_fast.config import RunConfig, Settled, Source, options
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line, sync
 
 CONFIG_NAME = "config.yaml"
 RECIPES = Path(__file__).parent / "recipes"
 FLAGS = ("config", "resume", "overwrite")  # of the command line only
+OF_PLAN = ("gpu", "price", "json")  # beside all of the others
 
 
-def _parser():
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for.
+
+    Attributes:
+        config: the recipe; with ``resume`` the stored one.
+        resume, overwrite: what to do about a folder that holds a run already.
+        own: the verb's own options by name.
+    """
+
+    config: RunConfig
+    resume: bool
+    overwrite: bool
+    own: dict[str, Any]
+
+
+def new_parser(verb: str, description: str) -> Any:
+    """A jsonargparse parser of ``llama-pro-fast VERB``; the text under each field of config.py is the option's help."""
     # Imported here: benches build a RunConfig in Python and run where jsonargparse is not installed.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    # The text under each field of config.py is the option's help.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="llama-pro-fast train",
-        description="Train the new blocks of an expanded model (or expand a base first), evaluate, export, report.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    return ArgumentParser(prog=f"{PROGRAM} {verb}", description=description, exit_on_error=False, allow_abbrev=False)
+
+
+def parse(
+    argv: list[str],
+    *,
+    verb: str = "train",
+    description: str = "Train the new blocks of an expanded model (or expand a base first), evaluate, export, report.",
+    own: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> Request:
+    """Read a command line of ``train``, or of a verb that takes the same options.
+
+    With ``--resume`` the configuration is the stored one; what the command line says besides must agree with it.
+
+    Args:
+        own: the verb's own options, by name, and what argparse is told of them.
+
+    Raises:
+        UserError: unknown key, wrong type, unreadable recipe.
+    """
+    parser = new_parser(verb, description)
     parser.add_argument(
         "--config",
         action="config",
@@ -49,38 +84,37 @@ def _parser():
         "--resume", action="store_true", help="Go on with the run in `output`, from its last checkpoint."
     )
     parser.add_argument("--overwrite", action="store_true", help="Delete what is in `output` first.")
+    for name, settings in own.items():
+        parser.add_argument(f"--{name}", **settings)
     parser.add_class_arguments(RunConfig, nested_key=None)
-    return parser
 
-
-@dataclass(frozen=True)
-class Request:
-    """What a command line asks for: a configuration, and what to do about a folder that holds a run already."""
-
-    config: RunConfig
-    resume: bool
-    overwrite: bool
-
-
-def parse(argv: list[str]) -> Request:
-    """Read a command line of ``train``.
-
-    With ``--resume`` the configuration is the stored one; what the command line says besides must agree with it.
-
-    Raises:
-        UserError: unknown key, wrong type, unreadable recipe.
-    """
     argv = list(_with_recipe_paths(argv))
     for option, following in pairwise([*argv, ""]):
         if option == "--config":
             _check_recipe(Path(following))
-    parser = _parser()
+    with one_line_errors([*FLAGS, *own, *_keys()]):
+        given = parser.parse_args(argv, defaults=False)
+        full = parser.instantiate(parser.parse_args(argv))
+    config = absolute(RunConfig(**{f.name: full[f.name] for f in dataclasses.fields(RunConfig)}))
+    if given.get("resume"):
+        config = _stored(given, config)
+    return Request(config, bool(full["resume"]), bool(full["overwrite"]), {name: full[name] for name in own})
+
+
+@contextlib.contextmanager
+def one_line_errors(known: Sequence[str]) -> Iterator[None]:
+    """Turn jsonargparse's errors into one line.
+
+    Args:
+        known: the options there are, to name the nearest one.
+
+    Raises:
+        UserError: in place of an ArgumentError.
+    """
     try:
-        if "--resume" in argv:
-            return Request(_stored(parser, argv), resume=True, overwrite=False)
-        return Request(_full(parser, argv), resume=False, overwrite="--overwrite" in argv)
+        yield
     except argparse.ArgumentError as error:
-        raise UserError(_one_line(str(error))) from error
+        raise UserError(_one_line(str(error), known)) from error
 
 
 def packaged_recipes() -> list[str]:
@@ -118,10 +152,9 @@ def _check_recipe(path: Path) -> None:
         raise UserError(f"--config {path}: not YAML: {_one_line(str(error))}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path}: not a recipe (keys and values); see the README for one")
-    known = set(_keys()) - set(FLAGS)
     for key, value in _flatten(recipe):
-        if key not in known:
-            raise UserError(f"--config {path}: {_unknown(key)}")
+        if key not in _keys():
+            raise UserError(f"--config {path}: {_unknown(key, _keys())}")
         rows = value if key in ("data.domain", "data.general") and isinstance(value, list) else []
         fields = [f.name for f in dataclasses.fields(Source)]
         for row in rows:
@@ -132,29 +165,23 @@ def _check_recipe(path: Path) -> None:
                     )
 
 
-def _stored(parser, argv: list[str]) -> RunConfig:
+def _stored(given: Any, asked: RunConfig) -> Settled:
     """The stored configuration of the run to resume, with ``output`` as given (the run may have been moved)."""
-    given = parser.parse_args(argv, defaults=False)
     if given.get("overwrite"):
         raise UserError("--resume and --overwrite contradict each other; give one of them")
     if given.get("output") is None:
         raise UserError("--resume: say which run, --output runs/NAME")
     run = Path(given.output).expanduser()
     stored = load_config(run)
-    asked, kept = dict(_flatten(to_dict(_full(parser, argv)))), dict(_flatten(to_dict(stored)))
+    wanted, kept = ({key: value for key, value, _ in options(config)} for config in (asked, stored))
     for key, _ in _flatten(given.as_dict()):
         # `auto` and an empty value leave the choice to the run, which has made it.
-        if key in kept and key != "output" and asked[key] not in ("auto", None) and asked[key] != kept[key]:
+        if key in kept and key != "output" and wanted[key] not in ("auto", None) and wanted[key] != kept[key]:
             raise UserError(
-                f"--resume: {key} is {asked[key]} here and {kept[key]} in {run / CONFIG_NAME}; a resumed run keeps "
+                f"--resume: {key} is {wanted[key]} here and {kept[key]} in {run / CONFIG_NAME}; a resumed run keeps "
                 f"its settings, leave {key} out (or start a new run in another folder)"
             )
     return dataclasses.replace(stored, output=str(run.absolute()))
-
-
-def _full(parser, argv: list[str]) -> RunConfig:
-    values = parser.instantiate(parser.parse_args(argv))
-    return absolute(RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)}))
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -185,8 +212,8 @@ def absolute(config: RunConfig) -> RunConfig:
     )
 
 
-def load_config(run: Path) -> RunConfig:
-    """The resolved configuration of a run's folder.
+def load_config(run: Path) -> Settled:
+    """The configuration of a run's folder.
 
     Raises:
         UserError: there is no run, or its config.yaml is damaged.
@@ -195,12 +222,12 @@ def load_config(run: Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"{run}: no run there (no {CONFIG_NAME}); start one without --resume")
     try:
-        return from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+        return from_dict(Settled, yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not readable as the configuration of a run ({first_line(error)})") from error
 
 
-def save_config(config: RunConfig, path: Path) -> None:
+def save_config(config: Settled, path: Path) -> None:
     """Write the configuration; ``path`` holds all of it or does not exist."""
     replacement = path.with_suffix(".new")
     replacement.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
@@ -216,7 +243,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
     """The dataclass from plain values; nested dataclasses are told by their defaults, sources by their key.
 
-    A plain value that is not there (of a run from before its option) is its default.
+    A plain value that is not there is its default.
     """
     known = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(values, dict) or not values.keys() <= known:
@@ -243,17 +270,17 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _keys() -> list[str]:
-    return [*FLAGS, *(key for key, _ in _flatten(to_dict(RunConfig())))]
+    return [key for key, _, _ in options(RunConfig())]
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, known: Sequence[str] = ()) -> str:
     """jsonargparse's message as one line naming the key, what was given and what is expected."""
     if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        return _unknown(f"{unknown[1]}.{unknown[2]}")
+        return _unknown(f"{unknown[1]}.{unknown[2]}", known)
     if unknown := re.search(r"(?:unrecognized arguments|Unrecognized arguments): (\S+)", message):
-        return _unknown(unknown[1].lstrip("-").split("=")[0])
+        return _unknown(unknown[1].lstrip("-").split("=")[0], known)
     if unknown := re.search(r"[Kk]ey [\"']([\w.]+)[\"'] is not expected|No action for key \"([\w.]+)\"", message):
-        return _unknown(unknown[1] or unknown[2])
+        return _unknown(unknown[1] or unknown[2], known)
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Given value: (.*)|[Gg]ot value: (.*)|File does not exist: (.*)", message)
     if key and given:
@@ -266,7 +293,9 @@ def _one_line(message: str) -> str:
     return re.sub(r"\s+", " ", message).strip()
 
 
-def _unknown(key: str) -> str:
-    close = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "see `llama-pro-fast train --help`"
+def _unknown(key: str, known: Sequence[str]) -> str:
+    if key in OF_PLAN:
+        return f"there is no option {key} here, only in `{PROGRAM} plan`; leave it out"
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "`--help` lists them"
     return f"there is no option or recipe key {key}; {hint}"

@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama_pro_fast.checkpoint import complete_checkpoints, read_info
-from llama_pro_fast.config import RunConfig
+from llama_pro_fast.cli import PROGRAM
+from llama_pro_fast.config import Settled
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import writing_to
 from llama_pro_fast.recipe import CONFIG_NAME, load_config, save_config
@@ -63,6 +64,11 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
                         folder.rmdir()
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / CONFIG_NAME).is_file()
+
+
 def first_free(folder: Path) -> Path:
     """``folder``, or where that holds a complete run ``folder-2``, and so on.
 
@@ -70,7 +76,7 @@ def first_free(folder: Path) -> Path:
         UserError: on the way there is an interrupted run, which should be resumed, or one that is still going on.
     """
     number, candidate = 1, folder
-    while (candidate / CONFIG_NAME).exists():
+    while is_run(candidate):
         if not (candidate / SUMMARY).exists():
             with claimed(candidate, resume=True, overwrite=False):
                 complete, steps = complete_checkpoints(candidate), load_config(candidate).train.steps
@@ -86,7 +92,7 @@ def first_free(folder: Path) -> Path:
 
 def resume_command(output: Path) -> str:
     """What to type to go on with the run in ``output``."""
-    return shlex.join(["python", "-m", "llama_pro_fast.train", "--output", shown(output), "--resume"])
+    return shlex.join([PROGRAM, "train", "--output", shown(output), "--resume"])
 
 
 def shown(path: Path) -> str:
@@ -95,7 +101,7 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def begin(config: RunConfig, output: Path, *, overwrite: bool) -> None:
+def begin(config: Settled, output: Path, *, overwrite: bool) -> None:
     """Delete the run the user wants gone, and write ``config.yaml``.
 
     The old one stays to the end, so that a kill on the way leaves a folder that is still a run.

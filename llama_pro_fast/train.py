@@ -1,4 +1,4 @@
-"""``python -m llama_pro_fast.train --model.path BASE --expand.groups 8 --data.domain mine.jsonl --output runs/mine``.
+"""``llama-pro-fast train --model.path BASE --expand.groups 8 --data.domain mine.jsonl --output runs/mine``.
 
 This file is the story of a run, from top to bottom: settle the recipe, tokenise, expand, prove, load, train, measure,
 save, export, report. Each line that is more than a step of the story lives in a module of its own.
@@ -7,19 +7,19 @@ save, export, report. Each line that is more than a step of the story lives in a
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llama_pro_fast import checkpoint, prepare, run_folder
-from llama_pro_fast.block import block_classes
+from llama_pro_fast import checkpoint, model_folder, run_folder, settle
+from llama_pro_fast.advice import why
 from llama_pro_fast.cards import show_end, show_start
 from llama_pro_fast.cli import INTERRUPTED, run_entry_point
-from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import amount, block_strip, peak_memory_gib, say, waiting
+from llama_pro_fast.config import RunConfig, Settled
+from llama_pro_fast.console import amount, peak_memory_gib, say, waiting
 from llama_pro_fast.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.data import default_cache
 from llama_pro_fast.data.corpus import Corpus
@@ -28,15 +28,41 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluate import Meter
 from llama_pro_fast.export import export_run
 from llama_pro_fast.generation import read_export_back, unchecked
-from llama_pro_fast.manifest import Manifest
+from llama_pro_fast.job import DTYPES
+from llama_pro_fast.manifest import what_trains
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.optimizer import Optimizer
-from llama_pro_fast.planner import parse_recompute
+from llama_pro_fast.planner import Fit, fit
 from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
 from llama_pro_fast.progress import Log, StopSignal
 from llama_pro_fast.recipe import RECIPES, absolute, parse
 from llama_pro_fast.references import references
 from llama_pro_fast.report import MetricsWriter, summarise, write_report
+from llama_pro_fast.trained import Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that is settled of a run before its first step.
+
+    Attributes:
+        config: its configuration.
+        output: its folder.
+        folder: the model it trains.
+        trained: what of it, by its manifest.
+        corpus, tokenizer: its text.
+        device: where it computes.
+        planned: what it should take.
+    """
+
+    config: Settled
+    output: Path
+    folder: PretrainedFolder
+    trained: Trained
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    planned: Fit
 
 
 def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -51,40 +77,45 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
     Raises:
         UserError: bad input, a full disk, or gradients that are not finite.
     """
-    # Settle the recipe: what can be refused is refused before any work.
+    # What can be refused is refused before any work.
     if not resume:
-        prepare.check_config(config)
+        settle.check_recipe(config)
     config = absolute(config)
     output = Path(config.output)
     with run_folder.claimed(output, resume=resume, overwrite=overwrite):
         # A resumed run that made its model's folder needs no base any more.
-        folder, plan = prepare.existing_model(output) if resume else None, None
+        folder, plan = model_folder.existing(output) if resume else None, None
         base = folder
         if base is None:
-            base, plan = prepare.open_base(config)
-        seq_len = prepare.resolve_seq_len(config, base)
-        device, dtype = prepare.resolve_device(config, base, seq_len)
+            base, plan = model_folder.open_base(config)
+        parameters = config.train.parameters
+        trained = what_trains(base.raw_config, parameters=parameters, plan=plan, name=str(base.path))
+        config = settle.settle_computation(config, base)
+        device = settle.start_device(config)
         if not resume:
-            prepare.resolve_memory(config, base, plan, document=None)
-        elif config.train.recompute == "auto":
-            config.train.recompute = "none"  # the run is of a version that knew nothing else
+            # Whatever the text is: with documents as long as they can be, least is needed.
+            settle.choose(settle.question_of(config, base, trained, plan, document=config.train.seq_len))
 
         # Text to tokens, once; then the length of the run is known.
         with waiting("reading text ...") as update:
-            tokenizer = base.tokenizer() if folder else prepare.make_tokenizer(config, base, update)
+            tokenizer = base.tokenizer() if folder else model_folder.make_tokenizer(config, base, update)
             corpus = Corpus.prepare(
                 config.data,
                 tokenizer,
-                seq_len=seq_len,
+                seq_len=config.train.seq_len,
                 seed=config.train.seed,
-                default_general=config.train.parameters == "new_blocks",
+                default_general=not trained.everything,
                 progress=lambda name, documents, tokens: update(
                     f"tokenising {name}: {documents:,} documents, {amount(tokens)} tokens"
                 ),
             )
-        if not resume:
-            say(f"memory: {prepare.resolve_memory(config, base, plan, document=corpus.train.mean_document)}")
-        prepare.resolve_length(config, corpus.train.sequences_in_epoch(0))
+        question = settle.question_of(config, base, trained, plan, document=corpus.train.mean_document)
+        if resume:
+            planned = fit(question, micro_batch_size=question.micro_batch_size, recompute=question.recompute)
+        else:
+            planned = settle.choose(question)
+            config = settle.settle(config, question, planned, sequences_in_epoch=corpus.train.sequences_in_epoch(0))
+            say(f"memory: {why(question, planned)}")
         for text in corpus.held_out:
             text.sample(config.eval.tokens)  # refuses text with nothing to predict
         if not resume:
@@ -94,38 +125,34 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> 
 
         # The model's folder: from here on only its manifest says which blocks train.
         if folder is None:
-            folder, proof = prepare.make_model(config, base, plan, output, tokenizer)
+            folder, proof = model_folder.make(config, base, plan, output, tokenizer)
             if proof is not None:
-                say(f"expanded: {plan.strip}; identity proved: {proof.summary()}")
-        if not train(config, output, folder, corpus, device, dtype, resume=resume):
-            return None
-        return finish(config, output, folder, corpus, tokenizer)
+                say(f"expanded: {plan.trained.strip}; identity proved: {proof.summary()}")
+        settled = Run(
+            config=config,
+            output=output,
+            folder=folder,
+            trained=what_trains(folder.raw_config, parameters=parameters, name=str(folder.path)),
+            corpus=corpus,
+            tokenizer=tokenizer,
+            device=device,
+            planned=planned,
+        )
+        return finish(settled) if train(settled, resume=resume) else None
 
 
-def train(
-    config: RunConfig,
-    output: Path,
-    folder: PretrainedFolder,
-    corpus: Corpus,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    resume: bool,
-) -> bool:
+def train(run: Run, *, resume: bool) -> bool:
     """From the first step, or the last complete checkpoint, to the last step; False when asked to stop before."""
-    manifest = Manifest.from_config(folder.raw_config)
-    train_all = config.train.parameters == "all"
-    steps, seq_len, depth = config.train.steps, config.train.seq_len, folder.config.num_hidden_layers
-    classes = block_classes(depth, range(depth) if train_all else manifest.trained_blocks)
+    config, output, folder, corpus, device = run.config, run.output, run.folder, run.corpus, run.device
+    steps, seq_len = config.train.steps, config.train.seq_len
     model = load_model(
         folder,
-        trained_blocks=() if train_all else manifest.trained_blocks,
-        train_all=train_all,
-        dtype=dtype,
+        trained=run.trained,
+        dtype=DTYPES[config.train.dtype],
         device=device,
         max_length=seq_len,
         attention=config.train.attention,
-        recompute=parse_recompute(config.train.recompute, classes),
+        recompute=run.planned.recompute,
     )
     optimizer = Optimizer(model, model.trained_parameters(), config.optim, steps)
 
@@ -157,12 +184,9 @@ def train(
         say("no complete checkpoint yet: starting from the first step")
     done = info.progress
     metrics = MetricsWriter(output, resumed_at=done.step if complete else None)
-    planned = prepare.planned(config, folder, document=corpus.train.mean_document)
-    show_start(config, folder, model, corpus, manifest=manifest, planned=planned)
+    show_start(config, folder.config, run.trained, corpus, run.planned)
 
-    # Without its new blocks the model is its base only as long as nothing else has trained.
-    metered = () if train_all or not manifest.base_intact else manifest.trained_blocks
-    meter = Meter(model, corpus, config, metrics, metered)
+    meter = Meter(model, corpus, config, metrics, run.trained.skip_for_base)
     log = Log(config, metrics, device, done=done.step, unlogged=info.unlogged)
     if done.step == 0 or measured_anew:
         meter.measure(done.step)
@@ -194,30 +218,26 @@ def train(
     return done.step == steps
 
 
-def finish(
-    config: RunConfig, output: Path, folder: PretrainedFolder, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def finish(run: Run) -> dict[str, Any]:
     """The trained model as an ordinary checkpoint, read back, and what there is to say about the run.
 
     Raises:
         UserError: the export, or what stock transformers computes from it, is not what was trained (the report stands
             all the same), or no space is left.
     """
-    train, manifest, device = config.train, Manifest.from_config(folder.raw_config), torch.device(config.train.device)
-    planned = prepare.planned(config, folder, document=corpus.train.mean_document)
-    depth, all_train = folder.config.num_hidden_layers, train.parameters == "all"
-    trained = range(depth) if all_train else manifest.trained_blocks
+    config, output, folder, corpus = run.config, run.output, run.folder, run.corpus
+    train, trained = config.train, run.trained
     exported, _ = export_run(output)
     figures = {}
     for text in corpus.held_out:
-        found = references(text, tokenizer, vocab_size=folder.config.vocab_size, max_tokens=config.eval.tokens)
+        found = references(text, run.tokenizer, vocab_size=folder.config.vocab_size, max_tokens=config.eval.tokens)
         figures[text.source.role, text.source.name] = asdict(found) if found else {}
     facts = {
-        "title": f"{Path(config.model.path).name}: {block_strip(depth, trained)}",
+        "title": f"{Path(config.model.path).name}: {trained.strip}",
         "model": config.model.path,
         "parameters": num_parameters(folder.config),
-        "trained_parameters": num_trained_parameters(folder.config, trained, train_all=all_train),
-        "trained_blocks": list(trained),
+        "trained_parameters": num_trained_parameters(folder.config, trained),
+        "trained_blocks": list(trained.blocks),
         "steps": train.steps,
         "tokens": train.steps * train.batch_size * train.seq_len,
         "device": train.device,
@@ -226,8 +246,8 @@ def finish(
         "attention": train.attention,
         "micro_batch_size": train.micro_batch_size,
         "recompute": train.recompute,
-        "planned_memory_gib": round(planned.peak / GIB, 3),
-        "planned_tokens_per_second": prepare.planned_speed(config, planned),
+        "planned_memory_gib": round(run.planned.peak / GIB, 3),
+        "planned_tokens_per_second": run.planned.tokens_per_second,
         "learning_rate": config.optim.lr,
         "export": str(exported),
     }
@@ -236,13 +256,15 @@ def finish(
     write_report(output, facts | unchecked("not read back yet") | measured, complete=False)
     try:
         with waiting("reading the export back ..."):
-            read_back = read_export_back(config, exported, corpus, tokenizer, measured["results"])
+            read_back = read_export_back(
+                config, exported, corpus, run.tokenizer, measured["results"], new_blocks=trained.skip_for_base
+            )
     except torch.OutOfMemoryError:
         read_back = unchecked("not read back: no memory left on the device")
     except UserError as error:
         write_report(output, facts | unchecked(f"failed: {error}") | measured)
         raise
-    measured["peak_memory_gib"] = max(measured["peak_memory_gib"], round(peak_memory_gib(device), 3))
+    measured["peak_memory_gib"] = max(measured["peak_memory_gib"], round(peak_memory_gib(run.device), 3))
     summary = facts | read_back | measured
     write_report(output, summary)
     show_end(summary, output, exported)
@@ -250,7 +272,7 @@ def finish(
 
 
 def train_step(
-    model: Decoder, optimizer: Optimizer, corpus: Corpus, config: RunConfig, done: checkpoint.Progress
+    model: Decoder, optimizer: Optimizer, corpus: Corpus, config: Settled, done: checkpoint.Progress
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over ``batch_size`` sequences, a micro-batch at a time.
 
@@ -279,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         output = run_folder.first_free(Path("runs", "quickstart"))
-        say(f"no options: the quickstart, into {output} (`python -m llama_pro_fast.train --help` for everything else)")
+        say(f"no options: the quickstart, into {output} (`llama-pro-fast train --help` for everything else)")
         argv = ["--config", str(RECIPES / "quickstart.yaml"), "--output", str(output)]
     request = parse(argv)
     summary = run(request.config, resume=request.resume, overwrite=request.overwrite)

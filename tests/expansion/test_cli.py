@@ -40,9 +40,9 @@ def test_unknown_verb(capsys):
 
 def test_a_verb_gets_its_arguments(make_base, tmp_path, capsys):
     make_base()
-    assert cli.main(["expand", str(tmp_path / "base"), str(tmp_path / "out"), "--after", "0,2"]) == 0
+    assert cli.main(["expand", str(tmp_path / "base"), str(tmp_path / "out"), "--expand.after", "0,2"]) == 0
     printed = capsys.readouterr().out
-    for words in ("4 -> 6", "oXooXo", "max |Δlogit| = 0.0", f"train --model.path {tmp_path / 'out'}"):
+    for words in ("4 -> 6", ".XooXo", "max |Δlogit| = 0.0", f"train --model.path {tmp_path / 'out'}"):
         assert words in printed
     assert PretrainedFolder(tmp_path / "out").config.num_hidden_layers == 6
 
@@ -51,7 +51,7 @@ def test_a_verbs_help_is_not_an_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.run_entry_point(expand.main, ["--help"])
     assert stopped.value.code == 0
-    assert "--groups N" in capsys.readouterr().out
+    assert "--expand.groups" in capsys.readouterr().out
 
 
 def raising(error: BaseException):
@@ -93,7 +93,9 @@ def test_a_reader_that_goes_away_is_no_error():
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_python_m_is_the_same_entry_point(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["expand", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--groups", "2"])
+    monkeypatch.setattr(
+        sys, "argv", ["expand", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--expand.groups", "2"]
+    )
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("llama_pro_fast.expand", run_name="__main__")
     assert stopped.value.code == 2

@@ -25,7 +25,7 @@ def refused(tmp_path, capsys):
     def run(words: str, *options: str, out: str = "out", base: str = "base", code: int = 2) -> None:
         before = sorted(left_behind(tmp_path))
         capsys.readouterr()  # saving the base shows a progress bar
-        argv = [str(tmp_path / base), str(tmp_path / out), *(options or ("--groups", "2"))]
+        argv = [str(tmp_path / base), str(tmp_path / out), *(options or ("--expand.groups", "2"))]
         assert run_entry_point(expand.main, argv) == code
         printed = capsys.readouterr()
         assert printed.out == ""
@@ -49,14 +49,14 @@ def test_another_architecture(make_base, refused):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--groups", "9"), "groups 9"),
-        (("--groups", "x"), "invalid int value: 'x'"),
-        (("--after", "1,x"), "after 1,x"),
-        (("--after", "4"), "after 4"),
-        (("--groups", "2", "--copies", "3"), "copies 3"),
-        (("--groups", "2", "--after", "1"), "not allowed with"),
-        (("--copies", "1"), "one of the arguments --groups --after is required"),
-        (("--groups", "2", "--grops", "2"), "--grops"),
+        (("--expand.groups", "9"), "groups 9"),
+        (("--expand.groups", "x"), "--expand.groups: 'x' is not int"),
+        (("--expand.after", "1,x"), "after 1,x"),
+        (("--expand.after", "4"), "after 4"),
+        (("--expand.groups", "2", "--expand.copies", "3"), "copies 3"),
+        (("--expand.groups", "2", "--expand.after", "1"), "--expand.groups and --expand.after: each of them is given"),
+        (("--expand.copies", "1"), "--expand.groups and --expand.after: none of them is given"),
+        (("--expand.groups", "2", "--grops", "2"), "no option or recipe key grops; did you mean expand.groups?"),
     ],
 )
 def test_options_that_make_no_plan(make_base, refused, options, words):

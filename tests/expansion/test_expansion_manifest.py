@@ -36,7 +36,7 @@ def test_the_first_generation():
 
 def test_a_second_generation_moves_the_first_and_freezes_it():
     manifest = twice_expanded()
-    assert SECOND.strip == "oXooXooo"
+    assert SECOND.trained.strip == ".XooXooo"
     assert manifest.base == ORIGINAL
     assert manifest.generations == (ORIGINAL, EXPANDED)
     assert manifest.new_blocks == (

@@ -32,8 +32,8 @@ def check_any_plan(plan: ExpansionPlan, layers: int, new: int) -> None:
     assert [plan.sources[index] for index in plan.old_indices] == list(range(layers))
     assert sorted((*plan.old_indices, *plan.new_indices)) == list(range(layers + new))
     assert plan.num_old == layers
-    assert plan.num_layers == layers + new == len(plan.strip)
-    assert [index for index, mark in enumerate(plan.strip) if mark == "X"] == list(plan.new_indices)
+    assert plan.num_layers == layers + new == len(plan.trained.strip)
+    assert [index for index, mark in enumerate(plan.trained.strip) if mark == "X"] == list(plan.new_indices)
 
 
 @settings(deadline=None)
@@ -42,8 +42,8 @@ def test_groups_are_balanced_and_each_ends_in_copies_of_its_last_blocks(case):
     layers, groups, copies = case
     plan = ExpansionPlan.from_groups(layers, groups, copies)
     check_any_plan(plan, layers, groups * copies)
-    assert "".join(mark for mark, _ in groupby(plan.strip)) == "oX" * groups
-    sizes = [len(list(run)) for mark, run in groupby(plan.strip) if mark == "o"]
+    assert [new for new, _ in groupby(plan.is_new)] == [False, True] * groups
+    sizes = [len(list(run)) for new, run in groupby(plan.is_new) if not new]
     assert max(sizes) - min(sizes) <= 1
     for index in plan.new_indices:
         assert plan.sources[index] == plan.sources[index - copies]
@@ -66,12 +66,12 @@ def test_llama_2_7b_is_expanded_as_in_the_paper():
     assert plan.num_layers == 40
     assert plan.new_indices == (4, 9, 14, 19, 24, 29, 34, 39)
     assert [plan.sources[index] for index in plan.new_indices] == [3, 7, 11, 15, 19, 23, 27, 31]
-    assert plan.strip == "ooooX" * 8
+    assert plan.trained.strip == "....X" + "ooooX" * 7
 
 
 def test_the_two_forms_agree_and_order_does_not_matter():
     assert ExpansionPlan.from_groups(8, 2) == ExpansionPlan.from_after(8, [7, 3])
-    assert ExpansionPlan.from_groups(8, 2, 2).strip == "ooooXXooooXX"
+    assert ExpansionPlan.from_groups(8, 2, 2).trained.strip == "....XXooooXX"
     assert ExpansionPlan.from_groups(8, 2, 2).sources == (0, 1, 2, 3, 2, 3, 4, 5, 6, 7, 6, 7)
 
 
@@ -96,8 +96,8 @@ def test_a_recipe_may_spell_after_as_text_or_list(after):
         ({"after": [0], "copies": 2}, "after 0: 2 copies need 2 blocks, there are 1"),
         ({"after": "3,x"}, "after 3,x: not a list"),
         ({"after": ""}, "not a list"),
-        ({"groups": 2, "after": [3]}, "both of groups and after"),
-        ({}, "neither of groups and after"),
+        ({"groups": 2, "after": [3]}, "each of them is given"),
+        ({}, "none of them is given"),
     ],
 )
 def test_a_plan_that_cannot_be_followed_is_refused_by_name(options, message):

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.model import load_model
 from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.trained import Trained
 
 VOCAB = 80
 
@@ -25,8 +26,10 @@ def batch(documents) -> PackedBatch:
 
 @pytest.fixture
 def load():
-    def run(folder: PretrainedFolder, **options):
-        return load_model(folder, **({"attention": "reference"} | options))
+    def run(folder: PretrainedFolder, *, trained_blocks=(), train_all=False, **options):
+        layers = folder.config.num_hidden_layers
+        trained = Trained.all_of(layers) if train_all else Trained(layers, tuple(trained_blocks))
+        return load_model(folder, trained=trained, **({"attention": "reference"} | options))
 
     return run
 

@@ -15,6 +15,7 @@ from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.block import BlockClass
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.trained import Trained
 
 RANKS = 2
 TRAINED = [1, 3]
@@ -28,7 +29,9 @@ def documents(micro: int, rank: int) -> list[list[int]]:
 
 
 def load(folder: str, dtype: torch.dtype) -> Decoder:
-    return load_model(PretrainedFolder(folder), trained_blocks=TRAINED, dtype=dtype, attention="cpu_flash")
+    folder = PretrainedFolder(folder)
+    trained = Trained(folder.config.num_hidden_layers, tuple(TRAINED))
+    return load_model(folder, trained=trained, dtype=dtype, attention="cpu_flash")
 
 
 def num_valid() -> int:

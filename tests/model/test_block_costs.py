@@ -18,6 +18,7 @@ from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.cost import attention_flops, kept_bytes, matrices, recomputed_flops, step_cost
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.model import load_model
+from llama_pro_fast.trained import Trained
 from llama_pro_kernels import select_attention_backend
 
 TOKENS = (24, 56)
@@ -217,12 +218,11 @@ class TestCommand:
 def test_a_steps_products_are_those_of_step_cost(family, trained, make_base):
     """From the embedding to the loss and back: prefix, lowest, frozen, trained and head together."""
     recompute = [Recompute.NONE, Recompute.MLP, Recompute.ATTENTION, Recompute.BLOCK]
-    train_all = trained == "all"
     folder = make_base(**family)
+    what = Trained.all_of(4) if trained == "all" else Trained(4, tuple(trained))
     model = load_model(
         folder,
-        trained_blocks=() if train_all else trained,
-        train_all=train_all,
+        trained=what,
         attention="cpu_flash",
         max_length=12,
         recompute=recompute,
@@ -231,7 +231,7 @@ def test_a_steps_products_are_those_of_step_cost(family, trained, make_base):
     with FlopCounterMode(display=False) as counter:
         model.loss(batch, torch.tensor(1.0)).backward()
     products = block_counts.by_kind(counter, "made")["products made"]
-    cost = step_cost(folder.config, () if train_all else trained, seq_len=12, train_all=train_all, recompute=recompute)
+    cost = step_cost(folder.config, what, seq_len=12, recompute=recompute)
     attention_again = attention_flops(BlockSpec.from_config(folder.config, 3), 12)
     assert cost.recomputed > attention_again
     assert products == 24 * (cost.forward + cost.dx + cost.dw + cost.recomputed - attention_again)
@@ -243,4 +243,4 @@ def test_step_cost_counts_half_the_square_and_a_band_where_there_is_a_window(mak
     config = make_base(family="qwen2", **sliding).config
     full, band = 20 * 20 / 2, 8 * 20 - 8 * 8 / 2
     pairs = (3 * full + band) + 2 * (full + band)  # forward everywhere, twice that from block 2 up
-    assert step_cost(config, [2], seq_len=20).attention == pytest.approx(4 * 16 * pairs / 20, rel=1e-12)
+    assert step_cost(config, Trained(4, (2,)), seq_len=20).attention == pytest.approx(4 * 16 * pairs / 20, rel=1e-12)

@@ -7,11 +7,11 @@ import dataclasses
 import torch
 import transformers
 
-from llama_pro_fast import devices
 from llama_pro_fast.block import Recompute
 from llama_pro_fast.devices import DEVICES
-from llama_pro_fast.memory import Job
+from llama_pro_fast.job import Job, Question
 from llama_pro_fast.planner import fit, policies
+from llama_pro_fast.trained import Trained
 
 NONE, MLP, ATTENTION, BLOCK = Recompute
 CARD = dataclasses.replace(
@@ -33,7 +33,8 @@ def job_of(
         "max_position_embeddings": 1 << 20,
     }
     config = transformers.AutoConfig.for_model(family, **(sizes | changes))
-    return Job(config=config, trained_blocks=tuple(new), seq_len=seq_len, dtype=dtype, train_all=train_all)
+    trained = Trained.all_of(layers) if train_all else Trained(layers, tuple(new))
+    return Job(config=config, trained=trained, seq_len=seq_len, dtype=dtype)
 
 
 JOBS = {
@@ -59,10 +60,15 @@ JOBS = {
 }
 
 
+def question_of(job: Job, *, batch_size: int, device=CARD, usable: int | None = None, **more) -> Question:
+    """About ``job``, with all of the card where ``usable`` says nothing else."""
+    usable = device.usable if usable is None else usable
+    return Question(job=job, device=device, usable=usable, batch_size=batch_size, **more)
+
+
 def peak(job: Job, recompute, micro_batch_size=1, batch_size=2) -> int:
-    return fit(
-        job, CARD, batch_size=batch_size, micro_batch_size=micro_batch_size, recompute=recompute, share=devices.SHARE
-    ).peak
+    question = question_of(job, batch_size=batch_size)
+    return fit(question, micro_batch_size=micro_batch_size, recompute=recompute).peak
 
 
 def least(job: Job, micro_batch_size=1, batch_size=2) -> int:

@@ -6,12 +6,12 @@ import dataclasses
 import re
 
 import pytest
-from planner_cases import CARD, JOBS, NONE, job_of, least, peak
+from planner_cases import CARD, JOBS, NONE, job_of, least, peak, question_of
 
 from llama_pro_fast.advice import shortfall, why
 from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.memory import Job
-from llama_pro_fast.planner import best_fit, expanded_shape, policies, recompute_text
+from llama_pro_fast.job import Job, recompute_text
+from llama_pro_fast.planner import best_fit, policies
 
 # -- where nothing fits --------------------------------------------------------------------------------------------
 
@@ -23,12 +23,12 @@ def expanded(layers=8, groups=4, **how):
 
 
 def fits(job: Job, usable: int) -> bool:
-    return best_fit(job, CARD, batch_size=2, micro_batch_size=1, usable=usable) is not None
+    return best_fit(question_of(job, batch_size=2, micro_batch_size=1, usable=usable)) is not None
 
 
 def fewer(job: Job, base, count: int) -> Job:
     plan = ExpansionPlan.from_after(8, [1, 3, 5, 7][-count:])
-    return dataclasses.replace(job, config=expanded_shape(base, plan), trained_blocks=plan.new_indices)
+    return job.expanded(base, plan)
 
 
 @pytest.mark.parametrize("share", [0.999, 0.9, 0.7, 0.5])
@@ -39,9 +39,9 @@ def test_the_changes_named_do_fit_and_the_next_ones_do_not(how, share):
     assert not fits(job, usable)
     # A device of just this size, for beside a larger one it would be the limit that is too low.
     device = dataclasses.replace(CARD, memory=usable, is_cpu=True)
-    said = shortfall(job, device, batch_size=4, usable=usable, base=base, plan=plan)
+    said = shortfall(question_of(job, batch_size=4, usable=usable, base=base, expansion=plan, device=device))
     assert "\n" not in said
-    own = shortfall(job, CARD, batch_size=4, usable=usable, base=base, plan=plan)
+    own = shortfall(question_of(job, batch_size=4, usable=usable, base=base, expansion=plan))
     limit = re.search(r"would fit: a limit of ([\d.]+) GiB, or none of your own", own)[1]
     assert least(job) <= float(limit) * 2**30 <= least(job) + 2**30 / 1000
     assert "or one " not in own
@@ -53,7 +53,7 @@ def test_the_changes_named_do_fit_and_the_next_ones_do_not(how, share):
     assert (length and int(length[1])) == (fitting[0] if fitting else None)
 
     moved = ExpansionPlan.from_after(8, [4, 5, 6, 7])
-    moved = dataclasses.replace(job, config=expanded_shape(base, moved), trained_blocks=moved.new_indices)
+    moved = job.expanded(base, moved)
     assert ("the 4 new blocks in the upper half" in said) == fits(moved, usable)
 
     blocks = re.search(r"(\d) new blocks? instead of 4", said)
@@ -67,27 +67,25 @@ def test_the_changes_named_do_fit_and_the_next_ones_do_not(how, share):
 def test_in_place_of_all_parameters_a_few_new_blocks_are_named():
     job = job_of(layers=12, new=(), train_all=True)
     new = ExpansionPlan.from_groups(12, 8)
-    few = dataclasses.replace(
-        job, config=expanded_shape(job.config, new), trained_blocks=new.new_indices, train_all=False
-    )
+    few = job.expanded(job.config, new)
     between = least(few)
     assert between < least(job)
-    assert "8 new blocks in place of all parameters" in shortfall(job, CARD, batch_size=4, usable=between)
-    assert "in place of" not in shortfall(job, CARD, batch_size=4, usable=between - 1)
+    assert "8 new blocks in place of all parameters" in shortfall(question_of(job, batch_size=4, usable=between))
+    assert "in place of" not in shortfall(question_of(job, batch_size=4, usable=between - 1))
 
 
 def test_where_what_was_asked_for_is_the_trouble_it_says_what_would_fit():
     job = JOBS["usual"]
     usable = peak(job, (NONE,) * 8, 1, 8)
-    said = shortfall(job, CARD, batch_size=8, usable=usable, micro_batch_size=8, recompute=(NONE,) * 8)
+    said = shortfall(question_of(job, batch_size=8, usable=usable, micro_batch_size=8, recompute=(NONE,) * 8))
     assert said.startswith("micro-batch 8 and the recomputation asked for needs ")
-    free = best_fit(job, CARD, batch_size=8, usable=usable)
+    free = best_fit(question_of(job, batch_size=8, usable=usable))
     assert f"micro-batch {free.micro_batch_size} with recompute {recompute_text(free.recompute, 1)}" in said
 
 
 def test_where_no_card_is_large_enough_it_says_so():
     job = job_of(hidden_size=16_384, intermediate_size=65_536, num_attention_heads=128, seq_len=256, layers=80)
-    said = shortfall(job, CARD, batch_size=4, usable=CARD.usable)
+    said = shortfall(question_of(job, batch_size=4, usable=CARD.usable))
     assert "No card in the list holds it" in said
     assert "smaller model" in said
 
@@ -96,8 +94,8 @@ def test_where_no_card_is_large_enough_it_says_so():
 
 
 def reason(job: Job, usable: int, **asked) -> str:
-    found = best_fit(job, CARD, batch_size=8, usable=usable, **asked)
-    return why(found, job, CARD, batch_size=8, usable=usable, **asked)
+    question = question_of(job, batch_size=8, usable=usable, **asked)
+    return why(question, best_fit(question))
 
 
 def test_the_reason_is_the_one():
@@ -122,13 +120,11 @@ def test_of_several_copies_whole_places_are_left_out(share):
     plan = ExpansionPlan.from_groups(8, 4, 2)
     job = job_of(layers=16, new=plan.new_indices)
     usable = int(share * least(job))
-    said = shortfall(
-        job, dataclasses.replace(CARD, memory=usable, is_cpu=True), batch_size=4, usable=usable, base=base, plan=plan
-    )
+    device = dataclasses.replace(CARD, memory=usable, is_cpu=True)
+    said = shortfall(question_of(job, batch_size=4, usable=usable, base=base, expansion=plan, device=device))
     count = int(re.search(r"(\d) new blocks instead of 8", said)[1])
     assert count % 2 == 0
     after = [1, 3, 5, 7]
     for blocks, does in ((count, True), (count + 2, False)):
         other = ExpansionPlan.from_after(8, after[-blocks // 2 :], 2)
-        moved = dataclasses.replace(job, config=expanded_shape(base, other), trained_blocks=other.new_indices)
-        assert fits(moved, usable) == does or blocks == 8
+        assert fits(job.expanded(base, other), usable) == does or blocks == 8

@@ -6,18 +6,20 @@ import pytest
 from planner_cases import CARD, job_of
 
 from llama_pro_fast import comparison, plan
+from llama_pro_fast.devices import SHARE
 from llama_pro_fast.planner import best_fit
+from llama_pro_fast.recipe import parse
 
 
 def asked(*argv):
     """``(question, its plan)`` of a command line."""
-    question = plan.ask(plan._parser().parse_args(["--model", "meta-llama/Llama-3.1-8B", "--gpu", "h100", *argv]))
-    settings = {"micro_batch_size": question.micro_batch_size, "recompute": question.recompute}
-    return question, best_fit(question.job, question.device, batch_size=question.batch_size, **settings)
+    line = ["--model.path", "meta-llama/Llama-3.1-8B", "--gpu", "h100", *argv]
+    question = plan.question_of(parse(line, verb="plan", own=plan.OWN))
+    return question, best_fit(question)
 
 
 def test_the_first_way_is_the_plan_with_all_that_was_asked_for():
-    question, found = asked("--groups", "8", "--micro-batch", "1", "--recompute", "block")
+    question, found = asked("--expand.groups", "8", "--train.micro_batch_size", "1", "--train.recompute", "block")
     first, *others = comparison.ways(question, found)
     assert (first.name, first.peak, first.seconds, first.how) == ("this plan", found.peak, found.seconds, "1, block")
     assert [way.name for way in others] == ["8 in the upper half", "full fine-tuning", "LoRA, rank 16"]
@@ -26,11 +28,11 @@ def test_the_first_way_is_the_plan_with_all_that_was_asked_for():
 @pytest.mark.parametrize(
     ("where", "names"),
     [
-        (["--after", "30,31"], ["this plan", "2 interleaved", "2 in the upper half", "full fine-tuning"]),
-        (["--after", "23,31"], ["this plan", "2 interleaved", "full fine-tuning"]),
-        (["--groups", "20"], ["this plan", "full fine-tuning"]),
-        (["--groups", "8", "--all"], ["this plan", "full fine-tuning"]),
-        (["--all"], ["this plan"]),
+        (["--expand.after", "30,31"], ["this plan", "2 interleaved", "2 in the upper half", "full fine-tuning"]),
+        (["--expand.after", "23,31"], ["this plan", "2 interleaved", "full fine-tuning"]),
+        (["--expand.groups", "20"], ["this plan", "full fine-tuning"]),
+        (["--expand.groups", "8", "--train.parameters", "all"], ["this plan", "full fine-tuning"]),
+        (["--train.parameters", "all"], ["this plan"]),
     ],
 )
 def test_other_places_are_those_that_differ_and_exist(where, names):
@@ -38,7 +40,7 @@ def test_other_places_are_those_that_differ_and_exist(where, names):
 
 
 def test_the_upper_half_costs_less_because_less_has_a_backward():
-    interleaved, upper, *_ = comparison.ways(*asked("--groups", "8"))
+    interleaved, upper, *_ = comparison.ways(*asked("--expand.groups", "8"))
     assert upper.trained == interleaved.trained
     assert upper.gflop < interleaved.gflop
     assert upper.peak < interleaved.peak
@@ -47,9 +49,9 @@ def test_the_upper_half_costs_less_because_less_has_a_backward():
 
 def test_all_ways_take_attentions_backward_for_what_it_is():
     """At 32k tokens it is most of the work, so a convention that left it out would show in the speed."""
-    question, found = asked("--groups", "8", "--seq", "32768")
+    question, found = asked("--expand.groups", "8", "--train.seq_len", "32768")
     *_, lora = comparison.ways(question, found)
-    assert lora.gflop * 1e9 / lora.seconds < 0.96 * question.share * question.device.flops
+    assert lora.gflop * 1e9 / lora.seconds < 0.96 * SHARE * question.device.flops
 
 
 def test_lora_has_its_adapters_and_no_dw_of_the_base():

@@ -24,11 +24,13 @@ from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.evaluate import evaluate
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec
-from llama_pro_fast.memory import Job, StepMemory, _attention_scratch, evaluation_memory, states_bytes, step_memory
+from llama_pro_fast.job import Job, expanded_shape
+from llama_pro_fast.memory import StepMemory, _attention_scratch, evaluation_memory, states_bytes, step_memory
 from llama_pro_fast.model import Decoder, Embedding, rotary_tables
 from llama_pro_fast.optimizer import Optimizer
-from llama_pro_fast.planner import expanded_shape, policies
+from llama_pro_fast.planner import policies
 from llama_pro_fast.pretrained import find_config
+from llama_pro_fast.trained import Trained
 from llama_pro_kernels import implementation_name
 
 fp32, bf16 = torch.float32, torch.bfloat16
@@ -66,8 +68,7 @@ class Case:
         }
         return Job(
             config=transformers.AutoConfig.for_model(self.family, **(sizes | self.config)),
-            trained_blocks=self.trained,
-            train_all=self.train_all,
+            trained=Trained.all_of(LAYERS) if self.train_all else Trained(LAYERS, self.trained),
             dtype=dtype,
             seq_len=self.seq_len,
             attention=self.attention,
@@ -157,7 +158,7 @@ def make_model(job: Job, recompute: tuple[Recompute, ...] = (NONE,) * LAYERS) ->
 
     def embedding() -> Embedding:
         table = drawn(config.vocab_size, config.hidden_size)
-        return Embedding(table, trained=job.train_all, compute_dtype=job.dtype)
+        return Embedding(table, trained=job.trained.everything, compute_dtype=job.dtype)
 
     return Decoder(
         embed_tokens=embedding(),
@@ -169,9 +170,9 @@ def make_model(job: Job, recompute: tuple[Recompute, ...] = (NONE,) * LAYERS) ->
                 compute_dtype=job.dtype,
                 recompute=policy,
             )
-            for spec, block_class, policy in zip(job.specs, job.classes, recompute, strict=True)
+            for spec, block_class, policy in zip(job.specs, job.trained.classes, recompute, strict=True)
         ],
-        norm=RMSNorm(torch.ones(config.hidden_size), 1e-5, trained=job.train_all, compute_dtype=job.dtype),
+        norm=RMSNorm(torch.ones(config.hidden_size), 1e-5, trained=job.trained.everything, compute_dtype=job.dtype),
         lm_head=None if config.tie_word_embeddings else embedding(),
         rotary_tables=rotary_tables(config, job.seq_len),
         attention=job.attention,
@@ -266,9 +267,9 @@ def test_an_evaluation_with_its_base_is_the_counted_peak_to_5_percent(name, dtyp
     case = (CASES | FEW_TOKENS)[name]
     job = case.job(dtype)
     model, batch = make_model(job, WAYS[way]), make_batch(job, case.micro_batch_size)
-    evaluate(model, [batch], skip_for_base=job.trained_blocks)
+    evaluate(model, [batch], skip_for_base=job.trained.blocks)
     with PeakBytes() as peak:
-        evaluate(model, [make_batch(job, case.micro_batch_size)], skip_for_base=job.trained_blocks)
+        evaluate(model, [make_batch(job, case.micro_batch_size)], skip_for_base=job.trained.blocks)
     counted = peak.bytes + bytes_of(*model.parameters(), *model.buffers())
     # There are no moments here yet, and in a run there are.
     said = evaluation_memory(job, WAYS[way], micro_batch_size=case.micro_batch_size) - 2 * 4 * job.num_trained
@@ -300,7 +301,7 @@ def test_the_kinds_are_what_the_model_and_the_optimizer_hold(name, dtype):
 def test_what_is_kept_is_kept_by_the_class_that_keeps_it():
     job = CASES["top block"].job(fp32)
     above = [BlockClass.TRAINED, BlockClass.FROZEN, BlockClass.TRAINED]
-    assert job.classes == [BlockClass.PREFIX, *above]
+    assert job.trained.classes == [BlockClass.PREFIX, *above]
     said = step_memory(job, WAYS["none"], micro_batch_size=2, accumulating=False)
     tokens, H, I, Q, KV, N = 256, 64, 192, 64, 32, 4
     block = tokens * 4 * (2 * H + 2 + 2 * Q + 2 * KV + N + 2 * I)
@@ -375,9 +376,9 @@ def test_newer_flash_attention_pads_every_document_by_a_block(
 def real(model: str, groups: int | None = 8, **how) -> Job:
     _, base = find_config(model)
     if groups is None:
-        return Job(config=base, trained_blocks=(), **how)
+        return Job(config=base, trained=Trained(base.num_hidden_layers, ()), **how)
     plan = ExpansionPlan.from_groups(base.num_hidden_layers, groups)
-    return Job(config=expanded_shape(base, plan), trained_blocks=plan.new_indices, **how)
+    return Job(config=expanded_shape(base, plan), trained=plan.trained, **how)
 
 
 def test_llama_2_7b_and_8_blocks_take_about_99_gb_at_16k_tokens():
@@ -388,7 +389,7 @@ def test_llama_2_7b_and_8_blocks_take_about_99_gb_at_16k_tokens():
 
 
 def test_all_of_its_8_36_billion_take_134_gb_before_the_first_token_and_150_without_recomputation():
-    job = dataclasses.replace(real("meta-llama/Llama-2-7b-hf"), train_all=True)
+    job = dataclasses.replace(real("meta-llama/Llama-2-7b-hf"), trained=Trained.all_of(40))
     assert job.num_trained == 8_357_482_496
     # Master, gradient and two moments in float32; a bf16 copy of the two tables, and of all but the norms.
     tables, norms = 2 * 32_000 * 4096, (2 * 40 + 1) * 4096

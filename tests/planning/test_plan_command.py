@@ -15,6 +15,7 @@ from rich.console import Console
 from llama_pro_fast import console, expand, plan, shapes
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.devices import DEVICES
+from llama_pro_fast.recipe import parse
 
 LLAMA_7B, LLAMA_8B, LLAMA_70B = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-2-70b-hf"
 
@@ -57,7 +58,7 @@ def refused(capsys):
 
 
 def test_eight_blocks_in_llama_2_7b_on_an_h100(said):
-    code, _, text = said("--model", LLAMA_7B, "--gpu", "h100", "--groups", 8)
+    code, _, text = said("--model.path", LLAMA_7B, "--gpu", "h100", "--expand.groups", 8)
     assert code == 0
     for fact in (
         f"{LLAMA_7B} + 8 blocks on one H100 80 GB",
@@ -77,14 +78,14 @@ def test_eight_blocks_in_llama_2_7b_on_an_h100(said):
 
 
 def test_eight_blocks_in_llama_3_1_8b(said):
-    code, _, text = said("--model", LLAMA_8B, "--gpu", "h200", "--groups", 8)
+    code, _, text = said("--model.path", LLAMA_8B, "--gpu", "h200", "--expand.groups", 8)
     assert code == 0
     assert f"{LLAMA_8B} + 8 blocks on one H200 141 GB" in text
     assert "9.78 B, of which 1.74 B train (17.9%)" in text
 
 
 def test_a_70b_model_fits_no_card_and_that_is_said(said):
-    code, _, text = said("--model", LLAMA_70B, "--gpu", "h200", "--groups", 8)
+    code, _, text = said("--model.path", LLAMA_70B, "--gpu", "h200", "--expand.groups", 8)
     assert code == 1
     assert "on one H200 141 GB: does not fit" in text
     assert "No card in the list holds it, and sharding over several is not there yet" in text
@@ -93,10 +94,10 @@ def test_a_70b_model_fits_no_card_and_that_is_said(said):
 
 def test_all_of_the_expanded_7b_fits_141_gb_and_not_80(said):
     """Not with bf16 copies of its weights, which take 15.5 GiB; so blocks that recompute everything keep none."""
-    code, _, text = said("--model", LLAMA_7B, "--gpu", "h200", "--groups", 8, "--all")
+    code, _, text = said("--model.path", LLAMA_7B, "--gpu", "h200", "--expand.groups", 8, "--train.parameters", "all")
     assert code == 0
     assert "130.8 GiB at the fullest, of 131.8 usable" in text
-    code, _, text = said("--model", LLAMA_7B, "--gpu", "h100", "--groups", 8, "--all")
+    code, _, text = said("--model.path", LLAMA_7B, "--gpu", "h100", "--expand.groups", 8, "--train.parameters", "all")
     assert code == 1
     assert "weights, masters, moments and gradients alone take 125.0 GiB (134.2 GB)" in text
     assert "74.2 GiB (79.7 GB) are usable on H100 80 GB" in text
@@ -106,10 +107,10 @@ def test_all_of_the_expanded_7b_fits_141_gb_and_not_80(said):
 @pytest.mark.parametrize(
     "argv",
     [
-        ("--model", LLAMA_7B, "--gpu", "h100", "--groups", 8, "--price", 2.5),
-        ("--model", LLAMA_8B, "--gpu", "4090", "--groups", 8),
-        ("--model", LLAMA_70B, "--gpu", "a100-80", "--after", "79"),
-        ("--model", LLAMA_7B, "--gpu", "cpu", "--groups", 8),
+        ("--model.path", LLAMA_7B, "--gpu", "h100", "--expand.groups", 8, "--price", 2.5),
+        ("--model.path", LLAMA_8B, "--gpu", "4090", "--expand.groups", 8),
+        ("--model.path", LLAMA_70B, "--gpu", "a100-80", "--expand.after", "79"),
+        ("--model.path", LLAMA_7B, "--gpu", "cpu", "--expand.groups", 8),
     ],
 )
 def test_it_fits_80_columns(said, argv, monkeypatch):
@@ -125,7 +126,16 @@ def test_it_fits_80_columns(said, argv, monkeypatch):
 
 def test_what_was_asked_for_is_kept_and_said(said):
     code, _, text = said(
-        "--model", LLAMA_7B, "--gpu", "h100", "--groups", 8, "--micro-batch", 4, "--recompute", "block"
+        "--model.path",
+        LLAMA_7B,
+        "--gpu",
+        "h100",
+        "--expand.groups",
+        8,
+        "--train.micro_batch_size",
+        4,
+        "--train.recompute",
+        "block",
     )
     assert code == 0
     assert "in 4 micro-batches of 4" in text
@@ -134,7 +144,16 @@ def test_what_was_asked_for_is_kept_and_said(said):
 
 def test_where_only_what_was_asked_for_does_not_fit_it_says_what_would(said):
     code, _, text = said(
-        "--model", LLAMA_7B, "--gpu", "h100", "--groups", 8, "--micro-batch", 16, "--recompute", "none"
+        "--model.path",
+        LLAMA_7B,
+        "--gpu",
+        "h100",
+        "--expand.groups",
+        8,
+        "--train.micro_batch_size",
+        16,
+        "--train.recompute",
+        "none",
     )
     assert code == 1
     assert "memory micro-batch 16 and the recomputation asked for needs " in text
@@ -142,7 +161,9 @@ def test_where_only_what_was_asked_for_does_not_fit_it_says_what_would(said):
 
 
 def test_the_price_is_of_the_hours(said):
-    _, _, text = said("--model", LLAMA_7B, "--gpu", "h100", "--groups", 8, "--price", 2, "--tokens", "1e9")
+    _, _, text = said(
+        "--model.path", LLAMA_7B, "--gpu", "h100", "--expand.groups", 8, "--price", 2, "--train.tokens", "1e9"
+    )
     hours, cost = re.search(r"1 B tokens: ([\d.]+) h, cost (\d+) \(an hour costs 2\)", text).groups()
     assert abs(2 * float(hours) - int(cost)) <= 0.6
 
@@ -151,7 +172,7 @@ def test_the_price_is_of_the_hours(said):
 def test_the_json_agrees_with_what_is_said(said, tmp_path, gpu, monkeypatch):
     monkeypatch.setattr("llama_pro_fast.devices.available_memory", lambda: 100 * 2**30)
     path = tmp_path / "plan.json"
-    code, _, text = said("--model", LLAMA_7B, "--gpu", gpu, "--groups", 8, "--json", path)
+    code, _, text = said("--model.path", LLAMA_7B, "--gpu", gpu, "--expand.groups", 8, "--json", path)
     figures = json.loads(path.read_text())
     assert f"written to {path}" in text
     assert figures["fits"] == (code == 0) == (gpu != "4090")
@@ -177,37 +198,38 @@ def test_the_json_agrees_with_what_is_said(said, tmp_path, gpu, monkeypatch):
         assert figures["device"] == DEVICES[gpu].title
 
 
+PLANNED = ("--model.path", LLAMA_7B, "--expand.groups", 8)
+
+
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
-        ((), ("--model: say which model", LLAMA_7B)),
-        (("--model", "no/such/folder"), ("no/such/folder", "no such folder")),
-        (("--model", LLAMA_7B), ("nothing in it is new", "--groups 8", "--all")),
-        (("--model", LLAMA_7B, "--groups", 33), ("groups 33", "from 1 to 32")),
-        (("--model", LLAMA_7B, "--groups", "eight"), ("--groups", "eight", "--help")),
-        (("--model", LLAMA_7B, "--groups", 8, "--after", "3"), ("--after", "--groups")),
-        (("--model", LLAMA_7B, "--after", "3,x"), ("after 3,x", "3,7,11")),
-        (("--model", LLAMA_7B, "--after", "32"), ("after 32", "0 to 31")),
-        (("--model", LLAMA_7B, "--groups", 8, "--copies", 0), ("--copies: 0 is not a number from 1 up",)),
-        (("--model", LLAMA_7B, "--groups", 8, "--copies", 5), ("copies 5", "give fewer")),
-        (("--model", LLAMA_7B, "--all", "--copies", 2), ("--copies", "not where", "--groups")),
-        (("--model", LLAMA_7B, "--groups", 8, "--tokens", "inf"), ("--tokens: inf is not a number",)),
-        (("--model", LLAMA_7B, "--groups", 8, "--seq", 8192), ("--seq 8192", "4096", "at most")),
-        (("--model", LLAMA_7B, "--groups", 8, "--seq", 1), ("--seq: 1 is not a number from 2 up",)),
-        (("--model", LLAMA_7B, "--groups", 8, "--batch", 0), ("--batch: 0 is not a number from 1 up",)),
-        (("--model", LLAMA_7B, "--groups", 8, "--micro-batch", 3), ("--micro-batch: 3", "batch of 16")),
-        (("--model", LLAMA_7B, "--groups", 8, "--micro-batch", 0), ("--micro-batch: 0 is not a number from 1 up",)),
+        ((), ("--model.path: say which model",)),
+        (("--model.path", "no/such/folder"), ("no/such/folder", "no such folder")),
+        (("--model.path", LLAMA_7B), ("has no new blocks to train", "--expand.groups 8", "--train.parameters all")),
+        (("--model.path", LLAMA_7B, "--expand.groups", 33), ("--expand.groups 33", "from 1 to 32")),
+        (("--model.path", LLAMA_7B, "--expand.groups", "eight"), ("--expand.groups", "eight", "int")),
+        ((*PLANNED, "--expand.after", "3"), ("--expand.after", "--expand.groups", "give one")),
+        (("--model.path", LLAMA_7B, "--expand.after", "3,x"), ("--expand.after 3,x", "3,7,11")),
+        (("--model.path", LLAMA_7B, "--expand.after", "32"), ("--expand.after 32", "0 to 31")),
+        ((*PLANNED, "--expand.copies", 0), ("--expand.copies: 0 is not a number above 0",)),
+        ((*PLANNED, "--expand.copies", 5), ("--expand.copies 5", "give fewer")),
         (
-            ("--model", LLAMA_7B, "--groups", 8, "--recompute", "all"),
-            ("--recompute all", "none, mlp, attention, block"),
+            ("--model.path", LLAMA_7B, "--train.parameters", "all", "--expand.copies", 2),
+            ("--expand.copies", "not where", "--expand.groups"),
         ),
-        (("--model", LLAMA_7B, "--groups", 8, "--recompute", ".b"), ("--recompute .b", "each of the 40 blocks")),
-        (("--model", LLAMA_7B, "--groups", 8, "--tokens", "nan"), ("--tokens", "nan")),
-        (("--model", LLAMA_7B, "--groups", 8, "--price", -1), ("--price: -1 is not a number from 0 up",)),
-        (("--model", LLAMA_7B, "--groups", 8, "--share", 0), ("--share: 0", "above 0")),
-        (("--model", LLAMA_7B, "--groups", 8, "--share", 1.5), ("--share: 1.5", "at most 1")),
+        ((*PLANNED, "--train.tokens", "inf"), ("--train.tokens: 'inf' is not float",)),
+        ((*PLANNED, "--train.tokens", "nan"), ("--train.tokens: 'nan' is not float",)),
+        ((*PLANNED, "--train.seq_len", 8192), ("--train.seq_len 8192", "4096", "at most")),
+        ((*PLANNED, "--train.seq_len", 1), ("--train.seq_len 1", "at least 2")),
+        ((*PLANNED, "--train.batch_size", 0), ("--train.batch_size: 0 is not a number above 0",)),
+        ((*PLANNED, "--train.micro_batch_size", 3), ("--train.micro_batch_size: 3", "--train.batch_size 16")),
+        ((*PLANNED, "--train.micro_batch_size", 0), ("--train.micro_batch_size: 0 is not a number above 0",)),
+        ((*PLANNED, "--train.recompute", "all"), ("--train.recompute all", "none, mlp, attention, block")),
+        ((*PLANNED, "--train.recompute", ".b"), ("--train.recompute .b", "each of the 40 blocks")),
+        ((*PLANNED, "--price", -1), ("--price: -1 is not a number from 0 up",)),
         (("--config", "no-such-recipe"), ("no-such-recipe", "quickstart")),
-        (("--model", LLAMA_7B, "--groups", 8, "--depth", 3), ("--depth", "--help")),
+        ((*PLANNED, "--groups", 3), ("there is no option or recipe key groups", "did you mean expand.groups?")),
     ],
 )
 def test_a_bad_option_is_one_line_with_the_remedy(refused, argv, fragments):
@@ -217,10 +239,12 @@ def test_a_bad_option_is_one_line_with_the_remedy(refused, argv, fragments):
 
 
 def test_an_unknown_card_and_a_file_that_cannot_be_written_too(refused, capsys, tmp_path):
-    line = refused("--model", LLAMA_7B, "--groups", 8, "--gpu", "h101")
+    line = refused("--model.path", LLAMA_7B, "--expand.groups", 8, "--gpu", "h101")
     assert "h101" in line
     assert "h200" in line
-    line = refused("--model", LLAMA_7B, "--groups", 8, "--gpu", "h100", "--json", tmp_path / "none" / "plan.json")
+    line = refused(
+        "--model.path", LLAMA_7B, "--expand.groups", 8, "--gpu", "h100", "--json", tmp_path / "none" / "plan.json"
+    )
     assert f"--json {tmp_path / 'none' / 'plan.json'}: cannot be written" in line
 
 
@@ -228,7 +252,18 @@ def test_a_recipe_is_planned_and_options_win(said):
     code, _, text = said("--config", "llama-2-7b", "--gpu", "h100")
     assert code == 0
     assert f"{LLAMA_7B} + 8 blocks" in text
-    _, _, text = said("--config", "llama-2-7b", "--gpu", "h100", "--groups", 4, "--seq", 1024, "--batch", 6)
+    _, _, text = said(
+        "--config",
+        "llama-2-7b",
+        "--gpu",
+        "h100",
+        "--expand.groups",
+        4,
+        "--train.seq_len",
+        1024,
+        "--train.batch_size",
+        6,
+    )
     assert f"{LLAMA_7B} + 4 blocks" in text
     assert "6 x 1024 = 6,144 tokens" in text
 
@@ -237,18 +272,18 @@ def test_of_a_folder_only_the_config_is_read(said, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shapes.SHAPES[LLAMA_7B] | {"architectures": ["LlamaForCausalLM"]}))
-    code, _, text = said("--model", folder, "--gpu", "h100", "--groups", 8)
+    code, _, text = said("--model.path", folder, "--gpu", "h100", "--expand.groups", 8)
     assert code == 0
     assert "38.18 GFLOP a token" in text
 
 
 def test_an_expanded_folder_says_itself_what_trains(said, make_base, tmp_path):
     make_base()
-    assert expand.main([str(tmp_path / "base"), str(tmp_path / "expanded"), "--after", "0,2"]) == 0
+    assert expand.main([str(tmp_path / "base"), str(tmp_path / "expanded"), "--expand.after", "0,2"]) == 0
     for path in (tmp_path / "expanded").glob("*.safetensors*"):
         path.unlink()
     path = tmp_path / "plan.json"
-    code, _, text = said("--model", tmp_path / "expanded", "--gpu", "h100", "--json", path)
+    code, _, text = said("--model.path", tmp_path / "expanded", "--gpu", "h100", "--json", path)
     assert code == 0
     assert json.loads(path.read_text())["trained_blocks"] == [1, 4]
     assert "XooXo" in text  # nothing below the first has a backward
@@ -262,7 +297,17 @@ def test_in_a_fresh_process_it_ends_without_a_network_or_a_gpu():
         "CUDA_VISIBLE_DEVICES": "",
         "HTTPS_PROXY": "http://127.0.0.1:9",
     }
-    command = [sys.executable, "-m", "llama_pro_fast.plan", "--model", LLAMA_7B, "--gpu", "h100", "--groups", "8"]
+    command = [
+        sys.executable,
+        "-m",
+        "llama_pro_fast.plan",
+        "--model.path",
+        LLAMA_7B,
+        "--gpu",
+        "h100",
+        "--expand.groups",
+        "8",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "38.18 GFLOP a token" in done.stdout
@@ -280,7 +325,7 @@ def test_a_recipes_limit_dtype_and_backend_are_planned_with(said, tmp_path, monk
     asked = {}
     for settings in ("dtype: float32", "attention: flash_3"):
         recipe.write_text(text % settings)
-        job = plan.ask(plan._parser().parse_args(["--config", str(recipe), "--gpu", "h100"])).job
+        job = plan.question_of(parse(["--config", str(recipe), "--gpu", "h100"], verb="plan", own=plan.OWN)).job
         asked[settings] = (str(job.dtype), job.attention)
     assert asked == {
         "dtype: float32": ("torch.float32", "reference"),
@@ -289,13 +334,15 @@ def test_a_recipes_limit_dtype_and_backend_are_planned_with(said, tmp_path, monk
 
 
 def test_copies_go_with_the_places_of_a_recipe(said):
-    _, _, printed = said("--config", "llama-2-7b", "--gpu", "h200", "--copies", 2)
+    _, _, printed = said("--config", "llama-2-7b", "--gpu", "h200", "--expand.copies", 2)
     assert f"{LLAMA_7B} + 16 blocks" in printed
 
 
 def test_small_figures_are_not_rounded_to_nothing(said, monkeypatch):
     monkeypatch.setattr("llama_pro_fast.devices.available_memory", lambda: 2**34)
-    code, _, printed = said("--model", "builtin:prose-3m", "--gpu", "cpu", "--groups", 3, "--batch", 1)
+    code, _, printed = said(
+        "--model.path", "builtin:prose-3m", "--gpu", "cpu", "--expand.groups", 3, "--train.batch_size", 1
+    )
     assert code == 0
     assert not re.search(r" 0(\.0+)? (GiB|GB|GFLOP)", printed)
     assert "in 1 micro-batch of 1" in printed

@@ -9,26 +9,24 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_cases import ATTENTION, BLOCK, CARD, JOBS, MLP, NONE, job_of, least, peak
+from planner_cases import ATTENTION, BLOCK, CARD, JOBS, MLP, NONE, job_of, least, peak, question_of
 
-from llama_pro_fast import devices
+from llama_pro_fast import planner
 from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.cost import kept_bytes, recomputed_flops, step_cost
 from llama_pro_fast.devices import DEVICES
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec
-from llama_pro_fast.memory import Job, shadow_bytes
+from llama_pro_fast.job import Job, expanded_shape, parse_recompute, recompute_text
+from llama_pro_fast.memory import shadow_bytes
 from llama_pro_fast.planner import (
     HOST_BACKWARD,
     HOST_FORWARD,
     NEARLY,
     best_fit,
-    expanded_shape,
     fit,
-    parse_recompute,
     policies,
-    recompute_text,
 )
 from llama_pro_fast.pretrained import find_config
 
@@ -38,9 +36,7 @@ def sizes(batch_size: int) -> list[int]:
 
 
 def work(job: Job, recompute) -> float:
-    return step_cost(
-        job.config, job.trained_blocks, seq_len=job.seq_len, train_all=job.train_all, recompute=recompute
-    ).recomputed
+    return step_cost(job.config, job.trained, seq_len=job.seq_len, recompute=recompute).recomputed
 
 
 # -- the ladder of mixtures ----------------------------------------------------------------------------------------
@@ -50,7 +46,7 @@ def work(job: Job, recompute) -> float:
 def test_each_rung_keeps_less_for_more_work(name):
     """So the first that fits is the cheapest that does."""
     job, rungs = JOBS[name], list(policies(JOBS[name]))
-    kept = [sum(map(kept_bytes, job.specs, job.classes, [job.dtype] * 8, rung)) for rung in rungs]
+    kept = [sum(map(kept_bytes, job.specs, job.trained.classes, [job.dtype] * 8, rung)) for rung in rungs]
     assert kept == sorted(set(kept), reverse=True)
     again = [work(job, rung) for rung in rungs]
     assert again == sorted(set(again))
@@ -63,7 +59,7 @@ def test_a_rung_may_need_more_memory_than_the_one_before():
         needed = [peak(job, rung, 4, 8) for rung in policies(job, 4)]
         rises += needed != sorted(needed, reverse=True)
         for usable in needed:
-            found = best_fit(job, CARD, batch_size=8, micro_batch_size=4, usable=usable)
+            found = best_fit(question_of(job, batch_size=8, micro_batch_size=4, usable=usable))
             assert found.peak == next(size for size in needed if size <= usable)
     assert rises
 
@@ -72,7 +68,7 @@ def test_a_rung_may_need_more_memory_than_the_one_before():
 def test_a_rung_changes_one_block_and_the_ladder_ends_at_the_least(name):
     job, rungs = JOBS[name], list(policies(JOBS[name]))
     assert rungs[0] == (NONE,) * 8
-    above = [kind is not BlockClass.PREFIX for kind in job.classes]
+    above = [kind is not BlockClass.PREFIX for kind in job.trained.classes]
     assert rungs[-1] == tuple(BLOCK if backward else NONE for backward in above)
     for before, after in pairwise(rungs):
         (changed,) = (index for index in range(8) if before[index] is not after[index])
@@ -85,9 +81,9 @@ def test_blocks_alike_change_from_the_lowest_up(name):
     job = JOBS[name]
     for rung in policies(job):
         for alike in (BlockClass.FROZEN, BlockClass.TRAINED):
-            pairs = zip(rung, job.classes, strict=True)
+            pairs = zip(rung, job.trained.classes, strict=True)
             order = [list(Recompute).index(policy) for policy, kind in pairs if kind is alike]
-            assert order == sorted(order, reverse=True), recompute_text(rung, job.first)
+            assert order == sorted(order, reverse=True), recompute_text(rung, job.trained.first)
             assert len(set(order)) <= 2
 
 
@@ -99,12 +95,12 @@ def test_bytes_never_get_cheaper_along_the_ladder(name):
     def held(spec, kind, policy) -> int:
         return job.seq_len * kept_bytes(spec, kind, job.dtype, policy) + shadow_bytes(spec, kind, job.dtype, policy)
 
-    kept = [sum(map(held, job.specs, job.classes, rung)) for rung in rungs]
+    kept = [sum(map(held, job.specs, job.trained.classes, rung)) for rung in rungs]
     flops = [job.seq_len * work(job, rung) for rung in rungs]
     rates = [(flops[i + 1] - flops[i]) / (kept[i] - kept[i + 1]) for i in range(len(rungs) - 1)]
     assert all(later >= earlier * (1 - 1e-3) for earlier, later in pairwise(rates))
     # Every policy, in every block, lies on or above the hull.
-    for spec, kind in zip(job.specs, job.classes, strict=True):
+    for spec, kind in zip(job.specs, job.trained.classes, strict=True):
         if kind is not BlockClass.PREFIX:
             for policy in (MLP, ATTENTION, BLOCK):
                 saved = held(spec, kind, NONE) - held(spec, kind, policy)
@@ -116,9 +112,11 @@ def test_with_few_tokens_the_cheapest_bytes_are_the_copies_of_trained_weights():
     """0.4 GB a block at LLaMA-2-7B, as much as a frozen block keeps of 4,300 tokens."""
     _, base = find_config("meta-llama/Llama-2-7b-hf")
     plan = ExpansionPlan.from_groups(32, 8)
-    job = Job(config=expanded_shape(base, plan), trained_blocks=plan.new_indices, seq_len=2048, attention="flash_4")
+    job = Job(config=expanded_shape(base, plan), trained=plan.trained, seq_len=2048, attention="flash_4")
     only_new = tuple(BLOCK if new else NONE for new in plan.is_new)
-    found = best_fit(job, DEVICES["h100"], batch_size=2, micro_batch_size=1, usable=peak(job, only_new))
+    found = best_fit(
+        question_of(job, batch_size=2, micro_batch_size=1, usable=peak(job, only_new), device=DEVICES["h100"])
+    )
     assert found.recompute == only_new
     assert found.cost.recomputed / found.cost.total < 0.08
 
@@ -142,7 +140,7 @@ def test_long_sequences_do_not_make_attention_again_until_they_must():
 @pytest.mark.parametrize("name", JOBS)
 def test_nothing_is_recomputed_where_it_fits(name, batch_size):
     job = JOBS[name]
-    found = best_fit(job, CARD, batch_size=batch_size)
+    found = best_fit(question_of(job, batch_size=batch_size))
     assert found is not None
     assert found.recompute == (NONE,) * 8
     assert found.cost.recomputed == 0
@@ -154,7 +152,7 @@ def test_just_short_of_that_a_mixture_fits_and_its_last_change_was_needed(name):
     job = JOBS[name]
     rungs = list(policies(job))
     usable = peak(job, rungs[0]) - 1
-    found = best_fit(job, CARD, batch_size=2, micro_batch_size=1, usable=usable)
+    found = best_fit(question_of(job, batch_size=2, micro_batch_size=1, usable=usable))
     if least(job) > usable:  # weights' gradients, or logits, are all there is at the fullest moment
         assert found is None
         return
@@ -170,7 +168,7 @@ def test_every_budget_from_plenty_to_the_least_gets_the_first_rung_that_fits(nam
     rungs = list(policies(job))
     needed = [peak(job, rung) for rung in rungs]
     for usable in {*needed, *(size - 1 for size in needed), *(size + 1 for size in needed)}:
-        found = best_fit(job, CARD, batch_size=2, micro_batch_size=1, usable=usable)
+        found = best_fit(question_of(job, batch_size=2, micro_batch_size=1, usable=usable))
         first = next((rung for rung, size in zip(rungs, needed, strict=True) if size <= usable), None)
         assert (found and found.recompute) == first, usable
 
@@ -208,7 +206,7 @@ def test_no_plan_is_over_its_budget_and_a_possible_one_is_found(question):
     smallest = min(least(job, size, batch_size) for size in sizes(batch_size))
     most = peak(job, rungs[0], batch_size, batch_size)
     usable = int(smallest + where * abs(most - smallest) * 1.1)
-    found = best_fit(job, CARD, batch_size=batch_size, usable=usable)
+    found = best_fit(question_of(job, batch_size=batch_size, usable=usable))
     assert found is not None
     assert found.peak <= usable
     assert batch_size % found.micro_batch_size == 0
@@ -216,7 +214,7 @@ def test_no_plan_is_over_its_budget_and_a_possible_one_is_found(question):
     # No way that fits is faster by more than is thought alike.
     for size in sizes(batch_size):
         for rung in rungs:
-            other = fit(job, CARD, batch_size=batch_size, micro_batch_size=size, recompute=rung, share=devices.SHARE)
+            other = fit(question_of(job, batch_size=batch_size), micro_batch_size=size, recompute=rung)
             assert other.peak > usable or found.seconds <= other.seconds * (1 + NEARLY)
 
 
@@ -225,60 +223,60 @@ def test_no_plan_is_over_its_budget_and_a_possible_one_is_found(question):
 def test_below_the_least_there_is_none(question):
     job, batch_size, _ = question
     smallest = min(least(job, size, batch_size) for size in sizes(batch_size))
-    assert best_fit(job, CARD, batch_size=batch_size, usable=smallest) is not None
-    assert best_fit(job, CARD, batch_size=batch_size, usable=smallest - 1) is None
+    assert best_fit(question_of(job, batch_size=batch_size, usable=smallest)) is not None
+    assert best_fit(question_of(job, batch_size=batch_size, usable=smallest - 1)) is None
 
 
 def test_a_batch_that_is_one_micro_batch_may_fit_where_its_half_does_not():
     """No gradients wait for a next one."""
     job = job_of(seq_len=16, new=(0, 2, 4, 6), hidden_size=512)
     assert least(job, 2, 2) < least(job, 1, 2)
-    assert best_fit(job, CARD, batch_size=2, usable=least(job, 2, 2)).micro_batch_size == 2
+    assert best_fit(question_of(job, batch_size=2, usable=least(job, 2, 2))).micro_batch_size == 2
 
 
 def test_what_is_given_is_kept():
     job = JOBS["usual"]
-    plenty = best_fit(job, CARD, batch_size=8, micro_batch_size=2)
+    plenty = best_fit(question_of(job, batch_size=8, micro_batch_size=2))
     assert (plenty.micro_batch_size, plenty.recompute) == (2, (NONE,) * 8)
-    mixture = parse_recompute(".bbbaamm", job.classes)
-    asked = best_fit(job, CARD, batch_size=8, recompute=mixture)
+    mixture = parse_recompute(".bbbaamm", job.trained.classes)
+    asked = best_fit(question_of(job, batch_size=8, recompute=mixture))
     assert asked.recompute == mixture
-    both = best_fit(job, CARD, batch_size=8, micro_batch_size=4, recompute=mixture)
+    both = best_fit(question_of(job, batch_size=8, micro_batch_size=4, recompute=mixture))
     assert (both.micro_batch_size, both.recompute) == (4, mixture)
     # Even where another would fit.
-    assert best_fit(job, CARD, batch_size=8, recompute=(NONE,) * 8, usable=peak(job, (NONE,) * 8) - 1) is None
-    assert best_fit(job, CARD, batch_size=8, micro_batch_size=8, usable=peak(job, list(policies(job))[-1], 1)) is None
+    assert best_fit(question_of(job, batch_size=8, recompute=(NONE,) * 8, usable=peak(job, (NONE,) * 8) - 1)) is None
+    assert (
+        best_fit(question_of(job, batch_size=8, micro_batch_size=8, usable=peak(job, list(policies(job))[-1], 1)))
+        is None
+    )
 
 
 def test_of_ways_nearly_equal_the_smaller_micro_batch_is_taken():
     """Its gradients' traffic is next to nothing beside the products of 4096 tokens and more."""
     job = job_of(seq_len=65_536)
-    ways = [
-        fit(job, CARD, batch_size=8, micro_batch_size=n, recompute=(NONE,) * 8, share=devices.SHARE)
-        for n in (1, 2, 4, 8)
-    ]
+    ways = [fit(question_of(job, batch_size=8), micro_batch_size=n, recompute=(NONE,) * 8) for n in (1, 2, 4, 8)]
     assert ways[0].seconds > ways[-1].seconds >= ways[0].seconds * (1 - NEARLY)
-    assert best_fit(job, CARD, batch_size=8).micro_batch_size == 1
+    assert best_fit(question_of(job, batch_size=8)).micro_batch_size == 1
     # And where it is not, the larger one.
-    assert best_fit(job_of(seq_len=16), CARD, batch_size=8).micro_batch_size > 1
+    assert best_fit(question_of(job_of(seq_len=16), batch_size=8)).micro_batch_size > 1
 
 
 def test_a_larger_micro_batch_is_not_bought_with_recomputation():
     job = job_of(seq_len=2048)
     usable = peak(job, (NONE,) * 8, 1, 8)
-    found = best_fit(job, CARD, batch_size=8, usable=usable)
+    found = best_fit(question_of(job, batch_size=8, usable=usable))
     assert found.micro_batch_size == 1
     assert found.cost.recomputed == 0
-    assert best_fit(job, CARD, batch_size=8, micro_batch_size=2, usable=usable).cost.recomputed > 0
+    assert best_fit(question_of(job, batch_size=8, micro_batch_size=2, usable=usable)).cost.recomputed > 0
 
 
 def test_an_evaluation_has_to_fit_too():
     """With a large vocabulary it makes two chunks of logits where a step makes one."""
     job = job_of(new=(7,), vocab_size=150_000, seq_len=2048)
-    found = fit(job, CARD, batch_size=1, micro_batch_size=1, recompute=(NONE,) * 8, share=devices.SHARE)
+    found = fit(question_of(job, batch_size=1), micro_batch_size=1, recompute=(NONE,) * 8)
     assert found.peak > found.memory.total
-    assert best_fit(job, CARD, batch_size=1, usable=found.memory.total) is None
-    assert best_fit(job, CARD, batch_size=1, usable=found.peak) is not None
+    assert best_fit(question_of(job, batch_size=1, usable=found.memory.total)) is None
+    assert best_fit(question_of(job, batch_size=1, usable=found.peak)) is not None
 
 
 # -- time ----------------------------------------------------------------------------------------------------------
@@ -286,24 +284,22 @@ def test_an_evaluation_has_to_fit_too():
 
 def test_a_small_step_takes_as_long_as_the_host_needs_to_start_it():
     job = job_of()
-    way = {"recompute": (NONE,) * 8, "share": devices.SHARE, "batch_size": 8}
+    on_card, on_slow_card = (question_of(job, batch_size=8, device=device) for device in (DEVICES["h100"], CARD))
     for size in (1, 8):
-        small = fit(job, DEVICES["h100"], micro_batch_size=size, **way)
-        host = 8 * HOST_FORWARD + (8 - job.first) * HOST_BACKWARD
-        assert job.first > 0
+        small = fit(on_card, micro_batch_size=size, recompute=(NONE,) * 8)
+        host = 8 * HOST_FORWARD + (8 - job.trained.first) * HOST_BACKWARD
+        assert job.trained.first > 0
         assert small.seconds == pytest.approx(host / (size * job.seq_len))
-    assert (
-        fit(job, DEVICES["h100"], micro_batch_size=8, **way).seconds < fit(job, CARD, micro_batch_size=8, **way).seconds
-    )
+    assert small.seconds < fit(on_slow_card, micro_batch_size=8, recompute=(NONE,) * 8).seconds
 
 
-def test_time_is_products_and_attention_at_a_share_and_traffic_at_the_bandwidth():
+def test_time_is_products_and_attention_at_a_share_and_traffic_at_the_bandwidth(monkeypatch):
     job, tokens = JOBS["usual"], 8 * 512
-    ways = {
-        (size, share): fit(job, CARD, batch_size=8, micro_batch_size=size, recompute=(NONE,) * 8, share=share)
-        for size in (1, 2, 8)
-        for share in (0.2, 0.4)
-    }
+    question, ways = question_of(job, batch_size=8), {}
+    for share in (0.2, 0.4):
+        monkeypatch.setattr(planner, "SHARE", share)
+        for size in (1, 2, 8):
+            ways[size, share] = fit(question, micro_batch_size=size, recompute=(NONE,) * 8)
     # Half the share, twice the time of what is computed; the traffic stays.
     computed = ways[8, 0.2].seconds - ways[8, 0.4].seconds
     traffic = ways[8, 0.4].seconds - computed
@@ -313,7 +309,7 @@ def test_time_is_products_and_attention_at_a_share_and_traffic_at_the_bandwidth(
         gradients = ways[size, 0.4].seconds - ways[8, 0.4].seconds
         assert gradients == pytest.approx(more * 12 * job.num_trained / tokens / CARD.bandwidth)
     # Flash attention's backward is 2.5 times its forward, not 2.
-    cost = step_cost(job.config, job.trained_blocks, seq_len=512)
+    cost = step_cost(job.config, job.trained, seq_len=512)
     above = 7 * 4 * 256 * 512 / 2
     assert computed == pytest.approx((cost.total + above / 2) / (0.4 * CARD.flops))
 
@@ -333,7 +329,7 @@ def test_what_is_written_is_read_back(data):
 
 
 def test_a_policy_is_written_by_its_name_and_a_mixture_by_letters():
-    classes = JOBS["usual"].classes
+    classes = JOBS["usual"].trained.classes
     assert recompute_text((NONE, *[BLOCK] * 7), 1) == "block"
     assert recompute_text((NONE, BLOCK, ATTENTION, MLP, *[NONE] * 4), 1) == ".bam...."
     assert parse_recompute("mlp", classes) == (NONE, *[MLP] * 7)
@@ -343,7 +339,7 @@ def test_a_policy_is_written_by_its_name_and_a_mixture_by_letters():
 @pytest.mark.parametrize("text", ["blocks", "", ".bam...", ".bam.....", ".bax....", "None", "auto "])
 def test_other_words_are_refused_with_the_remedy(text):
     with pytest.raises(UserError) as error:
-        parse_recompute(text, JOBS["usual"].classes)
+        parse_recompute(text, JOBS["usual"].trained.classes)
     assert f"recompute {text}: give auto, none, mlp, attention, block, or a letter for each of the 8" in str(
         error.value
     )

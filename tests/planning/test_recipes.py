@@ -7,9 +7,10 @@ import re
 import pytest
 
 from llama_pro_fast.devices import DEVICES, GIB
-from llama_pro_fast.plan import _parser, ask
-from llama_pro_fast.planner import best_fit, recompute_text
-from llama_pro_fast.recipe import RECIPES, packaged_recipes
+from llama_pro_fast.job import recompute_text
+from llama_pro_fast.plan import OWN, question_of
+from llama_pro_fast.planner import best_fit
+from llama_pro_fast.recipe import RECIPES, packaged_recipes, parse
 
 LOCAL = ("prose-3m", "quickstart")  # for any machine
 PLANNED = re.compile(
@@ -24,8 +25,8 @@ ROWS = [
 
 
 def planned(*argv):
-    question = ask(_parser().parse_args(argv))
-    return question, best_fit(question.job, question.device, batch_size=question.batch_size)
+    question = question_of(parse(list(argv), verb="plan", own=OWN))
+    return question, best_fit(question)
 
 
 @pytest.mark.parametrize(("name", "row"), ROWS, ids=[f"{name}-{row['card']}" for name, row in ROWS])
@@ -33,7 +34,7 @@ def test_a_recipe_is_planned_as_its_comment_says(name, row):
     question, found = planned("--config", name, "--gpu", row["card"])
     assert found is not None
     assert found.peak <= question.device.usable
-    text = recompute_text(found.recompute, question.job.first)
+    text = recompute_text(found.recompute, question.job.trained.first)
     assert row == {
         "card": row["card"],
         "gib": f"{found.peak / GIB:.1f}",

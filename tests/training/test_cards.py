@@ -126,15 +126,15 @@ def test_the_commands_of_the_card_can_be_typed(summary, card, tmp_path, monkeypa
     run = "runs/it's mine"
 
     argv = command("your model", text)
-    assert argv[:3] == ["python", "-m", "llama_pro_fast.train"]
-    config = parse(argv[3:]).config
+    assert argv[:2] == ["llama-pro-fast", "train"]
+    config = parse(argv[2:]).config
     assert (config.model.path, config.data.domain, config.expand.groups) == ("MODEL", "mine.jsonl", 8)
     assert config.optim.lr
 
     argv = command("will it fit", text)
-    assert argv[:3] == ["python", "-m", "llama_pro_fast.plan"]
-    options = plan._parser().parse_args(argv[3:])
-    assert (options.model, options.groups, options.gpu) == ("MODEL", 8, "h100")
+    assert argv[:2] == ["llama-pro-fast", "plan"]
+    asked = parse(argv[2:], verb="plan", own=plan.OWN)
+    assert (asked.config.model.path, asked.config.expand.groups, asked.own["gpu"]) == ("MODEL", 8, "h100")
 
     python, c, code = command("generate", text)
     assert (python, c) == ("python", "-c")
@@ -142,7 +142,7 @@ def test_the_commands_of_the_card_can_be_typed(summary, card, tmp_path, monkeypa
 
     assert f"pretrained={run}/export" in command("evaluate", text)
     assert command("curves", text) == ["tensorboard", "--logdir", f"{run}/tensorboard"]
-    assert command("Ctrl-C", text)[3:] == ["--output", run, "--resume"]
+    assert command("Ctrl-C", text)[2:] == ["--output", run, "--resume"]
 
 
 def test_the_sample_in_the_report_is_a_block_of_its_own(make_config, finished, summary, tmp_path):

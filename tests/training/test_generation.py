@@ -265,7 +265,7 @@ def test_where_memory_is_just_enough_it_is_read(make_config, export, monkeypatch
 
 
 def test_a_card_that_is_full_after_all_is_no_failure_of_the_run(make_config, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(train, "read_export_back", full)
@@ -274,7 +274,7 @@ def test_a_card_that_is_full_after_all_is_no_failure_of_the_run(make_config, mon
 
 
 def test_a_run_killed_while_its_export_is_read_back_is_resumed_into_that(make_config, monkeypatch, tmp_path):
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -88,9 +88,9 @@ def test_an_interrupted_run_is_to_be_resumed_by_the_command_that_is_said(here, m
     stopped_at_2(make_config(train={"steps": 4, "checkpoint_every": 100}, output=str(here / "my run")))
     message = refusal(Path("my run"))
     assert "saved at step 2 of 4" in message
-    command = "python -m llama_pro_fast.train --output 'my run' --resume"
+    command = "llama-pro-fast train --output 'my run' --resume"
     assert f"go on with  {command}  (" in message
-    request = parse(shlex.split(command)[3:])
+    request = parse(shlex.split(command)[2:])
     assert train.run(request.config, resume=request.resume)["steps"] == 4
     assert first_free(Path("my run")) == Path("my run-2")
 

@@ -121,7 +121,7 @@ def test_no_new_blocks_and_none_asked_for(refused, base):
 
 
 def test_an_expanded_model_is_not_expanded_again(refused, base, tmp_path, cli):
-    code, _, err = cli(expand.main, base, tmp_path / "expanded", "--groups", 2)
+    code, _, err = cli(expand.main, base, tmp_path / "expanded", "--expand.groups", 2)
     assert code == 0, err
     refused("expanded already", "llama-pro-fast expand", model__path=tmp_path / "expanded")
 
@@ -252,7 +252,7 @@ def test_kernels_that_cannot_be_had(refused, monkeypatch):
     def missing(device, dtype):
         raise ImportError("llama_pro_kernels needs Triton for tensors on cuda: pip install triton")
 
-    monkeypatch.setattr("llama_pro_fast.prepare.implementation_name", missing)
+    monkeypatch.setattr("llama_pro_fast.settle.implementation_name", missing)
     refused("--train.device", "needs Triton", "pip install triton")
 
 

@@ -13,7 +13,7 @@ from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.identity import expand_and_prove
-from llama_pro_fast.manifest import Manifest
+from llama_pro_fast.manifest import what_trains
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.optimizer import Optimizer, learning_rate
 from llama_pro_fast.pretrained import PretrainedFolder
@@ -32,8 +32,8 @@ def batch() -> PackedBatch:
 
 
 def load(folder: PretrainedFolder, dtype=torch.float32) -> Decoder:
-    trained = Manifest.from_config(folder.raw_config).trained_blocks
-    return load_model(folder, trained_blocks=trained, dtype=dtype, attention="cpu_flash")
+    trained = what_trains(folder.raw_config, parameters="new_blocks", name="")
+    return load_model(folder, trained=trained, dtype=dtype, attention="cpu_flash")
 
 
 def make_optimizer(model: Decoder, steps: int = 10, **config) -> Optimizer:

@@ -8,8 +8,11 @@ import os
 
 import pytest
 
-from llama_pro_fast import devices, expand, prepare, train
+from llama_pro_fast import devices, expand, model_folder, settle, train
+from llama_pro_fast.advice import why
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.job import recompute_text
+from llama_pro_fast.manifest import what_trains
 from llama_pro_fast.model import expected_tensors, load_model
 from llama_pro_fast.pretrained import PretrainedFolder, folder_digest, read_config, write_header
 from llama_pro_fast.recipe import load_config, parse
@@ -22,18 +25,22 @@ GIB = 2**30
 def ask(make_config, base_of, tmp_path):
     """Settle the memory of a run on a deep expanded model as `run` does, without running it.
 
-    Returns ``(config, reason, planned peak in bytes)``.
+    Returns ``(recompute as it is stored, reason, planned peak in bytes)``.
     """
-    expand.main([str(base_of(num_hidden_layers=8, intermediate_size=160)), str(tmp_path / "expanded"), "--groups", "2"])
+    expand.main(
+        [str(base_of(num_hidden_layers=8, intermediate_size=160)), str(tmp_path / "expanded"), "--expand.groups", "2"]
+    )
     folder = PretrainedFolder(tmp_path / "expanded")
 
-    def settle(usable: float | None = None, **changes):
+    def settled(usable: float | None = None, **changes):
         settings = {"micro_batch_size": None, "attention": "cpu_flash", "dtype": "float32"} | changes
         config = make_config(train=settings | ({} if usable is None else {"memory": usable / GIB}))
-        reason = prepare.resolve_memory(config, folder, None, document=20)
-        return config, reason, prepare.planned(config, folder, document=20).peak
+        trained = what_trains(folder.raw_config, parameters="new_blocks", name="")
+        question = settle.question_of(config, folder, trained, None, document=20)
+        found = settle.choose(question)
+        return recompute_text(found.recompute, trained.first), why(question, found), found.peak
 
-    return settle
+    return settled
 
 
 def test_what_was_chosen_stands_in_the_resolved_config(make_config, tmp_path, capsys):
@@ -77,12 +84,12 @@ def test_the_policies_reach_the_blocks(make_config, monkeypatch):
 
 def test_short_of_memory_it_recomputes_only_what_it_must(ask):
     plenty, reason, needed = ask(micro_batch_size=4)
-    assert plenty.train.recompute == "none"
+    assert plenty == "none"
     assert reason == "4 sequences at a time as asked; nothing recomputed: everything fits"
     short, reason, less = ask(needed - 1, micro_batch_size=4)
-    assert set(short.train.recompute) & set("mab")
-    assert "." in short.train.recompute[4:], "the lowest blocks give enough"
-    assert reason.startswith(f"4 sequences at a time as asked; {short.train.recompute} recomputed, ")
+    assert set(short) & set("mab")
+    assert "." in short[4:], "the lowest blocks give enough"
+    assert reason.startswith(f"4 sequences at a time as asked; {short} recomputed, ")
     assert less < needed
 
 
@@ -107,8 +114,8 @@ def test_a_run_that_is_too_large_ends_before_anything_is_loaded(refused, tmp_pat
     def no(*args, **kwargs):
         raise AssertionError("something was loaded")
 
-    for name in ("expand_and_prove", "make_tokenizer", "make_model"):
-        monkeypatch.setattr(prepare, name, no)
+    for name in ("expand_and_prove", "make_tokenizer", "make"):
+        monkeypatch.setattr(model_folder, name, no)
     monkeypatch.setattr(PretrainedFolder, "read_bytes", no)
     monkeypatch.setattr(devices, "available_memory", lambda: 24 * GIB)
     said = refused(
@@ -122,18 +129,9 @@ def test_a_resumed_run_keeps_its_choice_whatever_memory_there_is(make_config, st
     stopped_at_2(make_config(train={"micro_batch_size": None, "recompute": "attention"}))
     before = load_config(tmp_path / "run").train
     monkeypatch.setattr(devices, "available_memory", lambda: 1)
-    monkeypatch.setattr(prepare, "best_fit", lambda *args, **kwargs: pytest.fail("a resumed run was planned again"))
+    monkeypatch.setattr(settle, "best_fit", lambda *args, **kwargs: pytest.fail("a resumed run was planned again"))
     train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
     assert load_config(tmp_path / "run").train == before
-    assert (tmp_path / "run" / "export" / "config.json").exists()
-
-
-def test_a_run_of_before_these_options_goes_on(make_config, stopped_at_2, tmp_path):
-    stopped_at_2(make_config())
-    stored = tmp_path / "run" / "config.yaml"
-    lines = [line for line in stored.read_text().splitlines() if not line.strip().startswith(("recompute", "memory"))]
-    stored.write_text("\n".join(lines) + "\n")
-    train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
     assert (tmp_path / "run" / "export" / "config.json").exists()
 
 
@@ -153,6 +151,6 @@ def test_bad_values_are_refused_in_a_line(refused, options, fragments):
 
 def test_an_expanded_model_is_planned_by_its_manifest(ask):
     """The blocks below its lowest new one have no backward, so their letters mean nothing."""
-    config, reason, _ = ask(recompute="block")
-    assert config.train.recompute == "block"
+    recompute, reason, _ = ask(recompute="block")
+    assert recompute == "block"
     assert reason.endswith("more work")

@@ -145,7 +145,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, m
     assert process.returncode == (130 if number == signal.SIGINT else -9), output
     assert not (run / "export").exists()
     if number == signal.SIGINT:
-        assert f"python -m llama_pro_fast.train --output {run} --resume" in output
+        assert f"llama-pro-fast train --output {run} --resume" in output
     request = parse(["--output", str(run), "--resume"])
     train.run(request.config, resume=request.resume)
     assert losses(run) == losses(tmp_path / "whole")

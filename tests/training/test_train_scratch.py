@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_pro_fast import prepare, train
+from llama_pro_fast import model_folder, train
 from llama_pro_fast.data import resolve_sources
 from llama_pro_fast.data.tokenizer import train_tokenizer
 from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
@@ -89,7 +89,7 @@ def test_a_run_that_died_before_its_model_was_there_makes_the_same_tokenizer(scr
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "make_model", killed)
+        patch.setattr(model_folder, "make", killed)
         with pytest.raises(KeyboardInterrupt):
             train.run(scratch())
     assert not (tmp_path / "run" / "initial").exists()

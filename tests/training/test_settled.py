@@ -1,0 +1,119 @@
+"""What a run settles is a value of its own: the caller's configuration stays, and nothing in it is left open."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+
+import pytest
+import yaml
+
+from llama_pro_fast import expand, plan, train
+from llama_pro_fast.config import MAY_STAY_OPEN, OptimConfig, Settled, options
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.manifest import what_trains
+from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
+from llama_pro_fast.recipe import load_config, parse
+from llama_pro_fast.trained import Trained
+
+OPEN = {"device": "auto", "dtype": "auto", "micro_batch_size": None, "checkpoint_every": None, "threads": None}
+
+
+def digest(run) -> str:
+    return folder_digest(PretrainedFolder(run / "export"))
+
+
+def test_the_callers_configuration_stays_and_serves_twice_and_in_a_thread(make_config, tmp_path):
+    config = make_config(train=OPEN, optim={"warmup_steps": None}, eval={"every": None})
+    before = copy.deepcopy(config)
+    for name in ("first", "second", "in a thread"):
+        own = dataclasses.replace(config, output=str(tmp_path / name))
+        if name == "in a thread":
+            worker = threading.Thread(target=train.run, args=(own,))
+            worker.start()
+            worker.join()
+        else:
+            assert train.run(own) is not None
+        assert own == dataclasses.replace(before, output=own.output)
+    assert digest(tmp_path / "first") == digest(tmp_path / "second") == digest(tmp_path / "in a thread")
+
+
+def test_the_stored_configuration_has_nothing_open(make_config, finished):
+    stored = load_config(finished(make_config))
+    assert isinstance(stored, Settled)
+    assert {key for key, value, _ in options(stored) if value is None} <= set(MAY_STAY_OPEN)
+    assert "auto" not in [value for _, value, _ in options(stored)]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("optim", "lr", None), ("train", "attention", "auto"), ("train", "steps", 0), ("optim", "clip", -1)],
+)
+def test_a_stored_configuration_that_is_open_or_out_of_bounds_is_refused(
+    make_config, finished, tmp_path, section, key, value
+):
+    raw = yaml.safe_load((finished(make_config) / "config.yaml").read_text())
+    raw[section][key] = value
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=rf"config.yaml: not readable .*{section}.{key}"):
+        load_config(tmp_path)
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OptimConfig(lr=1.0).lr = 2.0
+
+
+# -- what trains ---------------------------------------------------------------------------------------------------
+
+
+def test_what_trains_is_the_same_before_and_after_the_expansion(base, tmp_path):
+    assert expand.main([str(base), str(tmp_path / "expanded"), "--expand.groups", "2"]) == 0
+    folder, new = PretrainedFolder(base), ExpansionPlan.from_groups(4, 2)
+    expanded = PretrainedFolder(tmp_path / "expanded").raw_config
+    after = what_trains(expanded, parameters="new_blocks", name="")
+    assert after == what_trains(folder.raw_config, parameters="new_blocks", plan=new, name="") == Trained(6, (2, 5))
+    assert (after.strip, after.skip_for_base) == ("..XooX", (2, 5))
+    everything = what_trains(expanded, parameters="all", name="")
+    assert (everything.strip, everything.skip_for_base) == ("XXXXXX", ())
+
+
+def test_where_the_base_has_trained_too_nothing_is_skipped_for_it(base, tmp_path):
+    assert expand.main([str(base), str(tmp_path / "expanded"), "--expand.groups", "2"]) == 0
+    raw = PretrainedFolder(tmp_path / "expanded").raw_config
+    raw = raw | {"block_expansion": raw["block_expansion"] | {"base_intact": False}}
+    found = what_trains(raw, parameters="new_blocks", name="")
+    assert (found.blocks, found.skip_for_base) == ((2, 5), ())
+
+
+# -- one language --------------------------------------------------------------------------------------------------
+
+
+def test_plan_and_train_understand_a_line_alike():
+    line = ["--config", "llama-3.1-8b", "--expand.groups", "4", "--train.seq_len", "2048"]
+    asked = parse([*line, "--gpu", "h100"], verb="plan", own=plan.OWN)
+    assert asked.config == parse(line).config
+    question = plan.question_of(asked)
+    assert question.job.trained.blocks == (8, 17, 26, 35)
+    assert (question.device.title, question.job.seq_len) == ("H100 80 GB", 2048)
+    with pytest.raises(UserError, match="no option gpu here, only in `llama-pro-fast plan`"):
+        parse([*line, "--gpu", "h100"])
+
+
+def test_a_run_is_a_model_to_every_verb(make_config, stopped_at_2, finished, tmp_path, capsys):
+    """Its export; where there is none yet, what its last checkpoint would export."""
+    run = finished(make_config)
+    assert plan.main(["--model.path", str(run), "--gpu", "h100"]) == 0
+    assert "..XooX" in capsys.readouterr().out
+    assert expand.main([str(run), str(tmp_path / "twice"), "--expand.after", "5"]) == 0
+    assert what_trains(PretrainedFolder(tmp_path / "twice").raw_config, parameters="new_blocks", name="").blocks == (6,)
+
+    stopped_at_2(make_config())
+    assert not (tmp_path / "run" / "export").exists()
+    assert plan.main(["--model.path", str(tmp_path / "run"), "--gpu", "h100"]) == 0
+    assert not (tmp_path / "run" / "export").exists(), "a plan needs no weights"
+    config = make_config(model={"path": str(tmp_path / "run")}, expand={"groups": None}, output=str(tmp_path / "on"))
+    assert train.run(config)["trained_blocks"] == [2, 5]
+    assert (tmp_path / "run" / "export").is_dir()
