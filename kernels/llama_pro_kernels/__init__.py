@@ -25,9 +25,10 @@ CUDA tensors, or any under ``TRITON_INTERPRET=1``, get the kernels in ``triton_k
 PyTorch in ``reference.py``. Products are PyTorch's, attention is a backend's. The functional ops are registered as
 ``torch.ops.llama_pro_kernels``, so ``torch.compile`` keeps them whole and ``FlopCounterMode`` counts their products.
 
-Precision: an op computes in ``compute_dtype(x.dtype)``, at least fp32, and narrows its result once. A weight may be
-wider than the activations (an fp32 master beside bf16); its gradient comes back in its own dtype and is never bf16 on
-the way. Names that end in an underscore write over an input. The autograd ops are differentiable once.
+Precision: an op computes in ``accumulation_dtype(x.dtype)``, at least fp32, and rounds its result once. A weight may
+have higher precision than the activations (an fp32 master weight beside bf16); its gradient comes back in its own dtype
+and is never bf16 on the way. Names that end in an underscore write over an input. The autograd ops are differentiable
+once.
 """
 
 from .attention import attention, attention_backward, attention_forward
@@ -44,7 +45,7 @@ from .linear_cross_entropy import (
 )
 from .linear_kl import linear_kl
 from .qk_norm_rotary import QKNormRotaryOutput, qk_norm_rotary_backward, qk_norm_rotary_forward
-from .reference import compute_dtype
+from .reference import accumulation_dtype
 from .rms_norm import add_rms_norm, add_rms_norm_forward, rms_norm, rms_norm_backward, rms_norm_forward
 from .rotary import rotary, rotary_backward, rotary_forward, rotary_forward_
 from .swiglu import swiglu, swiglu_backward, swiglu_backward_, swiglu_forward
@@ -52,12 +53,12 @@ from .swiglu import swiglu, swiglu_backward, swiglu_backward_, swiglu_forward
 __all__ = [
     "LinearCrossEntropyOutput",
     "QKNormRotaryOutput",
+    "accumulation_dtype",
     "add_rms_norm",
     "add_rms_norm_forward",
     "attention",
     "attention_backward",
     "attention_forward",
-    "compute_dtype",
     "implementation_name",
     "linear",
     "linear_cross_entropy",

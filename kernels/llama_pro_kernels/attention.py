@@ -17,7 +17,7 @@ Documents are given by ``cu_seqlens`` ``[C]`` int32, non-decreasing from 0 to T.
 document and mean nothing.
 
 FLOPs are counted as they are needed: pairs of a query and a key that it sees, causal, within a document and its window,
-4·N·D a pair forward and 10·N·D backward (five products, as flash attention makes the scores again). PyTorch's own
+4·N·D a pair forward and 10·N·D backward (five products, as flash attention recomputes the scores). PyTorch's own
 counter ignores causality, and counts its flash attention for the CPU as 0. To count, the boundaries are read from the
 device; where they have no values (fake tensors), documents of ``max_seqlen`` fill the tokens.
 """
@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention_backends import KERNELS, Kernels
 from .library import register
-from .reference import compute_dtype
+from .reference import accumulation_dtype
 
 __all__ = ["attention", "attention_backward", "attention_forward"]
 
@@ -78,7 +78,7 @@ def _count_backward_flops(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor
     " SymInt? window, str backend) -> (Tensor, Tensor)",
     fake=lambda q, k, v, cu_seqlens, max_seqlen, scale, window, backend: (
         q.new_empty(q.shape),
-        q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype)),
+        q.new_empty((q.shape[1], q.shape[0]), dtype=accumulation_dtype(q.dtype)),
     ),
     flops=_count_forward_flops,
 )
@@ -129,7 +129,7 @@ def attention_forward(
         backend: from ``select_attention_backend``.
 
     Returns:
-        ``(o, lse)``, contiguous: ``[T, N, D]`` in ``q``'s dtype; ``[N, T]`` in the compute dtype.
+        ``(o, lse)``, contiguous: ``[T, N, D]`` in ``q``'s dtype; ``[N, T]`` in the accumulation dtype.
     """
     return _attention_forward(q, k, v, cu_seqlens, max_seqlen, scale, window, backend)
 

@@ -20,7 +20,7 @@ from torch.nn.attention import (
 )
 
 from .attention_selection import deterministic_algorithms
-from .reference import attention_document_backward, attention_document_forward, compute_dtype
+from .reference import accumulation_dtype, attention_document_backward, attention_document_forward
 
 __all__ = ["KERNELS", "Kernels"]
 
@@ -213,7 +213,7 @@ def _each_forward(
     max_seqlen: int, scale: float, window: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=compute_dtype(q.dtype), device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype), device=q.device)
     for rows in _documents(cu_seqlens, len(q)):
         o[rows], lse[:, rows] = document(q[rows], k[rows], v[rows], scale=scale, window=window)
     return o, lse
@@ -263,7 +263,7 @@ def _cpu_forward(
 
 def _zero_or_nan(x: Tensor) -> Tensor:
     """``[T, heads, D]`` -> ``[T, heads]``: 0, or NaN where a number is not finite."""
-    return x.sum(-1, dtype=compute_dtype(x.dtype)).mul_(0)
+    return x.sum(-1, dtype=accumulation_dtype(x.dtype)).mul_(0)
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The products of a linear layer, y = x Wᵀ + b, and the one place where they are made; with the gradients beside them.
 
 Every product of the project goes through here, so that another number format for frozen weights has one door to
-come in by. A weight's gradient is summed and returned in the compute dtype: rounding it to bf16 would lose the small
-updates an fp32 master is kept for.
+come in by. A weight's gradient is summed and returned in the accumulation dtype: rounding it to bf16 would lose the
+small updates an fp32 master weight is kept for.
 
 Shapes: ``x`` ``[T, in]``, ``weight`` ``[out, in]``, ``dy`` ``[T, out]``.
 """
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .library import implementation, register
-from .reference import compute_dtype
+from .reference import accumulation_dtype
 
 __all__ = ["linear", "linear_dbias", "linear_dscale", "linear_dw", "linear_dx", "trainable_linear"]
 
@@ -33,16 +33,17 @@ def linear_dx(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def linear_dw(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Gradient of the weight: ``dy`` ``[T, out]``, ``x`` ``[T, in]`` -> ``[out, in]`` in the compute dtype.
+    """Gradient of the weight: ``dy`` ``[T, out]``, ``x`` ``[T, in]`` -> ``[out, in]`` in the accumulation dtype.
 
     Args:
         dy: gradient of the output.
         x: the input of forward, in ``dy``'s dtype.
-        out: ``[out, in]`` in the compute dtype; the gradient is added to it, within the product, and it is returned.
+        out: ``[out, in]`` in the accumulation dtype; the gradient is added to it, within the product, and it is
+            returned.
     """
-    dtype = compute_dtype(dy.dtype)
+    dtype = accumulation_dtype(dy.dtype)
     if dy.is_cuda and dy.dtype != dtype:
-        # Tensor cores accumulate in fp32 anyway; this keeps cuBLAS from narrowing the result.
+        # Tensor cores accumulate in fp32 anyway; this keeps cuBLAS from rounding the result.
         if out is None:
             return torch.mm(dy.t(), x, out_dtype=dtype)
         return torch.addmm(out, dy.t(), x, out_dtype=dtype, out=out)
@@ -52,8 +53,8 @@ def linear_dw(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def linear_dbias(dy: Tensor) -> Tensor:
-    """Gradient of the bias: ``dy`` ``[T, out]`` -> ``[out]`` in the compute dtype."""
-    return dy.sum(0, dtype=compute_dtype(dy.dtype))
+    """Gradient of the bias: ``dy`` ``[T, out]`` -> ``[out]`` in the accumulation dtype."""
+    return dy.sum(0, dtype=accumulation_dtype(dy.dtype))
 
 
 @register(
@@ -73,7 +74,7 @@ def linear_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         weight: ``[out, in]``, as the product used it.
-        dweight: ``[out, in]`` in the compute dtype, of a product whose input was scaled by ``scale``.
+        dweight: ``[out, in]`` in the accumulation dtype, of a product whose input was scaled by ``scale``.
         scale: ``[in]``, no element 0.
 
     Returns:
@@ -85,14 +86,16 @@ def linear_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
 class _TrainableLinear(torch.autograd.Function):
     """Keeps x only where the weight trains and the weight only where x needs a gradient.
 
-    Without a shadow the master itself is kept and narrowed again in backward: a kept narrow copy would cost memory
-    from forward to backward, in every layer.
+    Without a low-precision copy the master weight itself is kept and cast in backward as in forward: a copy made here
+    and kept would cost memory from forward to backward, in every layer.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shadow: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low_precision_weight: Tensor | None
+    ) -> Tensor:
         need_dx, need_dweight, *_ = ctx.needs_input_grad
-        source = weight if shadow is None else shadow
+        source = weight if low_precision_weight is None else low_precision_weight
         ctx.save_for_backward(x if need_dweight else None, source if need_dx else None)
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -111,18 +114,20 @@ class _TrainableLinear(torch.autograd.Function):
         )
 
 
-def trainable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, shadow: Tensor | None = None) -> Tensor:
-    """Differentiable linear layer whose weight may be wider than its input.
+def trainable_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_precision_weight: Tensor | None = None
+) -> Tensor:
+    """Differentiable linear layer whose weight may have higher precision than its input.
 
     Args:
         x: ``[T, in]``, the dtype the products are made in.
-        weight: ``[out, in]``, differentiable, possibly an fp32 master; its gradient comes back in its dtype without
-            having been rounded to ``x``'s. If frozen, ``x`` is not kept for it.
+        weight: ``[out, in]``, differentiable, possibly an fp32 master weight; its gradient comes back in its dtype
+            without having been rounded to ``x``'s. If frozen, ``x`` is not kept for it.
         bias: ``[out]``, like ``weight``.
-        shadow: ``weight`` in ``x``'s dtype, not differentiable, used in its place for the products; by default
-            ``weight`` is narrowed in forward and again in backward.
+        low_precision_weight: the copy of ``weight`` in ``x``'s dtype, not differentiable, that the products are made
+            of; by default ``weight`` is cast for each product.
 
     Returns:
         ``[T, out]`` in ``x``'s dtype.
     """
-    return _TrainableLinear.apply(x, weight, bias, shadow)
+    return _TrainableLinear.apply(x, weight, bias, low_precision_weight)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .library import Consumed, implementation, register
 from .linear import linear, linear_dw, linear_dx
-from .reference import compute_dtype
+from .reference import accumulation_dtype
 
 __all__ = [
     "LinearCrossEntropyOutput",
@@ -61,10 +61,11 @@ class LinearCrossEntropyOutput(NamedTuple):
     """What one pass over the tokens yields.
 
     Attributes:
-        loss: scalar in the compute dtype, ``scale · Σ`` cross entropy of the valid tokens.
+        loss: scalar in the accumulation dtype, ``scale · Σ`` cross entropy of the valid tokens.
         dx: ``[T, H]`` in ``x``'s dtype, d loss / d x; None if not wanted.
-        dweight: ``[V, H]`` in the compute dtype, d loss / d weight; None if not wanted.
-        token_losses: ``[T]`` in the compute dtype, nats, unscaled, 0 at ignored labels; None without ``per_token``.
+        dweight: ``[V, H]`` in the accumulation dtype, d loss / d weight; None if not wanted.
+        token_losses: ``[T]`` in the accumulation dtype, nats, unscaled, 0 at ignored labels; None without
+            ``per_token``.
         token_correct: ``[T]`` bool, whether the label is the prediction, the first of the largest logits; False at
             ignored labels; its sum is the count of right predictions. None without ``need_correct``.
     """
@@ -80,7 +81,7 @@ def _empty_outputs(
     x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, need_dx: bool, need_dweight: bool, ignore_index: int,
     chunk_size: int | None, per_token: bool, need_correct: bool,
 ) -> list[Tensor]:  # fmt: skip
-    dtype = compute_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     outputs = [x.new_empty((), dtype=dtype)]
     if need_dx:
         outputs.append(x.new_empty(x.shape))
@@ -111,7 +112,7 @@ def linear_cross_entropy_outputs(
         )
     check_chunk_size(chunk_size)
     cross_entropy_ = implementation(x).cross_entropy_
-    dtype = compute_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     chunk_size = chunk_size or rows_per_chunk(len(weight), x.dtype)
     scale = scale.to(device=x.device, dtype=dtype)
     token_losses = torch.empty(len(x), dtype=dtype, device=x.device)
@@ -181,8 +182,8 @@ def linear_cross_entropy_forward(
         need_correct: also return whether each token was the prediction, one more reading of the logits.
 
     Logits, and then dlogits, are rounded to ``x``'s dtype by and for their products, as in a plain head; between the
-    products all is in the compute dtype. NaN and infinities reach the loss and the gradients. fp16 has too few small
-    numbers for dlogits at a scale of 1 / thousands: there a loss scale belongs into ``scale``.
+    products all is in the accumulation dtype. NaN and infinities reach the loss and the gradients. fp16 has too few
+    small numbers for dlogits at a scale of 1 / thousands: there a loss scale belongs into ``scale``.
 
     Raises:
         ValueError: shapes that do not fit, a ``chunk_size`` below 1.
@@ -220,7 +221,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         scale: Tensor,
-        shadow: Tensor | None,
+        low_precision_weight: Tensor | None,
         ignore_index: int,
         chunk_size: int | None,
         consume: bool,
@@ -228,7 +229,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_dx, need_dweight, *_ = ctx.needs_input_grad
         output = linear_cross_entropy_forward(
             x,
-            weight.to(x.dtype) if shadow is None else shadow,
+            weight.to(x.dtype) if low_precision_weight is None else low_precision_weight,
             labels,
             scale,
             need_dx=need_dx,
@@ -258,7 +259,7 @@ def linear_cross_entropy(
     labels: Tensor,
     scale: Tensor,
     *,
-    shadow: Tensor | None = None,
+    low_precision_weight: Tensor | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
     consume: bool = False,
@@ -266,9 +267,9 @@ def linear_cross_entropy(
     """Differentiable :func:`linear_cross_entropy_forward`, returning the loss.
 
     Args:
-        weight: ``[V, H]``, differentiable, possibly an fp32 master; its gradient comes back in its dtype.
-        shadow: ``weight`` in ``x``'s dtype, not differentiable, used in its place for the products; by default
-            ``weight`` is narrowed for the call.
+        weight: ``[V, H]``, differentiable, possibly an fp32 master weight; its gradient comes back in its dtype.
+        low_precision_weight: the copy of ``weight`` in ``x``'s dtype, not differentiable, that the products are made
+            of; by default ``weight`` is cast for the call.
         consume: backward multiplies the stored gradients in place and hands them out, which saves a buffer the size of
             ``x`` when memory is fullest; a second backward raises RuntimeError. Ignored under ``torch.compile``, which
             reuses buffers itself.
@@ -279,4 +280,4 @@ def linear_cross_entropy(
         # Inside a Function needs_input_grad ignores the grad mode, and evaluation would pay for gradients.
         x, weight = x.detach(), weight.detach()
     consume = consume and not torch.compiler.is_compiling()
-    return _LinearCrossEntropy.apply(x, weight, labels, scale, shadow, ignore_index, chunk_size, consume)
+    return _LinearCrossEntropy.apply(x, weight, labels, scale, low_precision_weight, ignore_index, chunk_size, consume)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .library import implementation, register
 from .linear import linear
 from .linear_cross_entropy import check_chunk_size, rows_per_chunk
-from .reference import compute_dtype
+from .reference import accumulation_dtype
 
 __all__ = ["linear_kl"]
 
@@ -16,7 +16,7 @@ __all__ = ["linear_kl"]
 @register(
     "linear_kl(Tensor x_base, Tensor x_now, Tensor weight, int? chunk_size) -> Tensor",
     fake=lambda x_base, x_now, weight, chunk_size: x_base.new_empty(
-        x_base.shape[0], dtype=compute_dtype(x_base.dtype)
+        x_base.shape[0], dtype=accumulation_dtype(x_base.dtype)
     ),
     flops=lambda x_base, x_now, weight, chunk_size: 2 * 2 * x_base.numel() * weight.shape[0],
 )  # fmt: skip
@@ -26,7 +26,7 @@ def _linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, chunk_size: int | 
     check_chunk_size(chunk_size)
     kl_divergence = implementation(x_base).kl_divergence
     chunk_size = chunk_size or rows_per_chunk(len(weight), x_base.dtype)
-    divergence = torch.empty(len(x_base), dtype=compute_dtype(x_base.dtype), device=x_base.device)
+    divergence = torch.empty(len(x_base), dtype=accumulation_dtype(x_base.dtype), device=x_base.device)
     for out, base, now in zip(*(t.split(chunk_size) for t in (divergence, x_base, x_now)), strict=True):
         out.copy_(kl_divergence(linear(base, weight), linear(now, weight)))
     return divergence
@@ -45,8 +45,8 @@ def linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, *, chunk_size: int 
         chunk_size: tokens whose logits exist at one time; by default :func:`rows_per_chunk`.
 
     Returns:
-        ``[T]`` in the compute dtype, nats: exactly 0 where the two states are bit-equal, otherwise at least 0 up to
-        rounding, and NaN where a state is.
+        ``[T]`` in the accumulation dtype, nats: exactly 0 where the two states are bit-equal, otherwise at least 0 up
+        to rounding, and NaN where a state is.
 
     Raises:
         ValueError: states of different shapes, a ``chunk_size`` below 1.

@@ -1,6 +1,6 @@
 """An RMSNorm on each head of q and k, then the rotation, over the packed output of one q/k/v projection (as in Qwen3).
 
-Only the projection's output is kept. Attention's backward needs the normed and rotated q and k: they are made again
+Only the projection's output is kept. Attention's backward needs the normed and rotated q and k: they are recomputed
 from it, and each head's rstd with them, so this norm keeps no byte of its own between forward and backward.
 """
 
@@ -23,7 +23,7 @@ class QKNormRotaryOutput(NamedTuple):
         q: ``[T, N, D]``, normed and rotated.
         k: ``[T, K, D]``, likewise.
         v: ``[T, K, D]``, a view of the input, which it keeps alive.
-        q_rstd: ``[T, N]`` in the compute dtype, 1 / root mean square of each head.
+        q_rstd: ``[T, N]`` in the accumulation dtype, 1 / root mean square of each head.
         k_rstd: ``[T, K]``, likewise.
     """
 
@@ -50,7 +50,7 @@ def qk_norm_rotary_forward(
 
     Args:
         qkv: ``[T, (N + 2K)·D]``: the query heads, the key heads, the value heads. It is not changed.
-        q_weight: ``[D]``, shared by the query heads; may be wider than ``qkv``.
+        q_weight: ``[D]``, shared by the query heads; may have higher precision than ``qkv``.
         k_weight: ``[D]``, shared by the key heads, likewise.
         eps: added to the mean square.
         cos, sin, position_ids, num_heads, num_kv_heads, head_dim: as in ``rotary_forward``.
@@ -89,8 +89,8 @@ def qk_norm_rotary_backward(
         need_dweight: whether the weights' gradients are computed at all.
 
     Returns:
-        ``(dqkv, dq_weight, dk_weight)``: ``[T, (N + 2K)·D]`` in ``dq``'s dtype; ``[D]`` each in the compute dtype, or
-        None.
+        ``(dqkv, dq_weight, dk_weight)``: ``[T, (N + 2K)·D]`` in ``dq``'s dtype; ``[D]`` each in the accumulation
+        dtype, or None.
     """
     sizes = (dq.shape[1], dk.shape[1], dq.shape[2])
     q, k, _ = _split(qkv, *sizes)

@@ -1,8 +1,8 @@
 """Every op in plain PyTorch: the definition, the path for the CPU, and the oracle the tests hold the kernels to.
 
-Precision: arithmetic happens in ``compute_dtype`` of the activations (fp32 for bf16 and fp16, fp64 for fp64) and is
-narrowed once, at the end. Nothing here is chosen for speed on a GPU; temporaries are reused where that costs no
-clarity. Results are contiguous whatever the strides of the inputs. What an op takes and returns is said where it is
+Precision: arithmetic happens in ``accumulation_dtype`` of the activations (fp32 for bf16 and fp16, fp64 for fp64); a
+result is rounded once, at the end. Nothing here is chosen for speed on a GPU; temporaries are reused where that costs
+no clarity. Results are contiguous whatever the strides of the inputs. What an op takes and returns is said where it is
 public: rms_norm.py, swiglu.py, rotary.py, linear_cross_entropy.py, attention.py.
 
 Shapes: T tokens, H hidden, I intermediate, N heads, K key/value heads, D head dim, R rotary dim, V vocabulary.
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype an op computes in for activations of ``dtype``: at least fp32, and fp64 stays fp64."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and statistics over activations of ``dtype`` are held in: at least fp32, and fp64 stays fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -24,9 +24,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = x.to(compute_dtype(x.dtype))
-    rstd = wide.square().mean(-1).add_(eps).rsqrt_()
-    y = (wide * rstd[..., None]).mul_(weight).to(x.dtype)
+    upcast = x.to(accumulation_dtype(x.dtype))
+    rstd = upcast.square().mean(-1).add_(eps).rsqrt_()
+    y = (upcast * rstd[..., None]).mul_(weight).to(x.dtype)
     return y.contiguous(), rstd.contiguous()
 
 
@@ -39,7 +39,7 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, dresidual: Tensor | None = None, need_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dtype = compute_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     normed = x.to(dtype) * rstd[..., None]
     dy = dy.to(dtype)
     dweight = (dy * normed).flatten(0, -2).sum(0) if need_dweight else None
@@ -69,7 +69,7 @@ def linear_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate.to(compute_dtype(gate.dtype))).mul_(up).to(gate_up.dtype).contiguous()
+    return F.silu(gate.to(accumulation_dtype(gate.dtype))).mul_(up).to(gate_up.dtype).contiguous()
 
 
 def swiglu_backward(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -82,7 +82,7 @@ def swiglu_backward_(dy: Tensor, gate_up: Tensor, *, need_product: bool = False)
 
 
 def _swiglu_backward_into(out: Tensor, dy: Tensor, gate_up: Tensor, need_product: bool) -> Tensor | None:
-    dtype = compute_dtype(gate_up.dtype)
+    dtype = accumulation_dtype(gate_up.dtype)
     gate, up = gate_up.to(dtype).chunk(2, dim=-1)
     dy = dy.to(dtype)
     sigmoid, silu = gate.sigmoid(), F.silu(gate)
@@ -137,7 +137,7 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate ``x`` ``[T, heads, D]`` by its tokens' angles, ``cos`` and ``sin`` ``[T, R/2]``; ``out`` may be ``x``."""
     half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
-    # The tables are at least fp32, so type promotion makes these products the compute dtype.
+    # The tables are at least fp32, so type promotion makes these products the accumulation dtype.
     x1, x2 = x[..., :half], x[..., half : 2 * half]
     y1 = (x1 * cos).sub_(x2 * sin)
     y2 = (x2 * cos).add_(x1 * sin)
@@ -160,37 +160,37 @@ def cross_entropy_(
             ignored (NaN where a logit of the row was NaN or the largest infinite: a zero would hide it), or scratch
             without ``need_dlogits``.
         labels: ``[T]`` int64.
-        scale: scalar on the same device, in the compute dtype.
+        scale: scalar on the same device, in the accumulation dtype.
         ignore_index: label that counts for nothing.
         need_dlogits: whether the gradient is wanted.
         need_correct: whether to tell which labels were the prediction.
 
     Returns:
-        ``(losses, correct)``: ``[T]`` unscaled loss in nats in the compute dtype, 0 at ignored labels; ``[T]`` bool,
-        whether the label has the first of the largest logits (never at ignored labels nor where a logit is NaN or the
-        largest infinite), or None.
+        ``(losses, correct)``: ``[T]`` unscaled loss in nats in the accumulation dtype, 0 at ignored labels; ``[T]``
+        bool, whether the label has the first of the largest logits (never at ignored labels nor where a logit is NaN or
+        the largest infinite), or None.
     """
     valid = labels != ignore_index
     index = labels.masked_fill(~valid, 0)[:, None]
-    wide = logits.to(compute_dtype(logits.dtype))
-    predicted = (wide == wide.amax(-1, keepdim=True)).int().argmax(-1) if need_correct else None
-    largest = wide.amax(-1, keepdim=True)
-    label_logits = wide.gather(1, index)
-    total = wide.sub_(largest).exp_().sum(-1, keepdim=True)
+    upcast = logits.to(accumulation_dtype(logits.dtype))
+    predicted = (upcast == upcast.amax(-1, keepdim=True)).int().argmax(-1) if need_correct else None
+    largest = upcast.amax(-1, keepdim=True)
+    label_logits = upcast.gather(1, index)
+    total = upcast.sub_(largest).exp_().sum(-1, keepdim=True)
     losses = total.log().add_(largest).sub_(label_logits).squeeze(1)
     correct = (predicted == labels) & valid & losses.isfinite() if need_correct else None
     if need_dlogits:
         row_scale = torch.where(valid, scale, 0)[:, None]
-        wide.mul_(row_scale / total)
-        wide.scatter_add_(1, index, -row_scale)
-        if wide is not logits:
-            logits.copy_(wide)
+        upcast.mul_(row_scale / total)
+        upcast.scatter_add_(1, index, -row_scale)
+        if upcast is not logits:
+            logits.copy_(upcast)
     return torch.where(valid, losses, 0), correct
 
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(base_logits) ‖ softmax(logits)) of each row, ``[T, V]`` -> ``[T]`` in the compute dtype, nats."""
-    dtype = compute_dtype(base_logits.dtype)
+    """KL(softmax(base_logits) ‖ softmax(logits)) of each row, ``[T, V]`` -> ``[T]`` in the accumulation dtype, nats."""
+    dtype = accumulation_dtype(base_logits.dtype)
     base_logp = base_logits.log_softmax(-1, dtype=dtype)
     difference = base_logp - logits.log_softmax(-1, dtype=dtype)
     return base_logp.exp_().mul_(difference).sum(-1)
@@ -212,7 +212,7 @@ def attention_document_forward(
         window: how many keys a query sees, itself included; None for all before it.
 
     Returns:
-        ``(o, lse)``: ``[L, N, D]`` like ``q``; ``[N, L]`` log-sum-exp of the scaled scores in the compute dtype.
+        ``(o, lse)``: ``[L, N, D]`` like ``q``; ``[N, L]`` log-sum-exp of the scaled scores in the accumulation dtype.
     """
     _, _, v_heads, scores = _attention_scores(q, k, v, scale, window)
     lse = scores.logsumexp(-1)
@@ -238,7 +238,7 @@ def attention_document_backward(
 def _attention_scores(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q ``[K, N/K, L, D]``, k and v ``[K, 1, L, D]``, masked scores ``[K, N/K, L, L]``, in the compute dtype."""
+    """q ``[K, N/K, L, D]``, k and v ``[K, 1, L, D]``, masked scores ``[K, N/K, L, L]``, in the accumulation dtype."""
     length, num_kv_heads, _ = k.shape
     q, k, v = (_group_heads(tensor, num_kv_heads) for tensor in (q, k, v))
     position = torch.arange(length, device=q.device)
@@ -248,8 +248,8 @@ def _attention_scores(
 
 
 def _group_heads(x: Tensor, num_groups: int) -> Tensor:
-    """``[L, heads, D]`` -> ``[groups, heads/groups, L, D]`` in the compute dtype."""
-    return x.to(compute_dtype(x.dtype)).unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
+    """``[L, heads, D]`` -> ``[groups, heads/groups, L, D]`` in the accumulation dtype."""
+    return x.to(accumulation_dtype(x.dtype)).unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
 
 
 def _merge_heads(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     y = x · rstd · weight,  rstd = 1 / sqrt(mean(x²) + eps)
 
-Forward keeps one number a token, ``rstd``; the normed rows are cheap to make again and are never kept.
+Forward keeps one number a token, ``rstd``; the normed rows are cheap to recompute and are never kept.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .library import implementation, register
-from .reference import compute_dtype
+from .reference import accumulation_dtype
 
 __all__ = ["add_rms_norm", "add_rms_norm_forward", "rms_norm", "rms_norm_backward", "rms_norm_forward"]
 
 
 def _empty_rstd(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+    return x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
 
 
 @register(
@@ -60,11 +60,11 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 
     Args:
         x: ``[..., H]``, usually ``[T, H]``; ``[T, N, D]`` for a norm per head.
-        weight: ``[H]``; may be wider than ``x`` (an fp32 master).
+        weight: ``[H]``; may have higher precision than ``x`` (an fp32 master weight).
         eps: added to the mean square.
 
     Returns:
-        ``(y, rstd)``: ``y`` like ``x``; ``rstd`` ``[...]`` in the compute dtype, 1 / root mean square.
+        ``(y, rstd)``: ``y`` like ``x``; ``rstd`` ``[...]`` in the accumulation dtype, 1 / root mean square.
     """
     return _rms_norm_forward(x, weight, eps)
 
@@ -72,7 +72,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``s = x + residual`` in ``x``'s dtype, and RMSNorm of that ``s``.
 
-    The norm reads the narrowed sum, because that is what the next block's residual stream carries.
+    The norm reads the sum as it was rounded, because that is what the next block's residual stream carries.
 
     Args:
         x, residual: ``[..., H]``, of one dtype.
@@ -92,7 +92,7 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, dresidual: Tensor | None = None, need_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of RMSNorm, with the gradient of a residual branch around it added before the one narrowing.
+    """Gradients of RMSNorm, with the gradient of a residual branch around it added before the one rounding.
 
     With x̂ = x·rstd and g = dy·weight: dx = rstd·(g − x̂·mean(g·x̂)) + dresidual, dweight = Σ_tokens dy·x̂.
 
@@ -105,7 +105,7 @@ def rms_norm_backward(
         need_dweight: whether ``dweight`` is computed at all.
 
     Returns:
-        ``(dx, dweight)``: ``dx`` like ``x``; ``dweight`` ``[H]`` in the compute dtype, or None.
+        ``(dx, dweight)``: ``dx`` like ``x``; ``dweight`` ``[H]`` in the accumulation dtype, or None.
     """
     dx, *dweight = _rms_norm_backward(dy, x, weight, rstd, dresidual, need_dweight)
     return dx, dweight[0] if dweight else None
@@ -149,9 +149,9 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Differentiable :func:`rms_norm_forward`: ``x`` ``[..., H]``, ``weight`` ``[H]`` (may be wider) -> like ``x``.
+    """Differentiable :func:`rms_norm_forward`: ``x`` ``[..., H]``, ``weight`` ``[H]`` -> like ``x``.
 
-    The weight's gradient comes back in the weight's dtype, unrounded on the way.
+    The weight may be an fp32 master weight; its gradient comes back in its dtype, unrounded on the way.
     """
     return _RMSNorm.apply(x, weight, eps)
 

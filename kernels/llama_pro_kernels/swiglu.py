@@ -1,6 +1,6 @@
 """SwiGLU over the packed output of one gate-and-up projection (Shazeer 2020, eq. 6): SiLU(gate) · up.
 
-Only ``gate_up`` is kept. Where the down projection trains, backward makes the product again instead of keeping it.
+Only ``gate_up`` is kept. Where the down projection trains, backward recomputes the product.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Gradient of :func:`swiglu_forward`, and on request its output again.
+    """Gradient of :func:`swiglu_forward`, and on request its output.
 
     Args:
         dy: ``[T, I]``.

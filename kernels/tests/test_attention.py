@@ -203,9 +203,9 @@ def test_bf16_is_twice_as_good_as_plain_bf16(backend, window, heads, device, ass
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     o, _ = naive(*leaves, lengths, window)
     plain = o.detach(), *torch.autograd.grad(o, leaves, do)
-    for ours, narrow, exactly in zip((got[0], *got[2:]), plain, (exact[0], *exact[2:]), strict=True):
+    for ours, theirs, exactly in zip((got[0], *got[2:]), plain, (exact[0], *exact[2:]), strict=True):
         assert ours.is_contiguous()
-        assert_twice_as_good(ours, narrow, exactly, atol=1e-3)
+        assert_twice_as_good(ours, theirs, exactly, atol=1e-3)
     assert got[1].shape == (heads[0], sum(lengths))
     assert got[1].dtype == torch.float32
     torch.testing.assert_close(got[1].double(), exact[1], rtol=0, atol=1e-3)

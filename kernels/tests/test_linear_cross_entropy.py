@@ -130,14 +130,14 @@ def test_no_gradient_is_made_under_no_grad():
     assert flops.get_total_flops() == 2 * T * H * V
 
 
-@pytest.mark.parametrize("with_shadow", [False, True])
-def test_master_gets_a_gradient_that_was_never_bf16(with_shadow):
+@pytest.mark.parametrize("with_copy", [False, True])
+def test_master_gets_a_gradient_that_was_never_bf16(with_copy):
     x, weight, labels, scale = problem(torch.bfloat16)
     master = (weight.float() + 1e-4).requires_grad_()
-    shadow = weight if with_shadow else None
-    linear_cross_entropy(x, master, labels, scale, shadow=shadow).backward()
-    narrow = weight if with_shadow else master.detach().bfloat16()
-    explicit = linear_cross_entropy_forward(x, narrow, labels, scale, need_dx=False, need_dweight=True)
+    copy = weight if with_copy else None
+    linear_cross_entropy(x, master, labels, scale, low_precision_weight=copy).backward()
+    used = weight if with_copy else master.detach().bfloat16()
+    explicit = linear_cross_entropy_forward(x, used, labels, scale, need_dx=False, need_dweight=True)
     assert explicit.dweight.dtype == torch.float32
     assert torch.equal(master.grad, explicit.dweight)
     assert not torch.equal(master.grad, master.grad.bfloat16().float())
@@ -205,10 +205,10 @@ def test_bf16_is_twice_as_good_as_plain_bf16(assert_twice_as_good):
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     output = linear_cross_entropy_forward(x, weight, labels, scale, need_dx=True, need_dweight=True, chunk_size=16)
-    exact, narrow = plain(fp64), plain(torch.bfloat16)
-    assert_twice_as_good(output.loss, narrow[0], exact[0])
-    assert_twice_as_good(output.dx, narrow[1], exact[1])
-    assert_twice_as_good(output.dweight.bfloat16(), narrow[2], exact[2])
+    exact, in_bf16 = plain(fp64), plain(torch.bfloat16)
+    assert_twice_as_good(output.loss, in_bf16[0], exact[0])
+    assert_twice_as_good(output.dx, in_bf16[1], exact[1])
+    assert_twice_as_good(output.dweight.bfloat16(), in_bf16[2], exact[2])
 
 
 def test_strides_do_not_matter():

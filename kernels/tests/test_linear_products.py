@@ -91,13 +91,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda w: trainable_linear(x.detach(), w), (weight,))
 
 
-@pytest.mark.parametrize("with_shadow", [False, True])
-def test_master_gets_a_gradient_that_was_never_bf16(with_shadow):
+@pytest.mark.parametrize("with_copy", [False, True])
+def test_master_gets_a_gradient_that_was_never_bf16(with_copy):
     x, _, _, dy = operands(torch.bfloat16, tokens=64)
     master, bias = torch.randn(4, 5, requires_grad=True), torch.randn(4, requires_grad=True)
-    shadow = master.detach().bfloat16() if with_shadow else None
+    copy = master.detach().bfloat16() if with_copy else None
     x.requires_grad_()
-    y = trainable_linear(x, master, bias, shadow=shadow)
+    y = trainable_linear(x, master, bias, low_precision_weight=copy)
     assert y.dtype == torch.bfloat16
     y.backward(dy)
     assert torch.equal(master.grad, linear_dw(dy, x.detach()))
@@ -107,10 +107,10 @@ def test_master_gets_a_gradient_that_was_never_bf16(with_shadow):
         assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
-def test_the_shadow_makes_the_products():
+def test_the_low_precision_copy_makes_the_products():
     x, weight, _, _ = operands(torch.float32)
     x.requires_grad_()
-    y = trainable_linear(x, weight.requires_grad_(), shadow=torch.zeros_like(weight))
+    y = trainable_linear(x, weight.requires_grad_(), low_precision_weight=torch.zeros_like(weight))
     assert not y.any()
     y.sum().backward()
     assert not x.grad.any()

@@ -44,8 +44,8 @@ def check(rule, ours, plain, exact):
 
 def both(function, *tensors):
     """The function's results on the tensors as they are, and in fp64."""
-    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
-    return function(*tensors), function(*wide)
+    in_fp64 = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
+    return function(*tensors), function(*in_fp64)
 
 
 def assert_sum_over_rows(dweight, dy, x):
@@ -301,8 +301,8 @@ def test_a_vocabulary_of_256k(assert_twice_as_good):
     x, weight, labels = torch.randn(2, 4), torch.randn(262_144, 4), torch.tensor([262_143, 7])
     output = linear_cross_entropy_forward(x, weight, labels, torch.tensor(0.5), need_dx=True, need_dweight=True)
     plain, exact = both(plain_head, x, weight, labels, torch.tensor(0.5))
-    for ours, narrow, wide in zip(output[:3], plain, exact, strict=False):
-        assert_twice_as_good(ours, narrow, wide, atol=roundings_of_logits(x, weight))
+    for ours, theirs, exactly in zip(output[:3], plain, exact, strict=False):
+        assert_twice_as_good(ours, theirs, exactly, atol=roundings_of_logits(x, weight))
 
 
 @derandomized
@@ -326,8 +326,8 @@ def test_linear_kl(tokens, vocab, dtype, drift, assert_twice_as_good):
     now = base + drift * torch.randn(tokens, 24).to(dtype)
 
     def plain(base, now, weight):
-        wide = torch.promote_types(base.dtype, torch.float32)
-        base, now = ((x @ weight.t()).to(wide).log_softmax(-1) for x in (base, now))
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        base, now = ((x @ weight.t()).to(dtype).log_softmax(-1) for x in (base, now))
         return F.kl_div(now, base, reduction="none", log_target=True).sum(-1)
 
     # The terms are differences of log-probabilities of about 10, each rounded.

@@ -63,13 +63,13 @@ def test_is_norm_then_rotation_and_its_autograd_in_fp64():
 def test_holds_the_2x_rule(dtype, head_dim, assert_twice_as_good):
     arguments = inputs(dtype, head_dim)
     exact = plain(*(tensor.double() for tensor in arguments))
-    for index, (got, narrow, wide) in enumerate(zip(ours(*arguments), plain(*arguments), exact, strict=True)):
-        if index >= 4:  # the weights' gradients, which are never narrowed
+    for index, (got, theirs, exactly) in enumerate(zip(ours(*arguments), plain(*arguments), exact, strict=True)):
+        if index >= 4:  # the weights' gradients, which are never rounded
             assert got.dtype == torch.float32
-            narrow = narrow.float()
+            theirs = theirs.float()
         # Two stores, norm and rotation, and the interpreter cuts both off.
         cut_off = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.bfloat16
-        assert_twice_as_good(got, narrow, wide, atol=wide.abs().max() * 2**-7 if cut_off else 0.0)
+        assert_twice_as_good(got, theirs, exactly, atol=exactly.abs().max() * 2**-7 if cut_off else 0.0)
 
 
 def test_frozen_weights_get_no_gradient():

@@ -77,11 +77,11 @@ def test_bf16_is_twice_as_good_as_plain_bf16(assert_twice_as_good):
 
     y, s, rstd = add_rms_norm_forward(x, residual, weight, EPS)
     dx, dweight = rms_norm_backward(dy, s, weight, rstd, dresidual=ds, need_dweight=True)
-    exact, narrow = plain(fp64), plain(torch.bfloat16)
-    assert_twice_as_good(y, narrow[0], exact[0])
-    assert_twice_as_good(dx, narrow[1], exact[1])
+    exact, in_bf16 = plain(fp64), plain(torch.bfloat16)
+    assert_twice_as_good(y, in_bf16[0], exact[0])
+    assert_twice_as_good(dx, in_bf16[1], exact[1])
     assert dweight.dtype == torch.float32
-    assert_twice_as_good(dweight.bfloat16(), narrow[3], exact[3])
+    assert_twice_as_good(dweight.bfloat16(), in_bf16[3], exact[3])
 
 
 def test_weight_gradient_of_a_master_is_not_rounded():

@@ -62,11 +62,11 @@ def test_bf16_is_twice_as_good_as_plain_bf16(assert_twice_as_good):
         y = torch.nn.functional.silu(gate) * up
         return y.detach(), torch.autograd.grad(y, leaf, dy.to(dtype))[0]
 
-    exact, narrow = plain(fp64), plain(torch.bfloat16)
+    exact, in_bf16 = plain(fp64), plain(torch.bfloat16)
     dgate_up, product = swiglu_backward(dy, gate_up, need_product=True)
-    assert_twice_as_good(swiglu_forward(gate_up), narrow[0], exact[0])
-    assert_twice_as_good(product, narrow[0], exact[0])
-    assert_twice_as_good(dgate_up, narrow[1], exact[1])
+    assert_twice_as_good(swiglu_forward(gate_up), in_bf16[0], exact[0])
+    assert_twice_as_good(product, in_bf16[0], exact[0])
+    assert_twice_as_good(dgate_up, in_bf16[1], exact[1])
 
 
 def test_strides_do_not_matter():

@@ -1,6 +1,6 @@
 """The Triton bodies of the ops, under the names and signatures that :mod:`llama_pro_kernels.reference` has.
 
-Imported only where Triton is used. Every kernel widens what it loads to fp32 at once, computes in fp32 and narrows once
+Imported only where Triton is used. Every kernel casts what it loads to fp32 at once, computes in fp32 and rounds once,
 at the store; scalars are fp32; offsets into a tensor are 64-bit from the row on, so tensors may hold more than 2³¹
 elements. What cannot be addressed by strides is made contiguous first, never read wrongly.
 """

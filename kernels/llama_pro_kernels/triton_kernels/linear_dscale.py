@@ -50,9 +50,9 @@ def _dscale_kernel(
     for turn in range(0, TURNS):
         rows = (turn * tl.num_programs(1) + tl.program_id(1)) * ROWS + tl.arange(0, ROWS)
         mask = (rows < num_rows)[:, None] & column_mask[None, :]
-        wide_rows = rows.to(tl.int64)[:, None]
-        matrix = tl.load(matrix_ptr + wide_rows * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        dmatrix = tl.load(dmatrix_ptr + wide_rows * dstride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        rows_64 = rows.to(tl.int64)[:, None]
+        matrix = tl.load(matrix_ptr + rows_64 * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        dmatrix = tl.load(dmatrix_ptr + rows_64 * dstride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         total += matrix * dmatrix
     partial = partial_ptr + tl.program_id(1).to(tl.int64) * H + columns
     tl.store(partial, tl.sum(total, axis=0), mask=column_mask)

@@ -83,9 +83,9 @@ def _rms_norm_forward_kernel(
         residual_rows = rows.to(tl.int64) * residual_stride
         x += tl.load(residual_ptr + residual_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         # The norm reads what the residual stream carries: the sum as it is stored.
-        narrow = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + out, narrow, mask=mask)
-        x = narrow.to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + out, rounded, mask=mask)
+        x = rounded.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / H + tl.full((), eps, tl.float32))
     tl.store(rstd_ptr + rows, rstd, mask=row_mask)
     weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)

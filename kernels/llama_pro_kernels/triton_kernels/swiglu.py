@@ -1,7 +1,7 @@
 """SwiGLU in Triton over packed ``[T, 2I]``.
 
 Forward moves 3·I elements a token, backward 5·I (reads gate, up and dy, writes both gradients), and I more where the
-product is wanted again. A program loads all of its tile before it stores any of it, and tiles do not meet, so backward
+product is wanted too. A program loads all of its tile before it stores any of it, and tiles do not meet, so backward
 may write over its input.
 """
 
