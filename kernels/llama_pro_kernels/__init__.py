@@ -1,25 +1,50 @@
 """The operations of a Llama-family decoder, forward and backward, each aware of which of its inputs are frozen.
 
-Every op is a pair of plain tensor functions, ``X_forward`` and ``X_backward``, for a caller that writes its own
-backward and decides itself what is kept; and on top an autograd op ``X`` for everybody else.
+Each op is a differentiable function ``X`` for any model of yours, made of two plain tensor functions, ``X_forward`` and
+``X_backward``, for code that writes its own backward and decides itself what is kept.
 
-=====================  ===================================================  ================================
-op                     what the autograd op keeps for backward              for a frozen weight
-=====================  ===================================================  ================================
-rms_norm               x, rstd (one number a token)                         no dW computed
-add_rms_norm           the sum, rstd                                        no dW computed
-swiglu                 gate_up                                              –
-rotary                 positions and tables                                 –
-trainable_linear       x where the weight trains, W where x needs dX        x not kept, no dW
-linear_cross_entropy   dX, dW, made together with the loss                  two products, no dW
-attention              q, k, v, o, lse                                      –
-linear_kl              nothing: a meter, forward only                       –
-=====================  ===================================================  ================================
+====================  ===================================================  ================================
+differentiable op     what it keeps for backward                           for a frozen weight
+====================  ===================================================  ================================
+rms_norm              x, rstd (one number a token)                         no dW computed
+add_rms_norm          the sum, rstd                                        no dW computed
+trainable_linear      x where the weight trains, W where x needs dX        x not kept, no dW
+rotary                positions and tables                                 –
+attention             q, k, v, o, lse                                      –
+swiglu                gate_up                                              –
+linear_cross_entropy  dX, dW, made together with the loss                  two products, no dW
+====================  ===================================================  ================================
 
-``qk_norm_rotary``, the norm on each head of q and k with the rotation behind it, is a pair only. ``linear``,
-``linear_dx``, ``linear_dw``, ``linear_dbias`` and ``linear_dscale`` are the products of a linear layer one by one.
+A decoder block and the loss, on a row of two documents; the block is frozen, so only its input gets a gradient:
 
-Backward functions are told what is wanted (``need_dweight``): what is not wanted is neither computed nor allocated.
+    >>> import torch
+    >>> from llama_pro_kernels import (
+    ...     add_rms_norm, attention, linear_cross_entropy, rms_norm, rotary, select_attention_backend, swiglu,
+    ...     trainable_linear,
+    ... )
+    >>> T, H, I, N, K, D, V = 8, 16, 24, 4, 2, 4, 32  # D is the head dim, V the vocabulary
+    >>> shapes = {"qkv": ((N + 2 * K) * D, H), "o": (H, N * D), "gate_up": (2 * I, H), "down": (H, I)}
+    >>> w = {name: torch.randn(shape) for name, shape in shapes.items()}
+    >>> x, norm, head = torch.randn(T, H, requires_grad=True), torch.ones(H), torch.randn(V, H)
+    >>> position_ids = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    >>> cu_seqlens = torch.tensor([0, 5, 8], dtype=torch.int32)
+    >>> angles = torch.arange(T)[:, None] * 10_000.0 ** (-torch.arange(0, D, 2) / D)
+    >>> qkv = trainable_linear(rms_norm(x, norm, 1e-5), w["qkv"])
+    >>> q, k, v = rotary(qkv, angles.cos(), angles.sin(), position_ids, N, K, D)
+    >>> backend = select_attention_backend(x.device, x.dtype, head_dim=D)
+    >>> o = attention(q, k, v, cu_seqlens, max_seqlen=5, scale=D**-0.5, backend=backend)
+    >>> normed, s = add_rms_norm(trainable_linear(o.flatten(1), w["o"]), x, norm, 1e-5)
+    >>> y = s + trainable_linear(swiglu(trainable_linear(normed, w["gate_up"])), w["down"])
+    >>> labels = torch.tensor([3, 1, 4, 1, -100, 9, 2, -100])  # a document's last token predicts nothing
+    >>> loss = linear_cross_entropy(rms_norm(y, norm, 1e-5), head, labels, scale=torch.tensor(1 / 6))
+    >>> loss.backward()
+    >>> x.grad.shape, w["qkv"].grad
+    (torch.Size([8, 16]), None)
+
+``qk_norm_rotary``, the norm on each head of q and k with the rotation behind it, is a pair only; ``linear``,
+``linear_dx``, ``linear_dw``, ``linear_dbias`` and ``linear_dscale`` are the products of a linear layer one by one;
+``linear_kl`` is a meter, forward only. Backward functions are told what is wanted (``need_dweight``): what is not
+wanted is neither computed nor allocated. Names that end in an underscore write over an input.
 
 CUDA tensors, or any under ``TRITON_INTERPRET=1``, get the kernels in ``triton_kernels``; others, and all of fp64, plain
 PyTorch in ``reference.py``. Products are PyTorch's, attention is a backend's. The functional ops are registered as
@@ -27,8 +52,7 @@ PyTorch in ``reference.py``. Products are PyTorch's, attention is a backend's. T
 
 Precision: an op computes in ``accumulation_dtype(x.dtype)``, at least fp32, and rounds its result once. A weight may
 have higher precision than the activations (an fp32 master weight beside bf16); its gradient comes back in its own dtype
-and is never bf16 on the way. Names that end in an underscore write over an input. The autograd ops are differentiable
-once.
+and is never bf16 on the way. The differentiable ops are differentiable once.
 """
 
 from .attention import attention, attention_backward, attention_forward

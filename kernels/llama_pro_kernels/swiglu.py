@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .library import Consumed, implementation, register
+from .library import implementation, register
 
 __all__ = ["swiglu", "swiglu_backward", "swiglu_backward_", "swiglu_forward"]
 
@@ -62,32 +62,20 @@ def swiglu_backward_(dy: Tensor, gate_up: Tensor, *, need_product: bool = False)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps gate_up, and on request writes its gradient over it."""
+    """Keeps gate_up."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, consume: bool) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.consumed = Consumed("swiglu") if consume else None
         return swiglu_forward(gate_up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.consumed is None:
-            (gate_up,) = ctx.saved_tensors
-            return swiglu_backward(dy, gate_up)[0], None
-        ctx.consumed.once()
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        return swiglu_backward_(dy, gate_up)[0], None
+        return swiglu_backward(dy, gate_up)[0]
 
 
-def swiglu(gate_up: Tensor, *, consume: bool = False) -> Tensor:
-    """Differentiable :func:`swiglu_forward`: packed ``[T, 2I]``, gate first -> ``[T, I]``.
-
-    Args:
-        gate_up: ``[T, 2I]``.
-        consume: backward writes the gradient over ``gate_up`` and saves a buffer of its size; a second backward raises
-            RuntimeError. Only for a ``gate_up`` that nobody else reads, such as a projection's output. Under
-            ``torch.compile`` it is ignored: the compiler reuses buffers itself.
-    """
-    return _SwiGLU.apply(gate_up, consume and not torch.compiler.is_compiling())
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Differentiable :func:`swiglu_forward`: packed ``[T, 2I]``, gate first -> ``[T, I]``."""
+    return _SwiGLU.apply(gate_up)

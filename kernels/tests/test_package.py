@@ -1,3 +1,4 @@
+import doctest
 import inspect
 import subprocess
 import sys
@@ -17,6 +18,12 @@ llama_pro_kernels.swiglu(torch.ones(1, 4))
 assert not any(name.split(".")[0] == "llama_pro_fast" for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=KERNELS)
+
+
+def test_the_documented_example_runs():
+    done = doctest.testmod(llama_pro_kernels)
+    assert done.attempted >= 10
+    assert done.failed == 0
 
 
 def test_the_folder_is_no_package():
