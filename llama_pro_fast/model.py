@@ -14,33 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute, RMSNorm, parameter
+from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.families import BlockSpec
+from llama_pro_fast.layers import Embedding, RMSNorm
 from llama_pro_fast.pretrained import PretrainedFolder
 from llama_pro_fast.trained import Trained
 from llama_pro_kernels import linear_cross_entropy, linear_cross_entropy_forward, linear_kl
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-
-class Embedding(nn.Module):
-    """A ``[V, H]`` table: of input embeddings, of the output head, or of both when they are tied."""
-
-    def __init__(self, weight: torch.Tensor, *, trained: bool, compute_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = parameter(weight, trained=trained, compute_dtype=compute_dtype)
-        needs_shadow = self.weight.dtype != compute_dtype
-        self.register_buffer("shadow", self.weight.detach().to(compute_dtype) if needs_shadow else None, False)
-        self.compute_dtype = compute_dtype
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input_ids, self.weight).to(self.compute_dtype)
-
-    @property
-    def narrow(self) -> torch.Tensor:
-        """The weight in the compute dtype."""
-        return self.weight.detach() if self.shadow is None else self.shadow
 
 
 class Decoder(nn.Module):
@@ -86,7 +68,7 @@ class Decoder(nn.Module):
 
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         """``[T, V]``, all at once: for tests and for generating, not for training."""
-        return F.linear(self.hidden_states(batch), self.lm_head.narrow)
+        return F.linear(self.hidden_states(batch), self.lm_head.weight_in_compute_dtype)
 
     def loss(self, batch: PackedBatch, scale: torch.Tensor) -> torch.Tensor:
         """``scale`` × the summed cross-entropy (nats) of the batch's valid tokens, differentiable.
@@ -96,20 +78,28 @@ class Decoder(nn.Module):
         """
         head = self.lm_head
         x = self.hidden_states(batch)
-        return linear_cross_entropy(x, head.weight, batch.labels, scale, shadow=head.shadow, consume=True)
+        return linear_cross_entropy(
+            x, head.weight, batch.labels, scale, low_precision_weight=head.low_precision, consume=True
+        )
 
     @torch.no_grad()
     def token_losses(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy ``[T]`` in nats, 0 where the label is ignored."""
         one = torch.ones((), dtype=torch.float32, device=labels.device)
         return linear_cross_entropy_forward(
-            hidden_states, self.lm_head.narrow, labels, one, need_dx=False, need_dweight=False, per_token=True
+            hidden_states,
+            self.lm_head.weight_in_compute_dtype,
+            labels,
+            one,
+            need_dx=False,
+            need_dweight=False,
+            per_token=True,
         ).token_losses
 
     @torch.no_grad()
     def token_kl(self, hidden_base: torch.Tensor, hidden_now: torch.Tensor) -> torch.Tensor:
         """KL(base ‖ now) ``[T]`` in nats from the final hidden states of the two."""
-        return linear_kl(hidden_base, hidden_now, self.lm_head.narrow)
+        return linear_kl(hidden_base, hidden_now, self.lm_head.weight_in_compute_dtype)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -131,8 +121,8 @@ def rotary_tables(config, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin ``[length, D/2]`` float32 for positions 0 … length-1, computed by transformers itself.
 
     The families compute them alike, so Llama's module serves all configs. For `longrope` and `dynamic`, whose angles
-    depend on how long the text is, ``length`` decides, once for the run: transformers would decide anew for each batch
-    by its longest document.
+    depend on how long the text is, ``length`` decides, once for the run: transformers would decide by the longest
+    document of each batch.
     """
     # Imported here: it takes seconds, and who only plans has no use for it.
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

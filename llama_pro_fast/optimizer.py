@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from llama_pro_fast.block import refresh_shadows
 from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.layers import refresh_low_precision_copies
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -42,7 +42,7 @@ class Optimizer:
     """Fused AdamW over the trained parameters of a model.
 
     Args:
-        model: its shadows are refreshed after each step.
+        model: its low-precision copies are refreshed after each step.
         parameters: name -> parameter; the order is part of the state.
         config: resolved (rate and warm-up filled in).
         steps: length of the run, for the schedule.
@@ -75,7 +75,7 @@ class Optimizer:
         """Steps left out because of a non-finite gradient; a device scalar."""
 
     def step(self, index: int) -> torch.Tensor:
-        """Clip, update, refresh the shadows, drop the gradients.
+        """Clip, update, refresh the low-precision copies, drop the gradients.
 
         Args:
             index: the step's number from 0.
@@ -93,7 +93,7 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate(self.config, index, self.steps)
         self.adamw.step()
-        refresh_shadows(self.model)
+        refresh_low_precision_copies(self.model)
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
@@ -112,8 +112,8 @@ class Optimizer:
             )
 
     def restored(self) -> None:
-        """To be called when the parameters were read from a checkpoint: the shadows follow."""
-        refresh_shadows(self.model)
+        """To be called when the parameters were read from a checkpoint: the low-precision copies follow."""
+        refresh_low_precision_copies(self.model)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every moment and step count by the parameter's name: ``name.exp_avg`` and so on (what a checkpoint holds).

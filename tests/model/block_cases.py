@@ -59,7 +59,7 @@ def make_block(
     seed: int = 0,
     recompute: Recompute = Recompute.NONE,
 ) -> Block:
-    """On the default device; of weights that bf16 can hold, so that a narrow copy of a master is exact."""
+    """On the default device; of weights that bf16 can hold, so that a low-precision copy is exact."""
     tensors = {name: tensor.bfloat16() for name, tensor in make_tensors(spec, seed).items()}
     block = Block(spec, tensors, block_class=block_class, compute_dtype=dtype, recompute=recompute)
     return block.to(torch.get_default_device())

@@ -48,8 +48,8 @@ def main(folder: str, dtype_name: str, rank: int, store: str, out: str) -> None:
     for block in model.blocks:
         if block.block_class is BlockClass.TRAINED:
             for module in block.modules():
-                if getattr(module, "shadow", None) is not None:
-                    module.shadow = None
+                if getattr(module, "low_precision", None) is not None:
+                    module.low_precision = None
             fully_shard(block, mesh=mesh)
     # FSDP takes the mean over the ranks.
     scale = torch.tensor(RANKS / num_valid())

@@ -23,7 +23,7 @@ def autograd_block(block: Block, x: torch.Tensor, context: BlockContext) -> torc
     spec = block.spec
 
     def linear(x, projection):
-        return trainable_linear(x, projection.weight, projection.bias, shadow=projection.shadow)
+        return trainable_linear(x, projection.weight, projection.bias, low_precision_weight=projection.low_precision)
 
     qkv = linear(rms_norm(x, block.input_layernorm.weight, spec.norm_eps), block.qkv_proj)
     if spec.qk_norm:

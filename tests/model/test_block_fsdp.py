@@ -17,7 +17,7 @@ from llama_pro_fast.batch import PackedBatch
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_ranks_have_the_gradients_of_one(dtype, family, make_base, tmp_path):
-    """In bf16 a sharded master has no shadow: it is narrowed in forward and again in backward."""
+    """In bf16 a sharded master weight has no low-precision copy: it is cast in forward and in backward."""
     folder = make_base(family=family, dtype=torch.bfloat16, head_dim=12)
     script, store, out = Path(fsdp_rank.__file__), tmp_path / "store", tmp_path / "gradients.pt"
     processes = [

@@ -97,7 +97,7 @@ def test_fp32_is_exact_to_1e_5(name, block_class):
 @pytest.mark.parametrize("block_class", [BlockClass.TRAINED, BlockClass.FROZEN])
 @pytest.mark.parametrize("name", SPECS)
 def test_bf16_holds_the_2x_rule(name, block_class):
-    """Error against fp64 at most twice that of autograd in bf16; and a weight's gradient is wider than bf16.
+    """Error against fp64 at most twice that of autograd in bf16; and a weight's gradient has more digits than bf16.
 
     Errors of eight draws together: a tensor of a few elements is rounded with luck, or without.
     """
@@ -120,16 +120,16 @@ def test_bf16_holds_the_2x_rule(name, block_class):
 @pytest.mark.parametrize("dtype", [fp32, fp64, bf16])
 @pytest.mark.parametrize("name", SPECS)
 def test_recomputing_changes_no_bit(name, dtype, which, recompute):
-    """What is made again is made by the code of forward, of the same numbers; so all of the above holds for it too.
+    """What is recomputed is computed by the code of forward, of the same numbers; so all of the above holds for it.
 
     On a GPU flash attention's backward sums in any order, so there the backend is one that repeats.
     """
     how = {"need_dx": which != "lowest", "attention": None if torch.get_default_device().type == "cpu" else "reference"}
     block_class = BlockClass.FROZEN if which == "frozen" else BlockClass.TRAINED
     kept = run_ours(SPECS[name], block_class, dtype, **how)
-    again = run_ours(SPECS[name], block_class, dtype, **how, recompute=recompute)
-    assert (kept[1] is None) == (again[1] is None) == (which == "lowest")
-    compared = list(pairs(again, kept))
+    recomputed = run_ours(SPECS[name], block_class, dtype, **how, recompute=recompute)
+    assert (kept[1] is None) == (recomputed[1] is None) == (which == "lowest")
+    compared = list(pairs(recomputed, kept))
     assert len(compared) >= (2 if which == "frozen" else 13 if name == "all" else 9)
     for tensor, got, expected in compared:
         assert torch.equal(got, expected), tensor
@@ -145,17 +145,17 @@ def test_every_policy_equals_autograd_in_fp64(name, recompute):
 
 
 @pytest.mark.parametrize("name", ["gqa", "all"])
-def test_products_are_made_of_the_shadow(name):
-    """In forward and backward: with another narrow copy the block is another block, whatever its master says."""
+def test_products_are_made_of_the_low_precision_copy(name):
+    """In forward and backward: with another copy the block is another block, whatever its master weight says."""
     spec, dy = SPECS[name], make_rows(SPECS[name], bf16, seed=2)
     context, results = make_context(spec, bf16, attention="reference"), []  # which repeats bit for bit on a GPU as well
     for keep_master in (True, False):
         block, x = make_block(spec, BlockClass.TRAINED, bf16), make_rows(spec, bf16).requires_grad_()
         for projection in (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj):
             with torch.no_grad():
-                projection.shadow.mul_(-1.5)
+                projection.low_precision.mul_(-1.5)
                 if not keep_master:
-                    projection.weight.copy_(projection.shadow)
+                    projection.weight.copy_(projection.low_precision)
         y = block(x, context)
         y.backward(dy)
         results.append([y, x.grad, *(parameter.grad for parameter in block.parameters())])
@@ -163,15 +163,15 @@ def test_products_are_made_of_the_shadow(name):
 
 
 @pytest.mark.parametrize("name", ["gqa", "all"])
-def test_without_a_shadow_the_master_is_narrowed(name):
+def test_without_a_low_precision_copy_the_master_weight_is_cast(name):
     """As where it is sharded: nothing else changes."""
     spec, dy, results = SPECS[name], make_rows(SPECS[name], bf16, seed=2), []
     context = make_context(spec, bf16, attention="reference")
-    for shadows in (True, False):
+    for copies in (True, False):
         block, x = make_block(spec, BlockClass.TRAINED, bf16), make_rows(spec, bf16).requires_grad_()
-        for module in () if shadows else block.modules():
-            if getattr(module, "shadow", None) is not None:
-                module.shadow = None
+        for module in () if copies else block.modules():
+            if getattr(module, "low_precision", None) is not None:
+                module.low_precision = None
         y = block(x, context)
         y.backward(dy)
         results.append([y, x.grad, *(parameter.grad for parameter in block.parameters())])

@@ -1,0 +1,94 @@
+"""The layers that hold weights: linear, RMSNorm, embedding; and in which dtypes they hold them.
+
+    master weight        a weight that trains: a float32 Parameter (float64 under a float64 computation). The optimizer
+                         updates it, and its gradient has its dtype.
+    low-precision copy   of a master weight, in the compute dtype, for the products; no Parameter. It is refreshed after
+                         each optimizer step. There is none where the master weight already has the compute dtype, nor
+                         where the caller wants none kept: then each product casts the master weight.
+    frozen weight        one Parameter in the compute dtype, without a gradient.
+
+The compute dtype is that of the activations: bf16 on a GPU, float32 on a CPU unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llama_pro_kernels import rms_norm
+
+
+class Linear(nn.Module):
+    """A weight ``[out, in]`` and perhaps a bias ``[out]``. Who calls makes the products.
+
+    Args:
+        weight, bias: of any float dtype.
+        trained: whether the two train.
+        compute_dtype: of the activations.
+        keep_low_precision: whether a low-precision copy of the weight is kept where one is needed. A bias has none.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        trained: bool,
+        compute_dtype: torch.dtype,
+        keep_low_precision: bool = True,
+    ) -> None:
+        super().__init__()
+        self.weight = parameter(weight, trained=trained, compute_dtype=compute_dtype)
+        self.bias = None if bias is None else parameter(bias, trained=trained, compute_dtype=compute_dtype)
+        copy = low_precision_copy(self.weight, compute_dtype) if keep_low_precision else None
+        self.register_buffer("low_precision", copy, persistent=False)
+
+
+class RMSNorm(nn.Module):
+    """The weight ``[H]`` of an RMSNorm. The op computes in float32, so it needs no low-precision copy."""
+
+    def __init__(self, weight: Tensor, eps: float, *, trained: bool, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = parameter(weight, trained=trained, compute_dtype=compute_dtype)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Module):
+    """A ``[V, H]`` table: of input embeddings, of the output head, or of both when they are tied."""
+
+    def __init__(self, weight: Tensor, *, trained: bool, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = parameter(weight, trained=trained, compute_dtype=compute_dtype)
+        self.register_buffer("low_precision", low_precision_copy(self.weight, compute_dtype), persistent=False)
+        self.compute_dtype = compute_dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.embedding(input_ids, self.weight).to(self.compute_dtype)
+
+    @property
+    def weight_in_compute_dtype(self) -> Tensor:
+        """``[V, H]``, without a gradient."""
+        return self.weight.detach() if self.low_precision is None else self.low_precision
+
+
+def parameter(tensor: Tensor, *, trained: bool, compute_dtype: torch.dtype) -> nn.Parameter:
+    """A master weight where it trains, else a frozen weight in the compute dtype."""
+    dtype = torch.promote_types(compute_dtype, torch.float32) if trained else compute_dtype
+    return nn.Parameter(tensor.detach().to(dtype), requires_grad=trained)
+
+
+def low_precision_copy(weight: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
+    """A copy of ``weight`` in the compute dtype; None where ``weight`` itself has it."""
+    return None if weight.dtype == compute_dtype else weight.detach().to(compute_dtype)
+
+
+@torch.no_grad()
+def refresh_low_precision_copies(module: nn.Module) -> None:
+    """Bring the low-precision copies in line with their master weights; once after each optimizer step."""
+    pairs = [(m.low_precision, m.weight) for m in module.modules() if getattr(m, "low_precision", None) is not None]
+    if pairs:
+        torch._foreach_copy_([copy for copy, _ in pairs], [weight for _, weight in pairs])
