@@ -13,7 +13,7 @@ from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.job import Job, Question, parse_recompute, recompute_text
 from llama_pro_fast.planner import Fit, best_fit, divisors, fit, flash_backward_flops, upper_half
 from llama_pro_fast.trained import Trained
-from llama_pro_kernels import compute_dtype
+from llama_pro_kernels import accumulation_dtype
 
 LORA_RANK = 16
 
@@ -117,7 +117,7 @@ class LoraEstimate:
 def lora_estimate(job: Job, *, rank: int, micro_batch_size: int, usable: int) -> LoraEstimate:
     """What LoRA on ``job``'s model takes; ``job`` trains every block for the sake of the backward's length."""
     tokens, narrow = micro_batch_size * job.seq_len, job.dtype.itemsize
-    wide = compute_dtype(job.dtype).itemsize
+    wide = accumulation_dtype(job.dtype).itemsize
     adapters = adapter_parameters(job, rank)
     none = (Recompute.NONE,) * len(job.specs)
     # A trained input keeps what each adapter reads: both normed inputs and the SwiGLU product beside the usual.

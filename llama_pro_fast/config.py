@@ -161,7 +161,7 @@ class TrainConfig:
     """Sequences per forward and backward; divides `batch_size`. By default what fits `memory` and should be fastest."""
 
     recompute: str = "auto"
-    """What blocks make again in backward instead of keeping it: `none`, `mlp`, `attention` or `block`, for all, or a
+    """What blocks recompute in backward instead of keeping: `none`, `mlp`, `all_but_attention` or `block` for all, or a
     letter for each block (`.`, `m`, `a`, `b`). `auto`: as little as fits `memory`."""
 
     memory: float | Literal["auto"] = number("auto", ABOVE_0)

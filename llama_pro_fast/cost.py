@@ -26,7 +26,7 @@ import torch
 from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.trained import Trained
-from llama_pro_kernels import compute_dtype
+from llama_pro_kernels import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def attention_flops(spec: BlockSpec, seq_len: int) -> float:
 
 def activation_bytes(spec: BlockSpec, dtype: torch.dtype) -> dict[str, int]:
     """Bytes a token takes in each of a block's :class:`Activations`, for a computation in ``dtype``."""
-    narrow, wide = dtype.itemsize, compute_dtype(dtype).itemsize
+    narrow, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
     return {
         "x": narrow * spec.hidden_size,
         "rstd": wide,

@@ -184,7 +184,9 @@ def greedy(
     for _ in range(new_tokens):
         batch = PackedBatch.from_documents(sequences).to(device)
         last = batch.cu_seqlens[1:].long() - 1
-        rows = F.linear(model.hidden_states(batch, skip=skip)[last], model.lm_head.narrow).float().cpu()
+        rows = (
+            F.linear(model.hidden_states(batch, skip=skip)[last], model.lm_head.weight_in_compute_dtype).float().cpu()
+        )
         for sequence, kept, row in zip(sequences, logits, rows, strict=True):
             sequence.append(int(row.argmax()))
             kept.append(row)

@@ -32,7 +32,7 @@ DOCUMENT = 512
 """Tokens of a document on average, until the text is known."""
 TOKENS = 1e9
 """Length of a run that does not say its own."""
-LETTERS = {Recompute.NONE: ".", Recompute.MLP: "m", Recompute.ATTENTION: "a", Recompute.BLOCK: "b"}
+LETTERS = {Recompute.NONE: ".", Recompute.MLP: "m", Recompute.ALL_BUT_ATTENTION: "a", Recompute.BLOCK: "b"}
 """How a strip of blocks shows what each recomputes."""
 
 

@@ -29,7 +29,7 @@ from llama_pro_fast.block import BlockClass, Recompute
 from llama_pro_fast.cost import activation_bytes, kept_bytes, matrices, num_parameters
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.job import Job
-from llama_pro_kernels import compute_dtype, rows_per_chunk
+from llama_pro_kernels import accumulation_dtype, rows_per_chunk
 from llama_pro_kernels.attention_selection import BACKENDS
 from llama_pro_kernels.reference import DSCALE_ROWS
 
@@ -85,7 +85,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         accumulating: whether a step has several micro-batches.
     """
     tokens = micro_batch_size * job.seq_len
-    narrow, wide = job.dtype.itemsize, compute_dtype(job.dtype).itemsize
+    narrow, wide = job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     config, classes = job.config, job.trained.classes
     head_size = config.vocab_size * config.hidden_size
     states = _states(job, recompute)
@@ -158,7 +158,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
 def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: int) -> int:
     """Bytes at the fullest moment of an evaluation (`evaluate.evaluate`), with the base beside the model where it is
     kept."""
-    spec, narrow, wide = job.specs[0], job.dtype.itemsize, compute_dtype(job.dtype).itemsize
+    spec, narrow, wide = job.specs[0], job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     tokens = micro_batch_size * job.seq_len
     H, I, Q, KV = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
     # In a block, while the MLP's product is made or its input is normed; the model's own result waits.
@@ -196,7 +196,7 @@ def states_bytes(job: Job) -> int:
     """What a step needs whatever its batch and recomputation: weights, masters, moments and gradients; and a copy of
     the tables where these train."""
     states = _states(job, [Recompute.BLOCK] * len(job.specs))
-    return sum(states.values()) + compute_dtype(job.dtype).itemsize * job.num_trained
+    return sum(states.values()) + accumulation_dtype(job.dtype).itemsize * job.num_trained
 
 
 def shadow_bytes(spec: BlockSpec, block_class: BlockClass, dtype: torch.dtype, recompute: Recompute) -> int:
@@ -207,11 +207,11 @@ def shadow_bytes(spec: BlockSpec, block_class: BlockClass, dtype: torch.dtype, r
 
 def needs_shadow(block_class: BlockClass, dtype: torch.dtype) -> bool:
     """Whether products are made of a narrow copy, kept or not."""
-    return block_class is BlockClass.TRAINED and dtype != compute_dtype(dtype)
+    return block_class is BlockClass.TRAINED and dtype != accumulation_dtype(dtype)
 
 
 def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:
-    narrow, wide = job.dtype.itemsize, compute_dtype(job.dtype).itemsize
+    narrow, wide = job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     trained = job.num_trained
     dtypes = [job.dtype] * len(job.specs)
     shadows = sum(map(shadow_bytes, job.specs, job.trained.classes, dtypes, recompute))
@@ -244,7 +244,7 @@ def _backward_peak(
     It follows `block._DecoderBlock.backward` line by line: the incoming gradient, then each product with what is alive
     beside it. Per-token sizes first, weights' gradients behind.
     """
-    narrow, wide = dtype.itemsize, compute_dtype(dtype).itemsize
+    narrow, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
     trained, copied = block_class is BlockClass.TRAINED, not triton and narrow != wide
     H, I, Q, KV = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
     hidden, inner, q, kv = narrow * H, narrow * I, narrow * Q, narrow * KV

@@ -35,7 +35,7 @@ from llama_pro_fast.memory import (
     states_bytes,
     step_memory,
 )
-from llama_pro_kernels import compute_dtype
+from llama_pro_kernels import accumulation_dtype
 
 NEARLY = 0.002
 """Ways whose predicted times differ by less than this share are alike."""
@@ -102,7 +102,7 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
 def narrowing_bytes(job: Job, recompute: Sequence[Recompute]) -> int:
     """Traffic of a micro-batch for masters without a kept copy: read and written narrow in forward, again for what is
     replayed, and for dX."""
-    return (job.dtype.itemsize + compute_dtype(job.dtype).itemsize) * sum(
+    return (job.dtype.itemsize + accumulation_dtype(job.dtype).itemsize) * sum(
         2 * sum(matrices(spec).values()) + replayed_matrices(spec, policy)
         for spec, kind, policy in zip(job.specs, job.trained.classes, recompute, strict=True)
         if needs_shadow(kind, job.dtype) and policy is Recompute.BLOCK
