@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute
-from llama_pro_fast.cost import kept_bytes, matrices, replayed_matrices
+from llama_pro_fast.cost import kept_bytes, matrices, recomputed_matrices
 from llama_pro_fast.families import BlockSpec
 from llama_pro_kernels import linear_cross_entropy, select_attention_backend
 
@@ -95,7 +95,7 @@ def expected_work(
     every = 2 * tokens * sum(weights.values())
     passes, trains = block_class is not BlockClass.PREFIX, block_class is BlockClass.TRAINED
     below = 0 if need_dx else 2 * tokens * weights["qkv_proj.weight"]
-    replayed = 2 * tokens * replayed_matrices(spec, recompute)
+    replayed = 2 * tokens * recomputed_matrices(spec, recompute)
     window = spec.window or max(lengths)
     pairs = sum(min(position + 1, window) for length in lengths for position in range(length))
     attention = 4 * spec.q_size * pairs

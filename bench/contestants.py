@@ -40,13 +40,14 @@ from other_trainers import build_llama_factory, build_unsloth
 from workload import Runner, Workload
 
 from llama_pro_fast.batch import PackedBatch, padded_boundaries
-from llama_pro_fast.block import Block, Recompute, RMSNorm, block_classes
+from llama_pro_fast.block import Block, Recompute, block_classes
 from llama_pro_fast.comparison import lora_estimate
 from llama_pro_fast.cost import step_cost
 from llama_pro_fast.devices import GIB, cpu, present
 from llama_pro_fast.families import BlockSpec
+from llama_pro_fast.layers import Embedding, RMSNorm
 from llama_pro_fast.memory import Job, step_memory
-from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, Embedding, hf_tensors, rotary_tables
+from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, hf_tensors, rotary_tables
 from llama_pro_fast.model import expected_tensors as tensor_shapes
 from llama_pro_fast.planner import best_fit, flash_backward_flops, recompute_text
 from llama_pro_kernels import implementation_name, select_attention_backend
@@ -203,7 +204,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "ours-block": _ours(Recompute.BLOCK),
     "ours-planned": _ours(None),
     "ours-mlp": _ours(Recompute.MLP),
-    "ours-attention": _ours(Recompute.ATTENTION),
+    "ours-attention": _ours(Recompute.ALL_BUT_ATTENTION),
     "lora": _lora(),
     "hf-compile": _hf(compiled=True),
     "full-bf16-checkpointing": _full(pure=True, checkpointing="all"),

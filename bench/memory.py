@@ -57,7 +57,7 @@ from llama_pro_fast.memory import Job, step_memory
 OURS = {
     "ours": Recompute.NONE,
     "ours, MLP again": Recompute.MLP,
-    "ours, all but attention again": Recompute.ATTENTION,
+    "ours, all but attention again": Recompute.ALL_BUT_ATTENTION,
     "ours, block again": Recompute.BLOCK,
 }
 CONTESTANTS = {name: partial(build_ours, recompute=policy) for name, policy in OURS.items()} | {

@@ -111,7 +111,7 @@ def measure(build: Callable[[Workload], Runner], workload: Miniature) -> dict[st
     entry = {
         "frozen weights": _bytes(p for p in runner.model.parameters() if not p.requires_grad),
         "masters": _bytes(trained.values()),
-        "copies": _bytes(getattr(module, "shadow", None) for module in runner.model.modules()),
+        "copies": _bytes(getattr(module, "low_precision", None) for module in runner.model.modules()),
         "gradients": _bytes(p.grad for p in trained.values()),
         "moments": _bytes(moments),
     }

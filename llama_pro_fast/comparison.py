@@ -116,15 +116,15 @@ class LoraEstimate:
 
 def lora_estimate(job: Job, *, rank: int, micro_batch_size: int, usable: int) -> LoraEstimate:
     """What LoRA on ``job``'s model takes; ``job`` trains every block for the sake of the backward's length."""
-    tokens, narrow = micro_batch_size * job.seq_len, job.dtype.itemsize
-    wide = accumulation_dtype(job.dtype).itemsize
+    tokens, element = micro_batch_size * job.seq_len, job.dtype.itemsize
+    acc = accumulation_dtype(job.dtype).itemsize
     adapters = adapter_parameters(job, rank)
     none = (Recompute.NONE,) * len(job.specs)
     # A trained input keeps what each adapter reads: both normed inputs and the SwiGLU product beside the usual.
-    inputs = sum(narrow * (2 * spec.hidden_size + spec.intermediate_size) for spec in job.specs)
+    inputs = sum(element * (2 * spec.hidden_size + spec.intermediate_size) for spec in job.specs)
     blocks = Trained(len(job.specs), tuple(range(len(job.specs))))
     cost = step_cost(job.config, blocks, seq_len=job.seq_len, recompute=none)
-    states = adapters * (4 * wide) + narrow * num_parameters(job.config)
+    states = adapters * (4 * acc) + element * num_parameters(job.config)
     full = tokens * (sum(kept_bytes(spec, BlockClass.FROZEN, job.dtype) for spec in job.specs) + inputs)
     light = tokens * sum(kept_bytes(spec, BlockClass.FROZEN, job.dtype, Recompute.BLOCK) for spec in job.specs)
     one = full // len(job.specs)

@@ -3,16 +3,16 @@
 All of it follows from the shape of the model and the place of the trained blocks, before anything is loaded.
 
 Conventions: a product of an m×k by a k×n matrix is 2mkn FLOPs; attention counts only what the causal mask leaves (half)
-and its backward as twice its forward; what is computed again counts apart. Elementwise work is left out.
+and its backward as twice its forward; what is recomputed counts apart. Elementwise work is left out.
 
     forward     every product, every block
     dX          from the head down to the lowest trained block; its q/k/v projection makes none, as nothing below learns
     dW          trained matrices only
     attention   forward everywhere, backward from the lowest trained block up
-    recomputed  what blocks that keep less make again in backward; no part of the total
+    recomputed  what blocks that keep less recompute in backward; no part of the total
 
 Products are exact: they are what PyTorch's FLOP counter counts in a step. Attention is the convention of the field's
-figures; flash attention's backward makes the scores again and does 2.5 times its forward (`llama_pro_kernels` counts
+figures; flash attention's backward recomputes the scores and does 2.5 times its forward (`llama_pro_kernels` counts
 that, and documents by their own length).
 """
 
@@ -98,16 +98,16 @@ def attention_flops(spec: BlockSpec, seq_len: int) -> float:
 
 def activation_bytes(spec: BlockSpec, dtype: torch.dtype) -> dict[str, int]:
     """Bytes a token takes in each of a block's :class:`Activations`, for a computation in ``dtype``."""
-    narrow, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
+    element, acc = dtype.itemsize, accumulation_dtype(dtype).itemsize
     return {
-        "x": narrow * spec.hidden_size,
-        "rstd": wide,
-        "qkv": narrow * (spec.q_size + 2 * spec.kv_size),
-        "o": narrow * spec.q_size,
-        "lse": wide * spec.num_heads,
-        "s": narrow * spec.hidden_size,
-        "post_rstd": wide,
-        "gate_up": narrow * 2 * spec.intermediate_size,
+        "x": element * spec.hidden_size,
+        "rstd": acc,
+        "qkv": element * (spec.q_size + 2 * spec.kv_size),
+        "o": element * spec.q_size,
+        "lse": acc * spec.num_heads,
+        "s": element * spec.hidden_size,
+        "post_rstd": acc,
+        "gate_up": element * 2 * spec.intermediate_size,
     }
 
 
@@ -125,7 +125,7 @@ def kept_bytes(
     return sum(sizes[name] for name in recompute.kept)
 
 
-def replayed_matrices(spec: BlockSpec, recompute: Recompute) -> int:
+def recomputed_matrices(spec: BlockSpec, recompute: Recompute) -> int:
     """Elements of the weights whose products a block makes a second time; twice as many FLOPs per token."""
     makes = {"qkv": "qkv_proj.weight", "s": "o_proj.weight", "gate_up": "gate_up_proj.weight"}
     weights = matrices(spec)
@@ -135,7 +135,7 @@ def replayed_matrices(spec: BlockSpec, recompute: Recompute) -> int:
 def recomputed_flops(spec: BlockSpec, recompute: Recompute, seq_len: int) -> float:
     """FLOPs per token that a block computes a second time, with ``seq_len`` tokens a document."""
     attention = 0.0 if "o" in recompute.kept else attention_flops(spec, seq_len)
-    return 2.0 * replayed_matrices(spec, recompute) + attention
+    return 2.0 * recomputed_matrices(spec, recompute) + attention
 
 
 def num_parameters(config) -> int:

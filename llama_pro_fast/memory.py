@@ -1,14 +1,16 @@
 """What a training step holds in memory, from the shapes alone.
 
-A step is fullest at one of a few moments, each computed here, and the fullest of them is the peak:
+A step has a few phases, each computed here, and the fullest of them is the peak:
 
     loss            everything kept for backward, the head's inputs and gradient, one chunk of logits
-    backward of i   what the blocks up to i keep; block i's replayed activations and scratch; gradients so far
+    backward of i   what the blocks up to i keep; block i's recomputed activations and scratch; gradients so far
     optimizer       all gradients, nothing kept
 
-beside what is always there: weights, masters, shadows, moments. Gradients come into being from the top block down; with
-several micro-batches a step all are there from the second one on, and a block's new ones are made beside them. An
-evaluation has neither, but two chunks of logits, of the model and of its base.
+beside what is always there: weights, master weights, their low-precision copies, AdamW's moments. Gradients come into
+being from the top block down; with several micro-batches a step all are there from the second one on, and a block's new
+ones are made beside them. An evaluation has neither, but two chunks of logits, of the model and of its base.
+
+`element` and `acc` are the bytes of a number in the dtype of the computation and in the accumulation dtype.
 
 Bytes are those PyTorch's allocator hands out, what `torch.cuda.max_memory_allocated` counts: without the CUDA context,
 what lies cached or in between (`devices.Device.usable` leaves room for those), and on a CPU without the process itself.
@@ -42,34 +44,35 @@ BATCH_BYTES = 3 * 8
 
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
-    """Bytes at the fullest moment of a step, by kind.
+    """Bytes in the fullest phase of a step, by kind.
 
     Attributes:
         weights: frozen ones, the only copy.
         masters: trained weights in float32.
-        shadows: their narrow copies for the products, of blocks that keep them; 0 where the computation is as wide as
-            the masters.
+        low_precision: their copies in the dtype of the computation, of blocks that keep them; 0 where that is the
+            masters' own.
         moments: AdamW's two.
-        gradients: those that are there at that moment.
+        gradients: those that are there by then.
         kept_frozen, kept_trained: activations kept for backward, by the class of the blocks that keep them.
-        logits: the chunk that exists at one time, where the moment has one.
-        transient: everything else: a block's replayed activations and scratch, the batch, rotary tables.
-        moment: when.
+        logits: the chunk that exists at one time, where the phase has one.
+        transient: everything else: a block's recomputed activations and scratch, the batch, rotary tables.
+        phase: when.
     """
 
     weights: int
     masters: int
-    shadows: int
+    low_precision: int
     moments: int
     gradients: int
     kept_frozen: int
     kept_trained: int
     logits: int
     transient: int
-    moment: str
+    phase: str
 
     KINDS = (
-        "weights", "masters", "shadows", "moments", "gradients", "kept_frozen", "kept_trained", "logits", "transient",
+        "weights", "masters", "low_precision", "moments", "gradients", "kept_frozen", "kept_trained", "logits",
+        "transient",
     )  # fmt: skip
 
     @property
@@ -85,12 +88,12 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         accumulating: whether a step has several micro-batches.
     """
     tokens = micro_batch_size * job.seq_len
-    narrow, wide = job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
+    element, acc = job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     config, classes = job.config, job.trained.classes
     head_size = config.vocab_size * config.hidden_size
     states = _states(job, recompute)
 
-    # What stays over every moment of the step.
+    # What stays over every phase of the step.
     always = _always(job, tokens)
     kept = [
         tokens * kept_bytes(spec, kind, job.dtype, policy)
@@ -101,10 +104,10 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         which: [0, *itertools.accumulate(b * (kind is which) for b, kind in zip(kept, classes, strict=True))]
         for which in (BlockClass.FROZEN, BlockClass.TRAINED)
     }
-    every = wide * job.num_trained
-    top = tokens * (narrow * config.hidden_size + wide)  # what the final norm keeps: the last block's output, rstd
+    every = acc * job.num_trained
+    top = tokens * (element * config.hidden_size + acc)  # what the final norm keeps: the last block's output, rstd
 
-    def moment(name: str, blocks: int, gradients: int, transient: int, logits: int = 0) -> StepMemory:
+    def phase(name: str, blocks: int, gradients: int, transient: int, logits: int = 0) -> StepMemory:
         return StepMemory(
             **states,
             gradients=gradients,
@@ -112,24 +115,24 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
             kept_trained=kept_below[BlockClass.TRAINED][blocks],
             logits=logits,
             transient=always + transient,
-            moment=name,
+            phase=name,
         )
 
     rows = min(tokens, rows_per_chunk(config.vocab_size, job.dtype))
-    chunk = rows * config.vocab_size * narrow
-    copies = 0 if job.triton or narrow == wide else rows * config.vocab_size * wide
+    chunk = rows * config.vocab_size * element
+    copies = 0 if job.triton or element == acc else rows * config.vocab_size * acc
     layers = len(job.specs)
-    dhead = wide * head_size if job.trained.everything else 0
+    dhead = acc * head_size if job.trained.everything else 0
 
     # The head: its input and dX, a loss a token, and where it trains dW.
-    loss = moment(
+    loss = phase(
         "the loss",
         layers,
         every if accumulating else 0,
-        top + tokens * (2 * narrow * config.hidden_size + wide) + copies + dhead,
+        top + tokens * (2 * element * config.hidden_size + acc) + copies + dhead,
         logits=chunk,
     )
-    moments = [loss]
+    phases = [loss]
     made = dhead  # gradients of this micro-batch so far
     for index in reversed(range(job.trained.first, layers)):
         spec, kind = job.specs[index], classes[index]
@@ -141,47 +144,47 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         gradients = every if accumulating else made
         # What this micro-batch has made of the head waits for the embedding's, where they are one table.
         waiting = made if accumulating and job.trained.everything and config.tie_word_embeddings else 0
-        moments.append(moment(f"backward of block {index}", index + 1, gradients, transient + waiting))
+        phases.append(phase(f"backward of block {index}", index + 1, gradients, transient + waiting))
         if kind is BlockClass.TRAINED and not accumulating:
-            made += wide * spec.num_parameters()
+            made += acc * spec.num_parameters()
     if job.trained.everything:
-        table = wide * head_size
+        table = acc * head_size
         tied = table if config.tie_word_embeddings else 0
-        dx = tokens * (narrow + (wide if wide != narrow else 0)) * config.hidden_size
-        moments.append(
-            moment("backward of the embedding", 0, every if accumulating else every - table, table + tied + dx)
+        dx = tokens * (element + (acc if acc != element else 0)) * config.hidden_size
+        phases.append(
+            phase("backward of the embedding", 0, every if accumulating else every - table, table + tied + dx)
         )
-    moments.append(moment("the optimizer's step", 0, every, 0))
-    return max(moments, key=lambda found: found.total)
+    phases.append(phase("the optimizer's step", 0, every, 0))
+    return max(phases, key=lambda found: found.total)
 
 
 def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: int) -> int:
-    """Bytes at the fullest moment of an evaluation (`evaluate.evaluate`), with the base beside the model where it is
+    """Bytes at the fullest of an evaluation (`evaluate.evaluate`), with the base beside the model where it is
     kept."""
-    spec, narrow, wide = job.specs[0], job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
+    spec, element, acc = job.specs[0], job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     tokens = micro_batch_size * job.seq_len
     H, I, Q, KV = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
     # In a block, while the MLP's product is made or its input is normed; the model's own result waits.
-    widened = 0 if job.triton or narrow == wide else 2 * wide
-    mlp = narrow * (2 * H + 3 * I) + max(widened * I, narrow * (2 * Q + 2 * KV)) + 2 * wide
-    block = tokens * (narrow * H + mlp + wide * spec.num_heads)
+    upcast = 0 if job.triton or element == acc else 2 * acc
+    mlp = element * (2 * H + 3 * I) + max(upcast * I, element * (2 * Q + 2 * KV)) + 2 * acc
+    block = tokens * (element * H + mlp + acc * spec.num_heads)
     if any(
-        needs_shadow(kind, job.dtype) and policy is Recompute.BLOCK
+        has_low_precision(kind, job.dtype) and policy is Recompute.BLOCK
         for kind, policy in zip(job.trained.classes, recompute, strict=True)
     ):  # a master's copy is there while its product is made, and the temporaries are not
-        beside = narrow * H + wide * (spec.num_heads + 2)
+        beside = element * H + acc * (spec.num_heads + 2)
         qkv, heads = 2 * H + Q + 2 * KV, 2 * (H + Q + KV)
         alive = {"qkv_proj": qkv, "o_proj": heads, "gate_up_proj": heads + 2 * I, "down_proj": heads + 3 * I}
         weights = matrices(spec)
         for name, width in alive.items():
-            block = max(block, tokens * (beside + narrow * width) + narrow * weights[f"{name}.weight"])
-    # The two chunks of logits; the reference makes three wide ones of them.
+            block = max(block, tokens * (beside + element * width) + element * weights[f"{name}.weight"])
+    # The two chunks of logits; the reference makes three in the accumulation dtype of them.
     chunk = min(tokens, rows_per_chunk(job.config.vocab_size, job.dtype)) * job.config.vocab_size
-    if job.trained.everything:  # no base: one chunk, and in the reference its wide copy
-        logits = chunk * (narrow + (0 if job.triton or narrow == wide else wide))
+    if job.trained.everything:  # no base: one chunk, and in the reference its copy in the accumulation dtype
+        logits = chunk * (element + (0 if job.triton or element == acc else acc))
     else:
-        logits = chunk * (2 * narrow + (0 if job.triton else 3 * wide))
-    losses = logits + tokens * (2 * narrow * H + 2 * wide)
+        logits = chunk * (2 * element + (0 if job.triton else 3 * acc))
+    losses = logits + tokens * (2 * element * H + 2 * acc)
     always = _always(job, tokens)
     return sum(_states(job, recompute).values()) + always + max(block, losses)
 
@@ -199,30 +202,30 @@ def states_bytes(job: Job) -> int:
     return sum(states.values()) + accumulation_dtype(job.dtype).itemsize * job.num_trained
 
 
-def shadow_bytes(spec: BlockSpec, block_class: BlockClass, dtype: torch.dtype, recompute: Recompute) -> int:
-    """Narrow copies that a block keeps: of its matrices; norms and biases are read as they are."""
-    keeps = needs_shadow(block_class, dtype) and recompute is not Recompute.BLOCK
+def low_precision_bytes(spec: BlockSpec, block_class: BlockClass, dtype: torch.dtype, recompute: Recompute) -> int:
+    """Low-precision copies that a block keeps: of its matrices; norms and biases are read as they are."""
+    keeps = has_low_precision(block_class, dtype) and recompute is not Recompute.BLOCK
     return dtype.itemsize * sum(matrices(spec).values()) if keeps else 0
 
 
-def needs_shadow(block_class: BlockClass, dtype: torch.dtype) -> bool:
-    """Whether products are made of a narrow copy, kept or not."""
+def has_low_precision(block_class: BlockClass, dtype: torch.dtype) -> bool:
+    """Whether products are made of a low-precision copy, kept or not."""
     return block_class is BlockClass.TRAINED and dtype != accumulation_dtype(dtype)
 
 
 def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:
-    narrow, wide = job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
+    element, acc = job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     trained = job.num_trained
     dtypes = [job.dtype] * len(job.specs)
-    shadows = sum(map(shadow_bytes, job.specs, job.trained.classes, dtypes, recompute))
-    if job.trained.everything and narrow != wide:
+    low_precision = sum(map(low_precision_bytes, job.specs, job.trained.classes, dtypes, recompute))
+    if job.trained.everything and element != acc:
         tables = 1 if job.config.tie_word_embeddings else 2
-        shadows += narrow * tables * job.config.vocab_size * job.config.hidden_size
+        low_precision += element * tables * job.config.vocab_size * job.config.hidden_size
     return {
-        "weights": narrow * (num_parameters(job.config) - trained),
-        "masters": wide * trained,
-        "shadows": shadows,
-        "moments": 2 * wide * trained,
+        "weights": element * (num_parameters(job.config) - trained),
+        "masters": acc * trained,
+        "low_precision": low_precision,
+        "moments": 2 * acc * trained,
     }
 
 
@@ -244,79 +247,79 @@ def _backward_peak(
     It follows `block._DecoderBlock.backward` line by line: the incoming gradient, then each product with what is alive
     beside it. Per-token sizes first, weights' gradients behind.
     """
-    narrow, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
-    trained, copied = block_class is BlockClass.TRAINED, not triton and narrow != wide
+    element, acc = dtype.itemsize, accumulation_dtype(dtype).itemsize
+    trained, copied = block_class is BlockClass.TRAINED, not triton and element != acc
     H, I, Q, KV = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
-    hidden, inner, q, kv = narrow * H, narrow * I, narrow * Q, narrow * KV
+    hidden, inner, q, kv = element * H, element * I, element * Q, element * KV
     qkv = q + 2 * kv
     sizes = activation_bytes(spec, dtype)
 
-    def replayed(*names: str) -> int:
+    def recomputed(*names: str) -> int:
         return sum(sizes[name] for name in names if name not in recompute.kept)
 
-    def narrowed(name: str) -> int:
-        # The copy of a master without a shadow, around its products. Of down_proj and o_proj it is never the fullest.
-        made = needs_shadow(block_class, dtype) and recompute is Recompute.BLOCK
-        return narrow * matrices(spec)[f"{name}.weight"] if made else 0
+    def cast(name: str) -> int:
+        # The copy of a master that keeps none, around its products. Of down_proj and o_proj it is never the fullest.
+        made = has_low_precision(block_class, dtype) and recompute is Recompute.BLOCK
+        return element * matrices(spec)[f"{name}.weight"] if made else 0
 
     # Gradients of the weights, each alive until the block is done; and scratch on the way to a norm's.
     def dw(*names: str) -> int:
-        return wide * sum(matrices(spec)[f"{name}.weight"] for name in names) if trained else 0
+        return acc * sum(matrices(spec)[f"{name}.weight"] for name in names) if trained else 0
 
     def dscale(rows: int) -> int:
-        # The reference widens the weight's rows as well; the kernel's sums are a megabyte.
-        return wide * H * min(rows, DSCALE_ROWS) * (2 if copied else 1) if trained and not triton else 0
+        # The reference casts the weight's rows as well; the kernel's sums are a megabyte.
+        return acc * H * min(rows, DSCALE_ROWS) * (2 if copied else 1) if trained and not triton else 0
 
     # Temporaries of the reference; a Triton kernel has none.
-    norm_forward = 2 * wide * H if copied else 0
-    norm_backward = 0 if triton else (4 * wide * H - hidden if copied else 2 * wide * H)
-    swiglu_backward = 0 if triton else wide * I * (6 if copied else 3)
-    rotation = 0 if triton else 3 * wide * max(Q, KV) // 2 + 2 * wide * spec.head_dim
-    head_norms = 0 if triton else wide * Q * (3 if copied else 2)
-    widened = wide if copied and trained else 0  # of rows, for a weight's gradient
+    norm_forward = 2 * acc * H if copied else 0
+    norm_backward = 0 if triton else (4 * acc * H - hidden if copied else 2 * acc * H)
+    swiglu_backward = 0 if triton else acc * I * (6 if copied else 3)
+    rotation = 0 if triton else 3 * acc * max(Q, KV) // 2 + 2 * acc * spec.head_dim
+    head_norms = 0 if triton else acc * Q * (3 if copied else 2)
+    upcast = acc if copied and trained else 0  # of rows, for a weight's gradient
 
     # (bytes a token, bytes), from dy to d(gate, up) and ds
-    mlp = hidden + replayed("s", "post_rstd", "gate_up")
+    mlp = hidden + recomputed("s", "post_rstd", "gate_up")
     if "o" not in recompute.kept:
-        mlp += replayed("rstd", "qkv", "o", "lse")
-    normed = hidden + max(norm_forward, widened * (H + 2 * I))
+        mlp += recomputed("rstd", "qkv", "o", "lse")
+    normed = hidden + max(norm_forward, upcast * (H + 2 * I))
     made = dw("down_proj", "gate_up_proj")
-    copy = narrowed("gate_up_proj")
-    moments = [
-        (mlp + (hidden + norm_forward if replayed("gate_up") else 0), copy),
+    copy = cast("gate_up_proj")
+    phases = [
+        (mlp + (hidden + norm_forward if recomputed("gate_up") else 0), copy),
         (mlp + inner + (inner if trained else 0) + swiglu_backward, 0),
-        (mlp + inner + (inner if trained else 0) + widened * (H + I), dw("down_proj")),
+        (mlp + inner + (inner if trained else 0) + upcast * (H + I), dw("down_proj")),
         (mlp + (normed if trained else 0), made + copy),
         (mlp, made + copy + dscale(2 * I)),
         (mlp + 2 * hidden + norm_backward, made + copy),
     ]
     # from ds to d(q, k, v) and dx
-    branch = 2 * hidden + replayed("rstd", "qkv")
+    branch = 2 * hidden + recomputed("rstd", "qkv")
     if "o" not in recompute.kept:
-        branch += replayed("o", "lse")
-    head_rstd = wide * (spec.num_heads + spec.num_kv_heads) if spec.qk_norm else 0
-    scratch, scores = _attention_scratch(attention, spec, narrow, wide, tokens, sequences, documents)
-    moments += [
-        (branch + (hidden + norm_forward if replayed("qkv") else 0), made),
+        branch += recomputed("o", "lse")
+    head_rstd = acc * (spec.num_heads + spec.num_kv_heads) if spec.qk_norm else 0
+    scratch, scores = _attention_scratch(attention, spec, element, acc, tokens, sequences, documents)
+    phases += [
+        (branch + (hidden + norm_forward if recomputed("qkv") else 0), made),
         (branch + q + (q + kv + head_rstd if spec.qk_norm else 0) + qkv + scratch, made + scores),
         (branch + head_rstd + 2 * qkv + rotation, made),
         (branch + head_rstd + 2 * qkv + (q + kv + head_norms if spec.qk_norm else 0), made),
     ]
-    after = branch - replayed("qkv") + qkv
-    normed = hidden + max(norm_forward, widened * (H + Q + 2 * KV))
-    made = dw("down_proj", "gate_up_proj", "o_proj", "qkv_proj") + narrowed("qkv_proj")
-    moments += [
-        (after + widened * (H + Q), made - dw("qkv_proj")),
+    after = branch - recomputed("qkv") + qkv
+    normed = hidden + max(norm_forward, upcast * (H + Q + 2 * KV))
+    made = dw("down_proj", "gate_up_proj", "o_proj", "qkv_proj") + cast("qkv_proj")
+    phases += [
+        (after + upcast * (H + Q), made - dw("qkv_proj")),
         (after + (normed if trained else 0), made),
         (after, made + dscale(Q + 2 * KV)),
     ]
     if need_dx:
-        moments.append((after + 2 * hidden + norm_backward, made))
-    return max(tokens * per_token + constant for per_token, constant in moments)
+        phases.append((after + 2 * hidden + norm_backward, made))
+    return max(tokens * per_token + constant for per_token, constant in phases)
 
 
 def _attention_scratch(
-    backend: str, spec: BlockSpec, narrow: int, wide: int, tokens: int, sequences: int, documents: int
+    backend: str, spec: BlockSpec, element: int, acc: int, tokens: int, sequences: int, documents: int
 ) -> tuple[int, int]:
     """What a backend's backward allocates beside its results: bytes a token, and bytes.
 
@@ -330,7 +333,7 @@ def _attention_scratch(
     if backend in ("flash", "flash_attn"):
         row = 4 * spec.num_heads * (head + 1)
         # dk and dv are made for every query head where heads share them.
-        return row + (2 * narrow * q if grouped else 0), 128 * documents * row
+        return row + (2 * element * q if grouped else 0), 128 * documents * row
     if backend in ("flash_3", "flash_4"):
         # Two numbers beside dq: o·do and lse. Where heads share dk and dv, these are summed in float32 as well, in
         # blocks of their own. Blocks are capability 9's; on 10 flash_4 has up to 128 and 256 rows.
@@ -340,11 +343,11 @@ def _attention_scratch(
         row, shared = 4 * spec.num_heads * (head + 2), 2 * 4 * spec.num_kv_heads * head if grouped else 0
         return row + shared, documents * (queries * row + keys * shared)
     if backend == "cudnn":  # copies of q, k, v, o and do besides
-        return 4 * q + 3 * narrow * q + 2 * narrow * kv, 0
+        return 4 * q + 3 * element * q + 2 * element * kv, 0
     if backend == "reference":
         length = tokens // sequences
-        document = wide * (5 * q + 4 * kv) if narrow != wide else 2 * narrow * (q + kv)
-        return document // sequences, 2 * wide * spec.num_heads * length * length
+        document = acc * (5 * q + 4 * kv) if element != acc else 2 * element * (q + kv)
+        return document // sequences, 2 * acc * spec.num_heads * length * length
     assert backend == "cpu_flash", backend
-    document = narrow * (3 * q + 2 * kv) + (3 * wide * q if narrow != wide else 0)
+    document = element * (3 * q + 2 * kv) + (3 * acc * q if element != acc else 0)
     return document // sequences, 0

@@ -5,8 +5,8 @@ smallest micro-batch. Time is products and attention at a share of the device's 
 a micro-batch (weights' gradients are added up) or once a step (AdamW). A larger micro-batch spreads the traffic over
 more tokens; recomputation buys memory with products, about H FLOP for each byte, so it is the last resort. It is mixed
 over the blocks to just fit: cheapest bytes first, and from the lowest block up, for what the lowest blocks keep is
-there while all others run backward. Few tokens keep little, and then the cheapest bytes are the narrow copies that a
-trained block does without when it recomputes everything.
+there while all others run backward. Few tokens keep little, and then the cheapest bytes are the low-precision copies
+that a trained block does without when it recomputes everything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llama_pro_fast.cost import (
     kept_bytes,
     matrices,
     recomputed_flops,
-    replayed_matrices,
+    recomputed_matrices,
     step_cost,
 )
 from llama_pro_fast.devices import SHARE
@@ -30,8 +30,8 @@ from llama_pro_fast.job import Job, Question
 from llama_pro_fast.memory import (
     StepMemory,
     evaluation_memory,
-    needs_shadow,
-    shadow_bytes,
+    has_low_precision,
+    low_precision_bytes,
     states_bytes,
     step_memory,
 )
@@ -43,7 +43,7 @@ NEARLY = 0.002
 ACCUMULATE = 12
 """Bytes a trained parameter costs in traffic each micro-batch: its gradient and the new one read, the sum written."""
 OPTIMIZER = 42
-"""… and each step: gradient read twice (norm, AdamW) and written clipped, weight and moments both ways, shadow."""
+"""… and each step: gradient read twice (norm, AdamW) and written clipped; weight, moments and copy."""
 
 HOST_FORWARD, HOST_BACKWARD = 1.2e-3, 1.5e-3
 """Seconds the host takes to start the kernels of a block, however few tokens there are: on the host of an H200, by the
@@ -58,7 +58,7 @@ class Fit:
         micro_batch_size: sequences per forward and backward.
         recompute: of each block.
         memory: of the step at its fullest.
-        peak: bytes at the fullest moment of a run, evaluation included.
+        peak: bytes at the fullest of a run, evaluation included.
         cost: FLOPs per token.
         seconds: predicted, per token; it only orders ways where the device's own speed is not known.
         tokens_per_second: predicted; None where the device's own speed is not known.
@@ -83,7 +83,7 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
     executed = cost.total + cost.recomputed + flash_backward_flops(job)
     tokens = micro_batch_size * job.seq_len
     traffic = job.num_trained * ((ACCUMULATE / tokens if accumulating else 0) + OPTIMIZER / (batch_size * job.seq_len))
-    traffic += narrowing_bytes(job, recompute) / tokens
+    traffic += cast_bytes(job, recompute) / tokens
     layers = len(job.specs)
     forwards = layers + sum(policy is not Recompute.NONE for policy in recompute)
     starting = 0 if device.is_cpu else HOST_FORWARD * forwards + HOST_BACKWARD * (layers - job.trained.first)
@@ -99,13 +99,13 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
     )
 
 
-def narrowing_bytes(job: Job, recompute: Sequence[Recompute]) -> int:
-    """Traffic of a micro-batch for masters without a kept copy: read and written narrow in forward, again for what is
-    replayed, and for dX."""
+def cast_bytes(job: Job, recompute: Sequence[Recompute]) -> int:
+    """Traffic of a micro-batch for masters without a kept copy: read and written cast in forward, again for what is
+    recomputed, and for dX."""
     return (job.dtype.itemsize + accumulation_dtype(job.dtype).itemsize) * sum(
-        2 * sum(matrices(spec).values()) + replayed_matrices(spec, policy)
+        2 * sum(matrices(spec).values()) + recomputed_matrices(spec, policy)
         for spec, kind, policy in zip(job.specs, job.trained.classes, recompute, strict=True)
-        if needs_shadow(kind, job.dtype) and policy is Recompute.BLOCK
+        if has_low_precision(kind, job.dtype) and policy is Recompute.BLOCK
     )
 
 
@@ -115,7 +115,7 @@ def flash_backward_flops(job: Job) -> float:
 
 
 def peak_bytes(job: Job, recompute: Sequence[Recompute], micro_batch_size: int, batch_size: int) -> int:
-    """At the fullest moment of a run, evaluation included."""
+    """Bytes at the fullest of a run, evaluation included."""
     accumulating = batch_size > micro_batch_size
     step = step_memory(job, recompute, micro_batch_size=micro_batch_size, accumulating=accumulating)
     return max(step.total, evaluation_memory(job, recompute, micro_batch_size=micro_batch_size))
@@ -133,7 +133,7 @@ def best_fit(question: Question) -> Fit | None:
         if too_large and size < sizes[-1]:
             continue
         # Work rises along the ladder, so the first that fits is the cheapest. Memory need not fall all along it: what a
-        # block no longer keeps it makes again in its own backward.
+        # block no longer keeps it recomputes in its own backward.
         ladder = policies(job, size) if question.recompute is None else [question.recompute]
         fitting = next((rung for rung in ladder if peak_bytes(job, rung, size, batch_size) <= usable), None)
         if fitting is not None:
@@ -159,7 +159,8 @@ def policies(job: Job, micro_batch_size: int = 1) -> Iterator[tuple[Recompute, .
         if kind is not BlockClass.PREFIX:
             ways = [
                 (
-                    tokens * kept_bytes(spec, kind, job.dtype, policy) + shadow_bytes(spec, kind, job.dtype, policy),
+                    tokens * kept_bytes(spec, kind, job.dtype, policy)
+                    + low_precision_bytes(spec, kind, job.dtype, policy),
                     tokens * recomputed_flops(spec, policy, job.seq_len),
                     policy,
                 )

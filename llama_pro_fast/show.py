@@ -97,8 +97,8 @@ def _length(question: Question, seconds: float) -> str:
 
 KINDS = {
     "weights": "frozen weights",
-    "masters": "masters of the trained weights, float32",
-    "shadows": "their bf16 copies for the products",
+    "masters": "master weights of what trains, float32",
+    "low_precision": "their low-precision copies for the products",
     "moments": "AdamW's two moments, float32",
     "gradients": "gradients, float32",
     "kept_frozen": "kept for backward by frozen blocks",
@@ -116,8 +116,8 @@ def _show_memory(found: Fit) -> None:
         for kind, name in KINDS.items()
         if getattr(memory, kind)
     ]
-    rows.append((f"together, in {memory.moment}", f"{memory.total / GIB:.2f}", "100%"))
-    table("memory at the fullest moment of a step", ("what", "GiB", "share"), rows)
+    rows.append((f"together, in {memory.phase}", f"{memory.total / GIB:.2f}", "100%"))
+    table("memory in the fullest phase of a step", ("what", "GiB", "share"), rows)
 
 
 def _show_policies(question: Question) -> None:
@@ -134,12 +134,12 @@ def _show_policies(question: Question) -> None:
         size = max(1, largest)
         batch = dataclasses.replace(question, batch_size=max(question.batch_size, size))
         way = fit(batch, micro_batch_size=size, recompute=recompute)
-        again = sum(recomputed_flops(spec, policy, job.seq_len) for spec, _ in above)
+        more = sum(recomputed_flops(spec, policy, job.seq_len) for spec, _ in above)
         rows.append(
             (
                 policy.value,
                 f"{kept:,.0f}",
-                f"{again / way.cost.total:+.1%}",
+                f"{more / way.cost.total:+.1%}",
                 _figure(peak_bytes(job, recompute, 1, 2) / GIB),
                 f"{largest} x {job.seq_len}" if largest else "none",
                 f"{way.tokens_per_second:,.0f}" if largest and way.tokens_per_second else "–",
@@ -203,7 +203,7 @@ def as_dict(question: Question, found: Fit | None) -> dict[str, Any]:
             "recompute": recompute_text(found.recompute, job.trained.first),
             "peak_bytes": found.peak,
             "memory": {kind: getattr(found.memory, kind) for kind in StepMemory.KINDS},
-            "moment": found.memory.moment,
+            "phase": found.memory.phase,
             "flops_per_token": dataclasses.asdict(found.cost),
             "tokens_per_second": found.tokens_per_second,
         }

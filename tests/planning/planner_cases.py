@@ -13,7 +13,7 @@ from llama_pro_fast.job import Job, Question
 from llama_pro_fast.planner import fit, policies
 from llama_pro_fast.trained import Trained
 
-NONE, MLP, ATTENTION, BLOCK = Recompute
+NONE, MLP, ALL_BUT_ATTENTION, BLOCK = Recompute
 CARD = dataclasses.replace(
     DEVICES["h100"], flops=DEVICES["h100"].flops / 1e5, bandwidth=DEVICES["h100"].bandwidth / 1e5
 )

@@ -119,7 +119,7 @@ def test_it_fits_80_columns(said, argv, monkeypatch):
     _, printed, _ = said(*argv)
     framed = [line for line in printed.splitlines() if line.startswith(("│", "╭", "├", "╰"))]
     assert max(map(len, framed)) <= 80
-    # No column is so narrow that a word or a figure breaks.
+    # No column is so low that a word or a figure breaks.
     for word in ("full fine-tuning", "LoRA, rank 16", "GFLOP", "at a time"):
         assert word in printed
 
@@ -185,7 +185,7 @@ def test_the_json_agrees_with_what_is_said(said, tmp_path, gpu, monkeypatch):
     assert figures["peak_bytes"] <= figures["usable_bytes"]
     assert f"{figures['peak_bytes'] / 2**30:.1f} GiB at the fullest" in text
     assert sum(figures["memory"].values()) <= figures["peak_bytes"]
-    assert f"in {figures['moment']}" in text
+    assert f"in {figures['phase']}" in text
     micro, batch = figures["micro_batch_size"], figures["batch_size"]
     assert f"in {batch // micro} micro-batches of {micro}" in text
     cost = figures["flops_per_token"]
@@ -225,7 +225,7 @@ PLANNED = ("--model.path", LLAMA_7B, "--expand.groups", 8)
         ((*PLANNED, "--train.batch_size", 0), ("--train.batch_size: 0 is not a number above 0",)),
         ((*PLANNED, "--train.micro_batch_size", 3), ("--train.micro_batch_size: 3", "--train.batch_size 16")),
         ((*PLANNED, "--train.micro_batch_size", 0), ("--train.micro_batch_size: 0 is not a number above 0",)),
-        ((*PLANNED, "--train.recompute", "all"), ("--train.recompute all", "none, mlp, attention, block")),
+        ((*PLANNED, "--train.recompute", "all"), ("--train.recompute all", "none, mlp, all_but_attention, block")),
         ((*PLANNED, "--train.recompute", ".b"), ("--train.recompute .b", "each of the 40 blocks")),
         ((*PLANNED, "--price", -1), ("--price: -1 is not a number from 0 up",)),
         (("--config", "no-such-recipe"), ("no-such-recipe", "quickstart")),

@@ -9,7 +9,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_cases import ATTENTION, BLOCK, CARD, JOBS, MLP, NONE, job_of, least, peak, question_of
+from planner_cases import ALL_BUT_ATTENTION, BLOCK, CARD, JOBS, MLP, NONE, job_of, least, peak, question_of
 
 from llama_pro_fast import planner
 from llama_pro_fast.block import BlockClass, Recompute
@@ -19,7 +19,7 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan
 from llama_pro_fast.families import BlockSpec
 from llama_pro_fast.job import Job, expanded_shape, parse_recompute, recompute_text
-from llama_pro_fast.memory import shadow_bytes
+from llama_pro_fast.memory import low_precision_bytes
 from llama_pro_fast.planner import (
     HOST_BACKWARD,
     HOST_FORWARD,
@@ -93,7 +93,9 @@ def test_bytes_never_get_cheaper_along_the_ladder(name):
     job, rungs = JOBS[name], list(policies(JOBS[name]))
 
     def held(spec, kind, policy) -> int:
-        return job.seq_len * kept_bytes(spec, kind, job.dtype, policy) + shadow_bytes(spec, kind, job.dtype, policy)
+        return job.seq_len * kept_bytes(spec, kind, job.dtype, policy) + low_precision_bytes(
+            spec, kind, job.dtype, policy
+        )
 
     kept = [sum(map(held, job.specs, job.trained.classes, rung)) for rung in rungs]
     flops = [job.seq_len * work(job, rung) for rung in rungs]
@@ -102,7 +104,7 @@ def test_bytes_never_get_cheaper_along_the_ladder(name):
     # Every policy, in every block, lies on or above the hull.
     for spec, kind in zip(job.specs, job.trained.classes, strict=True):
         if kind is not BlockClass.PREFIX:
-            for policy in (MLP, ATTENTION, BLOCK):
+            for policy in (MLP, ALL_BUT_ATTENTION, BLOCK):
                 saved = held(spec, kind, NONE) - held(spec, kind, policy)
                 more = job.seq_len * recomputed_flops(spec, policy, job.seq_len)
                 assert more / saved >= min(rates) * (1 - 1e-3)
@@ -124,11 +126,13 @@ def test_with_few_tokens_the_cheapest_bytes_are_the_copies_of_trained_weights():
 def test_long_sequences_do_not_make_attention_again_until_they_must():
     """Its quadratic part is by far the dearest there; in short sequences it is next to nothing."""
     usual = list(policies(JOBS["attention dearer than products"]))
-    assert any(set(rung[1:]) == {ATTENTION} for rung in usual)
+    assert any(set(rung[1:]) == {ALL_BUT_ATTENTION} for rung in usual)
     rates = {}
     for name in ("short sequences", "attention dearer than products"):
         spec, job = JOBS[name].specs[0], JOBS[name]
-        rates[name] = recomputed_flops(spec, BLOCK, job.seq_len) / recomputed_flops(spec, ATTENTION, job.seq_len)
+        rates[name] = recomputed_flops(spec, BLOCK, job.seq_len) / recomputed_flops(
+            spec, ALL_BUT_ATTENTION, job.seq_len
+        )
     assert rates["short sequences"] < 1.05
     assert rates["attention dearer than products"] > 5
 
@@ -331,19 +335,19 @@ def test_what_is_written_is_read_back(data):
 def test_a_policy_is_written_by_its_name_and_a_mixture_by_letters():
     classes = JOBS["usual"].trained.classes
     assert recompute_text((NONE, *[BLOCK] * 7), 1) == "block"
-    assert recompute_text((NONE, BLOCK, ATTENTION, MLP, *[NONE] * 4), 1) == ".bam...."
+    assert recompute_text((NONE, BLOCK, ALL_BUT_ATTENTION, MLP, *[NONE] * 4), 1) == ".bam...."
     assert parse_recompute("mlp", classes) == (NONE, *[MLP] * 7)
-    assert parse_recompute(".bam....", classes) == (NONE, BLOCK, ATTENTION, MLP, NONE, NONE, NONE, NONE)
+    assert parse_recompute(".bam....", classes) == (NONE, BLOCK, ALL_BUT_ATTENTION, MLP, NONE, NONE, NONE, NONE)
 
 
 @pytest.mark.parametrize("text", ["blocks", "", ".bam...", ".bam.....", ".bax....", "None", "auto "])
 def test_other_words_are_refused_with_the_remedy(text):
     with pytest.raises(UserError) as error:
         parse_recompute(text, JOBS["usual"].trained.classes)
-    assert f"recompute {text}: give auto, none, mlp, attention, block, or a letter for each of the 8" in str(
+    assert f"recompute {text}: give auto, none, mlp, all_but_attention, block, or a letter for each of the 8" in str(
         error.value
     )
-    assert ". none, m mlp, a attention, b block" in str(error.value)
+    assert ". none, m mlp, a all_but_attention, b block" in str(error.value)
 
 
 # -- the shape of the model to be ----------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_a_second_generation_freezes_the_first(base, tmp_path, expanded):
     assert load(twice).trained_blocks == [6]
 
 
-def test_bf16_training_keeps_fp32_masters_and_fresh_shadows(expanded, batch):
+def test_bf16_training_keeps_fp32_masters_and_fresh_low_precision_copies(expanded, batch):
     model = load(expanded, torch.bfloat16)
     optimizer = make_optimizer(model, lr=1e-6)
     before = {name: parameter.detach().clone() for name, parameter in model.trained_parameters().items()}
@@ -128,8 +128,8 @@ def test_bf16_training_keeps_fp32_masters_and_fresh_shadows(expanded, batch):
         assert parameter.grad is None
         moved += not torch.equal(parameter, before[name])
         holder = model.get_submodule(name.rpartition(".")[0])
-        if getattr(holder, "shadow", None) is not None and name.endswith("weight"):
-            assert torch.equal(holder.shadow, parameter.bfloat16())
+        if getattr(holder, "low_precision", None) is not None and name.endswith("weight"):
+            assert torch.equal(holder.low_precision, parameter.bfloat16())
     assert moved > 0
     assert all(p.dtype == torch.bfloat16 for p in model.parameters() if not p.requires_grad)
 
@@ -202,8 +202,9 @@ class TestLearningRate:
             assert 0.2 < learning_rate(config, 99, 100) < 0.25
 
 
-def test_shadows_exist_only_where_the_master_is_wider(expanded):
+def test_low_precision_copies_exist_only_where_the_master_has_another_dtype(expanded):
     for dtype, expected in ((torch.float32, 0), (torch.bfloat16, 2 * 4)):
-        shadows = [m for m in load(expanded, dtype).modules() if isinstance(getattr(m, "shadow", None), torch.Tensor)]
-        assert len(shadows) == expected
-        assert all(isinstance(m, nn.Module) and m.weight.requires_grad for m in shadows)
+        modules = load(expanded, dtype).modules()
+        copied = [m for m in modules if isinstance(getattr(m, "low_precision", None), torch.Tensor)]
+        assert len(copied) == expected
+        assert all(isinstance(m, nn.Module) and m.weight.requires_grad for m in copied)

@@ -126,7 +126,7 @@ def test_a_run_that_is_too_large_ends_before_anything_is_loaded(refused, tmp_pat
 
 
 def test_a_resumed_run_keeps_its_choice_whatever_memory_there_is(make_config, stopped_at_2, tmp_path, monkeypatch):
-    stopped_at_2(make_config(train={"micro_batch_size": None, "recompute": "attention"}))
+    stopped_at_2(make_config(train={"micro_batch_size": None, "recompute": "all_but_attention"}))
     before = load_config(tmp_path / "run").train
     monkeypatch.setattr(devices, "available_memory", lambda: 1)
     monkeypatch.setattr(settle, "best_fit", lambda *args, **kwargs: pytest.fail("a resumed run was planned again"))
@@ -140,7 +140,7 @@ def test_a_resumed_run_keeps_its_choice_whatever_memory_there_is(make_config, st
     [
         ({"train__memory": 0}, ["--train.memory"]),
         ({"train__memory": "much"}, ["--train.memory"]),
-        ({"train__recompute": "everything"}, ["--train.recompute everything", "attention", "6 blocks"]),
+        ({"train__recompute": "everything"}, ["--train.recompute everything", "all_but_attention", "6 blocks"]),
         ({"train__recompute": "..mx.b"}, ["--train.recompute ..mx.b"]),
         ({"train__memory": 1e-6}, ["--train.memory: needs ", "usable on CPU"]),
     ],
