@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from rich.box import ROUNDED
 from rich.console import Console
 from rich.panel import Panel
@@ -49,14 +47,6 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     for row in rows:
         grid.add_row(*map(Text, row))
     console.print(grid)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def duration(seconds: float) -> str:

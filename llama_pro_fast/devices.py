@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from llama_pro_fast.host import available_memory
 
 GIB = 2**30
 
@@ -107,26 +108,3 @@ def expandable_segments() -> None:
     """
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-
-
-def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may still take.
-
-    Args:
-        group: where control groups are mounted, version 2 or 1; a limit there, as containers have it, counts.
-    """
-    page, meminfo = os.sysconf("SC_PAGE_SIZE"), Path("/proc/meminfo")
-    available = page * os.sysconf("SC_PHYS_PAGES")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = 1024 * int(fields["MemAvailable"].split()[0])
-    for folder, limit, usage, inactive in (
-        (group, "memory.max", "memory.current", "inactive_file"),
-        (group / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        if (folder / limit).exists() and (text := (folder / limit).read_text().strip()).isdigit():
-            fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            # Pages of files not used lately are given back when memory is asked for.
-            used = int((folder / usage).read_text()) - int(fields[inactive])
-            available = min(available, int(text) - used)
-    return available

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.config import Settled
 from llama_pro_fast.data.corpus import Corpus
-from llama_pro_fast.devices import available_memory
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluate import evaluate
+from llama_pro_fast.host import available_memory
 from llama_pro_fast.job import DTYPES
 from llama_pro_fast.model import Decoder, load_model
 from llama_pro_fast.pretrained import PretrainedFolder, no_progress_bars

@@ -21,11 +21,11 @@ import transformers
 
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.block import BlockContext
-from llama_pro_fast.devices import available_memory
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import ExpansionPlan, Progress, block_tensor_name, split_name, write_expanded
 from llama_pro_fast.families import BlockSpec, window_within
 from llama_pro_fast.files import new_folder
+from llama_pro_fast.host import available_memory
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import EMBEDDING, load_block, load_embedding, rotary_tables
 from llama_pro_fast.pretrained import CONFIG_FILE, TORCH_DTYPES, PretrainedFolder, combined_digest, no_progress_bars

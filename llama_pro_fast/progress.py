@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import duration, peak_memory_gib, say
+from llama_pro_fast.console import duration, say
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.host import peak_memory_gib
 from llama_pro_fast.optimizer import learning_rate
 from llama_pro_fast.report import MetricsWriter
 from llama_pro_fast.run_folder import resume_command

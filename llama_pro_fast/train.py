@@ -19,7 +19,7 @@ from llama_pro_fast.advice import why
 from llama_pro_fast.cards import show_end, show_start
 from llama_pro_fast.cli import INTERRUPTED, run_entry_point
 from llama_pro_fast.config import RunConfig, Settled
-from llama_pro_fast.console import amount, peak_memory_gib, say, waiting
+from llama_pro_fast.console import amount, say, waiting
 from llama_pro_fast.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.data import default_cache
 from llama_pro_fast.data.corpus import Corpus
@@ -28,6 +28,7 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluate import Meter
 from llama_pro_fast.export import export_run
 from llama_pro_fast.generation import read_export_back, unchecked
+from llama_pro_fast.host import peak_memory_gib
 from llama_pro_fast.job import DTYPES
 from llama_pro_fast.manifest import what_trains
 from llama_pro_fast.model import Decoder, load_model

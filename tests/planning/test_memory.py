@@ -290,13 +290,13 @@ def test_the_kinds_are_what_the_model_and_the_optimizer_hold(name, dtype):
     assert said.weights == bytes_of(*model.parameters()) - bytes_of(*masters)
     tables = bytes_of(model.cos, model.sin)
     assert said.low_precision == bytes_of(*model.buffers()) - tables
-    assert said.phases == bytes_of(*(m for key, m in optimizer.state().items() if not key.endswith(".step")))
+    assert said.moments == bytes_of(*(m for key, m in optimizer.state().items() if not key.endswith(".step")))
     assert 0 <= said.gradients <= said.masters
     assert said.transient >= tables
     fewest = step_memory(job, WAYS["block"], micro_batch_size=1, accumulating=False)
     assert states_bytes(job) == fewest.weights + fewest.masters + fewest.low_precision + fewest.moments + fewest.masters
     assert said.total == sum(getattr(said, kind) for kind in StepMemory.KINDS)
-    assert {field.name for field in dataclasses.fields(said)} == {*StepMemory.KINDS, "moment"}
+    assert {field.name for field in dataclasses.fields(said)} == {*StepMemory.KINDS, "phase"}
 
 
 def test_what_is_kept_is_kept_by_the_class_that_keeps_it():
@@ -398,7 +398,7 @@ def test_all_of_its_8_36_billion_take_134_gb_before_the_first_token_and_150_with
     said = step_memory(job, next(policies(job)), micro_batch_size=1, accumulating=True)
     assert said.low_precision == 2 * (8_357_482_496 - norms)
     assert f"{states_bytes(job) / 1e9:.1f}" == "134.2"
-    assert f"{(said.masters + said.gradients + said.phases + said.low_precision) / 1e9:.1f}" == "150.4"
+    assert f"{(said.masters + said.gradients + said.moments + said.low_precision) / 1e9:.1f}" == "150.4"
 
 
 @pytest.mark.parametrize("dtype", [fp32, bf16])

@@ -1,0 +1,154 @@
+"""What the command lines do, from Python, over the same values. With examples that are run: docs/python.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llama_pro_fast import model_folder
+from llama_pro_fast.config import ExpandConfig, RunConfig
+from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.export import export_run
+from llama_pro_fast.families import BlockSpec, window_within
+from llama_pro_fast.identity import IdentityProof, expand_and_prove
+from llama_pro_fast.manifest import what_trains
+from llama_pro_fast.model import Decoder, load_model
+from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.recipe import load_config
+from llama_pro_fast.train import run
+from llama_pro_kernels import select_attention_backend
+
+
+def expand(
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    groups: int | None = None,
+    after: Sequence[int] | None = None,
+    copies: int = 1,
+) -> IdentityProof:
+    """Insert identity copies of blocks, and prove that the model computes what it did (paper 3.2).
+
+    Args:
+        base: folder of a model, of a run, or a hub id.
+        out: folder to write; must not exist, or be empty. It comes into being only once the proof holds.
+        groups: cut the blocks into so many groups; new blocks end each. Give this or ``after``.
+        after: the blocks, from 0, that new ones follow.
+        copies: new blocks in each place.
+
+    Returns:
+        What was compared and found equal.
+
+    Raises:
+        UserError: the base cannot be read or expanded so, or ``out`` cannot be written.
+    """
+    folder = PretrainedFolder(model_folder.find(os.fspath(base)))
+    wanted = ExpandConfig(groups=groups, after=None if after is None else list(after), copies=copies)
+    plan = ExpansionPlan.from_config(folder.config.num_hidden_layers, wanted)
+    return expand_and_prove(folder, out, plan)
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    parameters: Literal["new_blocks", "all"] = "new_blocks",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    max_length: int | None = None,
+) -> Decoder:
+    """A model as this package trains it: frozen blocks compute no weight gradient and keep nothing for one.
+
+    Args:
+        model: folder of a model, of a run, or a hub id.
+        parameters: what trains: the blocks its manifest calls new, or everything.
+        dtype: of the computation. Frozen weights are held in it, trained ones in float32 (float64 under float64).
+        device: where to.
+        max_length: longest sequence that will be given; by default the model's positions.
+
+    Returns:
+        A module over packed batches (:class:`PackedBatch`); ``trained_parameters()`` names what an optimizer gets.
+
+    Raises:
+        UserError: the model cannot be read, or has no new blocks.
+    """
+    folder = PretrainedFolder(model_folder.find(os.fspath(model)))
+    length = max_length or folder.config.max_position_embeddings
+    attention = select_attention_backend(
+        torch.device(device),
+        dtype,
+        window=window_within(folder.config, length),
+        head_dim=BlockSpec.from_config(folder.config, 0).head_dim,
+    )
+    return load_model(
+        folder,
+        trained=what_trains(folder.raw_config, parameters=parameters, name=str(folder.path)),
+        dtype=dtype,
+        device=device,
+        max_length=length,
+        attention=attention,
+    )
+
+
+def train(config: RunConfig | str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any] | None:
+    """Start a run, or go on with one.
+
+    Args:
+        config: of the new run; or the folder of a run, which goes on where its last checkpoint stands.
+        overwrite: delete the run that is in the new one's folder.
+
+    Returns:
+        The content of ``report/summary.json``; None when the run was stopped (and saved).
+
+    Raises:
+        UserError: bad input, a full disk, or gradients that are not finite.
+    """
+    if isinstance(config, RunConfig):
+        return run(config, overwrite=overwrite)
+    folder = os.path.abspath(config)
+    return run(dataclasses.replace(load_config(Path(folder)), output=folder), resume=True)
+
+
+def export(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+    """Write a run's model, as its last complete checkpoint has it, as an ordinary Hugging Face folder.
+
+    Args:
+        out: by default ``RUN/export``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: there is no run, it has no checkpoint yet, or the folder cannot be written.
+    """
+    return export_run(Path(run), None if out is None else Path(out))[0]
+
+
+def freeze_to_new_blocks(model: torch.nn.Module) -> list[str]:
+    """Freeze a loaded transformers model but for its new blocks, by its manifest and nothing else.
+
+    For people with a training loop of their own, TRL or ``transformers.Trainer``.
+
+    Args:
+        model: of an expanded folder (``AutoModelForCausalLM.from_pretrained``).
+
+    Returns:
+        Names of the parameters that train, as ``named_parameters`` has them.
+
+    Raises:
+        UserError: the model's config names no new blocks.
+    """
+    config = model.config.to_dict()
+    trained = what_trains(config, parameters="new_blocks", name=model.config.name_or_path or "the model")
+    layers = model.get_decoder().layers
+    new = {id(parameter) for index in trained.blocks for parameter in layers[index].parameters()}
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in new)
+        if parameter.requires_grad:
+            names.append(name)
+    return names
