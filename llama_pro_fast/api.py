@@ -10,17 +10,18 @@ from typing import Any, Literal
 
 import torch
 
-from llama_pro_fast import model_folder
 from llama_pro_fast.config import ExpandConfig, RunConfig
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.export import export_run
-from llama_pro_fast.families import BlockSpec, window_within
-from llama_pro_fast.identity import IdentityProof, expand_and_prove
-from llama_pro_fast.manifest import what_trains
-from llama_pro_fast.model import Decoder, load_model
-from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.expansion.manifest import what_trains
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
+from llama_pro_fast.hf.families import block_spec, window_within
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.recipe import load_config
-from llama_pro_fast.train import run
+from llama_pro_fast.training import model_folder
+from llama_pro_fast.training.export import export_run
+from llama_pro_fast.training.run import run_training
 from llama_pro_kernels import select_attention_backend
 
 
@@ -82,7 +83,7 @@ def load(
         torch.device(device),
         dtype,
         window=window_within(folder.config, length),
-        head_dim=BlockSpec.from_config(folder.config, 0).head_dim,
+        head_dim=block_spec(folder.config, 0).head_dim,
     )
     return load_model(
         folder,
@@ -108,9 +109,9 @@ def train(config: RunConfig | str | os.PathLike[str], *, overwrite: bool = False
         UserError: bad input, a full disk, or gradients that are not finite.
     """
     if isinstance(config, RunConfig):
-        return run(config, overwrite=overwrite)
+        return run_training(config, overwrite=overwrite)
     folder = os.path.abspath(config)
-    return run(dataclasses.replace(load_config(Path(folder)), output=folder), resume=True)
+    return run_training(dataclasses.replace(load_config(Path(folder)), output=folder), resume=True)
 
 
 def export(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from llama_pro_fast import model_folder
 from llama_pro_fast.cli import PROGRAM, run_entry_point
 from llama_pro_fast.config import ExpandConfig, check_bounds
 from llama_pro_fast.console import amount, box, duration, progress_bars, say
-from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
+from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.host import peak_memory_gib
-from llama_pro_fast.identity import IdentityProof, expand_and_prove
-from llama_pro_fast.pretrained import PretrainedFolder
 from llama_pro_fast.recipe import new_parser, one_line_errors
+from llama_pro_fast.training import model_folder
 
 
 def main(argv: list[str] | None = None) -> int:

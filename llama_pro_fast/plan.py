@@ -10,20 +10,21 @@ import math
 import sys
 from pathlib import Path
 
-from llama_pro_fast import devices, model_folder
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.console import say
-from llama_pro_fast.devices import DEVICES
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.job import Question, ask, assume
-from llama_pro_fast.manifest import what_trains
-from llama_pro_fast.planner import best_fit
-from llama_pro_fast.pretrained import find_config
+from llama_pro_fast.expansion.manifest import what_trains
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.hf.config import find_config
+from llama_pro_fast.hf.known_shapes import SHAPES
+from llama_pro_fast.planning import devices
+from llama_pro_fast.planning.devices import DEVICES
+from llama_pro_fast.planning.job import Question, ask, assume
+from llama_pro_fast.planning.search import best_fit
+from llama_pro_fast.planning.show import as_dict, show
 from llama_pro_fast.recipe import Request, parse
-from llama_pro_fast.settle import check_model
-from llama_pro_fast.shapes import SHAPES
-from llama_pro_fast.show import as_dict, show
+from llama_pro_fast.training import model_folder
+from llama_pro_fast.training.settle import check_model
 
 OWN = {
     "gpu": {

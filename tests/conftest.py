@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.hf.folder import PretrainedFolder
 
 
 @pytest.fixture(scope="session", autouse=True)

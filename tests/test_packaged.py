@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from llama_pro_fast import pretrained, run_folder, train
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.pretrained import resolve
+from llama_pro_fast.hf.config import resolve
 from llama_pro_fast.recipe import RECIPES, packaged_recipes, parse, to_dict
+from llama_pro_fast.train import main as train_main
+from llama_pro_fast.training import run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +102,7 @@ def test_config_without_a_value_is_said_in_one_line():
 def test_a_builtin_model_is_a_folder_of_the_package():
     folder = resolve("builtin:prose-3m")
     assert (folder / "config.json").is_file()
-    assert folder.is_relative_to(Path(pretrained.__file__).parent)
+    assert folder.is_relative_to(Path(folder.__file__).parent)
 
 
 @pytest.mark.parametrize("name", ["prose-9b", "", ".", "../assets", str(resolve("builtin:prose-3m"))])
@@ -125,12 +127,12 @@ def asked(monkeypatch) -> list:
         calls.append((config, resume, overwrite))
         return {}
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(sys.modules["llama_pro_fast.train"], "run_training", run)
     return calls
 
 
 def test_no_options_are_the_quickstart_recipe_into_a_folder_of_its_own(here, asked, capsys):
-    assert train.main([]) == 0
+    assert train_main([]) == 0
     ((config, resume, overwrite),) = asked
     assert to_dict(config) == settings(["--config", "quickstart", "--output", "runs/quickstart"])
     assert config.output == str(here / "runs" / "quickstart")
@@ -142,33 +144,33 @@ def test_no_options_are_the_quickstart_recipe_into_a_folder_of_its_own(here, ask
 
 
 def test_a_second_quickstart_goes_beside_the_first(here, asked):
-    train.main([])
+    train_main([])
     folder = here / "runs" / "quickstart"
     (folder / "report").mkdir(parents=True)
     run_folder.save_config(asked[0][0], folder / "config.yaml")
     (folder / "report" / "summary.json").write_text("{}")
-    train.main([])
+    train_main([])
     assert asked[1][0].output == str(here / "runs" / "quickstart-2")
 
 
 def test_an_interrupted_quickstart_is_not_started_over(here, asked):
-    train.main([])
+    train_main([])
     folder = here / "runs" / "quickstart"
     folder.mkdir(parents=True)
     run_folder.save_config(asked[0][0], folder / "config.yaml")
     with pytest.raises(UserError, match=r"go on with  python -m llama_pro_fast\.train --output runs/quickstart"):
-        train.main([])
+        train_main([])
     assert len(asked) == 1
 
 
 def test_from_inside_the_folder_of_runs_it_works_too(here, asked, monkeypatch):
     (here / "runs" / "quickstart").mkdir(parents=True)
     monkeypatch.chdir(here / "runs")
-    assert train.main([]) == 0
+    assert train_main([]) == 0
     assert asked[0][0].data.domain == "stdlib:code"
 
 
 def test_the_verb_without_options_is_the_same(here, asked, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train"])
-    assert train.main() == 0
+    assert train_main() == 0
     assert asked[0][0].output == str(here / "runs" / "quickstart")

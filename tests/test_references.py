@@ -11,14 +11,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from llama_pro_fast import references as module
-from llama_pro_fast.batch import IGNORE_INDEX
 from llama_pro_fast.config import DataConfig, Source
-from llama_pro_fast.data import TokenSplit, TokenStore, resolve_sources, tokenize_source
 from llama_pro_fast.data.corpus import HeldOut
 from llama_pro_fast.data.documents import is_held_out
+from llama_pro_fast.data.sources import resolve_sources
 from llama_pro_fast.data.tokenizer import train_tokenizer
-from llama_pro_fast.references import references
+from llama_pro_fast.data.tokens import TokenSplit, TokenStore, tokenize_source
+from llama_pro_fast.evaluation import baselines as module
+from llama_pro_fast.evaluation.baselines import references
+from llama_pro_fast.model.batch import IGNORE_INDEX
 
 SIZE = 290
 SHARE = 0.3

@@ -7,18 +7,3 @@
 
 Reading and tokenising import pyarrow and transformers when they need them; packing needs only NumPy and PyTorch.
 """
-
-from llama_pro_fast.data.packing import HeldOutSample, PackedDataset
-from llama_pro_fast.data.sources import ResolvedSource, resolve_sources
-from llama_pro_fast.data.tokens import TokenSplit, TokenStore, default_cache, tokenize_source
-
-__all__ = [
-    "HeldOutSample",
-    "PackedDataset",
-    "ResolvedSource",
-    "TokenSplit",
-    "TokenStore",
-    "default_cache",
-    "resolve_sources",
-    "tokenize_source",
-]

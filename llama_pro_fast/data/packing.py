@@ -26,9 +26,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from llama_pro_fast.batch import IGNORE_INDEX, PackedBatch, padded_boundaries
 from llama_pro_fast.data.tokens import TokenSplit, TokenStore
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.model.batch import IGNORE_INDEX, PackedBatch, padded_boundaries
 
 
 class PackedDataset:

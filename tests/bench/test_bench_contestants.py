@@ -14,10 +14,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from workload import OPTIM, SIZES, Runner, Workload, weights_digest
 
-from llama_pro_fast.comparison import adapter_parameters
-from llama_pro_fast.cost import num_parameters, step_cost
-from llama_pro_fast.memory import Job
-from llama_pro_fast.optimizer import Optimizer
+from llama_pro_fast.planning.alternatives import adapter_parameters
+from llama_pro_fast.planning.cost import num_parameters, step_cost
+from llama_pro_fast.planning.job import Job
+from llama_pro_fast.training.optimizer import Optimizer
 
 
 def make(size: str) -> Workload:

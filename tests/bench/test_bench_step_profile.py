@@ -9,7 +9,7 @@ import pytest
 import step_profile
 from workload import Workload
 
-from llama_pro_fast.cost import step_cost
+from llama_pro_fast.planning.cost import step_cost
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llama_pro_fast.batch import IGNORE_INDEX
 from llama_pro_fast.config import DataConfig, Source
-from llama_pro_fast.data import HeldOutSample, TokenSplit, TokenStore, resolve_sources, tokenize_source
 from llama_pro_fast.data.corpus import HeldOut
+from llama_pro_fast.data.packing import HeldOutSample
+from llama_pro_fast.data.sources import resolve_sources
+from llama_pro_fast.data.tokens import TokenSplit, TokenStore, tokenize_source
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.evaluate import evaluate
+from llama_pro_fast.evaluation.held_out import evaluate
+from llama_pro_fast.model.batch import IGNORE_INDEX
 
 quick = settings(deadline=None, max_examples=60)
 

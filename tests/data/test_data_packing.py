@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_pro_fast.batch import IGNORE_INDEX, PackedBatch
-from llama_pro_fast.data import PackedDataset, TokenSplit, TokenStore
+from llama_pro_fast.data.packing import PackedDataset
+from llama_pro_fast.data.tokens import TokenSplit, TokenStore
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.model.batch import IGNORE_INDEX, PackedBatch
 
 quick = settings(deadline=None, max_examples=40)
 

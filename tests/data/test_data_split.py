@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from llama_pro_fast.config import DataConfig, Source
-from llama_pro_fast.data import resolve_sources, tokenize_source
 from llama_pro_fast.data.documents import Document, is_held_out
-from llama_pro_fast.data.sources import ResolvedSource, iterate_documents
+from llama_pro_fast.data.sources import ResolvedSource, iterate_documents, resolve_sources
 from llama_pro_fast.data.tokenizer import train_tokenizer
+from llama_pro_fast.data.tokens import tokenize_source
 from llama_pro_fast.errors import UserError
 
 BOOKS = [f"book {number}" for number in range(30)]

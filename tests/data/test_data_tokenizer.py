@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_pro_fast.config import DataConfig, Source
-from llama_pro_fast.data import resolve_sources, tokenize_source
 from llama_pro_fast.data import tokenizer as module
 from llama_pro_fast.data.documents import is_held_out
-from llama_pro_fast.data.sources import ResolvedSource
+from llama_pro_fast.data.sources import ResolvedSource, resolve_sources
 from llama_pro_fast.data.tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
+from llama_pro_fast.data.tokens import tokenize_source
 from llama_pro_fast.errors import UserError
 
 TEXTS = [f"Document {n}: frozen blocks stay as they are, {'new ones learn ' * (n % 5)}and so on.\n" for n in range(60)]

@@ -16,8 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from llama_pro_fast.config import DataConfig, Source
-from llama_pro_fast.data import TokenStore, resolve_sources, tokenize_source, tokens
+from llama_pro_fast.data import tokens
 from llama_pro_fast.data.documents import is_held_out
+from llama_pro_fast.data.sources import resolve_sources
+from llama_pro_fast.data.tokens import TokenStore, tokenize_source
 from llama_pro_fast.errors import UserError
 
 TEXTS = [f"Document {i}: {'ünïcode 🦙 ' * (i % 7)}and its end.\n" for i in range(60)]

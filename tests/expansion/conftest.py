@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.identity import expand_and_prove
-from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.proof import expand_and_prove
+from llama_pro_fast.hf.folder import PretrainedFolder
 
 MakeBase = Callable[..., PretrainedFolder]
 

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from llama_pro_fast import __version__, cli, expand
+from llama_pro_fast import __version__, cli
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.expand import main as expand_main
+from llama_pro_fast.hf.folder import PretrainedFolder
 
 
 def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -49,7 +50,7 @@ def test_a_verb_gets_its_arguments(make_base, tmp_path, capsys):
 
 def test_a_verbs_help_is_not_an_error(capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.run_entry_point(expand.main, ["--help"])
+        cli.run_entry_point(expand_main, ["--help"])
     assert stopped.value.code == 0
     assert "--expand.groups" in capsys.readouterr().out
 

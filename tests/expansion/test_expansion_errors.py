@@ -9,11 +9,12 @@ import signal
 
 import pytest
 
-from llama_pro_fast import expand, expansion, manifest
 from llama_pro_fast.cli import run_entry_point
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.identity import expand_and_prove
-from llama_pro_fast.pretrained import INDEX_FILE, SINGLE_FILE, PretrainedFolder
+from llama_pro_fast.expand import main as expand_main
+from llama_pro_fast.expansion import manifest, rewrite
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.proof import expand_and_prove
+from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
 
 from .conftest import edit_config, left_behind
 
@@ -26,7 +27,7 @@ def refused(tmp_path, capsys):
         before = sorted(left_behind(tmp_path))
         capsys.readouterr()  # saving the base shows a progress bar
         argv = [str(tmp_path / base), str(tmp_path / out), *(options or ("--expand.groups", "2"))]
-        assert run_entry_point(expand.main, argv) == code
+        assert run_entry_point(expand_main, argv) == code
         printed = capsys.readouterr()
         assert printed.out == ""
         (line,) = printed.err.splitlines()
@@ -140,7 +141,7 @@ def test_too_small_a_disk(make_base, refused, small_disk):
 
 def test_a_disk_that_fills_up_on_the_way(make_base, refused, monkeypatch):
     make_base()
-    write, calls = expansion._write_all, []
+    write, calls = rewrite._write_all, []
 
     def fills_up(file, piece):
         calls.append(len(piece))
@@ -148,7 +149,7 @@ def test_a_disk_that_fills_up_on_the_way(make_base, refused, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(file, piece)
 
-    monkeypatch.setattr(expansion, "_write_all", fills_up)
+    monkeypatch.setattr(rewrite, "_write_all", fills_up)
     refused("No space left on device")
     assert len(calls) == 20
 
@@ -163,7 +164,7 @@ def test_a_disk_that_takes_only_part_of_what_it_is_given():
             return min(3, len(piece))
 
     file = Slow()
-    expansion._write_all(file, memoryview(b"0123456789"))
+    rewrite._write_all(file, memoryview(b"0123456789"))
     assert file.got == b"0123456789"
 
 
@@ -173,13 +174,13 @@ def test_ctrl_c(make_base, refused, monkeypatch):
     def interrupted(file, piece):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(expansion, "_write_all", interrupted)
+    monkeypatch.setattr(rewrite, "_write_all", interrupted)
     refused("interrupted", code=130)
 
 
 def test_a_failed_proof_leaves_nothing(make_base, refused, monkeypatch):
     make_base()
-    for module in (expansion, manifest):
+    for module in (rewrite, manifest):
         monkeypatch.setattr(module, "ZEROED", ("self_attn.o_proj",))
     refused("block 2: its output is not its input")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama_pro_fast import identity
-from llama_pro_fast.identity import IdentityError, expand_and_prove, prove_identity
-from llama_pro_fast.manifest import Manifest
-from llama_pro_fast.pretrained import SINGLE_FILE, PretrainedFolder
+from llama_pro_fast.expansion import proof as proving
+from llama_pro_fast.expansion.manifest import Manifest
+from llama_pro_fast.expansion.proof import IdentityError, expand_and_prove, prove_identity
+from llama_pro_fast.hf.folder import SINGLE_FILE, PretrainedFolder
 
 from .conftest import edit_config, overwrite, tensor_bytes
 
@@ -42,7 +42,7 @@ def test_the_proof_counts_what_it_compared(base, expanded):
 
 
 def test_a_model_too_large_to_load_is_proved_block_by_block(base, expanded, monkeypatch):
-    monkeypatch.setattr(identity, "available_memory", lambda: 1000)
+    monkeypatch.setattr(proving, "available_memory", lambda: 1000)
     proof = prove_identity(base, expanded)
     assert proof.max_logit_difference is None
     assert "memory" in proof.logits_skipped
@@ -172,9 +172,9 @@ def test_an_unexpanded_model_is_refused(base):
 
 
 def test_logits_that_differ_are_caught(base, expanded, monkeypatch):
-    logits = identity._logits
+    logits = proving._logits
     monkeypatch.setattr(
-        identity,
+        proving,
         "_logits",
         lambda folder, *how: [x + (1e-6 if folder is expanded else 0) for x in logits(folder, *how)],
     )
@@ -184,7 +184,7 @@ def test_logits_that_differ_are_caught(base, expanded, monkeypatch):
 
 def test_a_base_that_computes_nan_is_told_from_a_bad_expansion(base, tmp_path):
     overwrite(base, "model.layers.0.self_attn.v_proj.weight", struct.pack("<f", float("nan")))
-    from llama_pro_fast.expansion import ExpansionPlan
+    from llama_pro_fast.expansion.plan import ExpansionPlan
 
     with pytest.raises(IdentityError, match="NaN or infinity enters block 1"):
         expand_and_prove(PretrainedFolder(base.path), tmp_path / "out", ExpansionPlan.from_groups(4, 2))
@@ -207,6 +207,6 @@ def test_what_a_limited_group_has_taken_is_not_available(tmp_path, limit, unlimi
     (tmp_path / usage).write_text(f"{700 * mib}\n")
     (tmp_path / limit).with_name("memory.stat").write_text(f"rss {500 * mib}\n{inactive} {200 * mib}\n")
     (tmp_path / limit).write_text(f"{unlimited}\n")
-    assert identity.available_memory(tmp_path) > 600 * mib, "this machine has too little memory for the test"
+    assert proving.available_memory(tmp_path) > 600 * mib, "this machine has too little memory for the test"
     (tmp_path / limit).write_text(f"{1000 * mib}\n")
-    assert identity.available_memory(tmp_path) == 500 * mib
+    assert proving.available_memory(tmp_path) == 500 * mib

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion import ExpansionPlan, expanded_config
-from llama_pro_fast.manifest import ZEROED, Manifest, ModelId, NewBlock
+from llama_pro_fast.expansion.manifest import ZEROED, Manifest, ModelId, NewBlock
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.rewrite import expanded_config
 
 FIRST = ExpansionPlan.from_groups(4, 2)  # ooXooX
 SECOND = ExpansionPlan.from_after(6, [0, 2])  # oXooXooo; the first generation moves from 2 and 5 to 3 and 7

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llama_pro_fast.config import ExpandConfig
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion import ExpansionPlan
+from llama_pro_fast.expansion.plan import ExpansionPlan
 
 
 @st.composite

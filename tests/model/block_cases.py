@@ -11,9 +11,10 @@ import dataclasses
 import torch
 from torch.nn import functional as F
 
-from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, BlockContext, Recompute
-from llama_pro_fast.families import BlockSpec
+from llama_pro_fast.hf.families import hf_parts
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.block import Block, BlockClass, BlockContext, Recompute
+from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_kernels import select_attention_backend
 
 GQA = BlockSpec(hidden_size=24, intermediate_size=40, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
@@ -40,8 +41,7 @@ def make_tensors(spec: BlockSpec, seed: int = 0) -> dict[str, torch.Tensor]:
     """Packed weights by our names; norms around 1, of either sign, one element 0 and one near it."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
-    for name, parts in spec.tensors().items():
-        shape = (sum(shape[0] for _, shape in parts), *parts[0][1][1:])
+    for name, shape in spec.shapes().items():
         tensor = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         if "norm" in name:
             tensor = 1 + 0.3 * tensor
@@ -91,7 +91,7 @@ def hf_weights(spec: BlockSpec, block: Block, dtype=torch.float64) -> dict[str, 
 
 
 def unpack(spec: BlockSpec, packed: dict[str, torch.Tensor]):
-    for name, parts in spec.tensors().items():
+    for name, parts in hf_parts(spec).items():
         pieces = packed[name].split([shape[0] for _, shape in parts])
         yield from ((hf_name, piece) for (hf_name, _), piece in zip(parts, pieces, strict=True))
 

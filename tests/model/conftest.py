@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.model import load_model
-from llama_pro_fast.pretrained import PretrainedFolder
-from llama_pro_fast.trained import Trained
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.trained import Trained
 
 VOCAB = 80
 

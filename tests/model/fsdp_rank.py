@@ -11,11 +11,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import BlockClass
-from llama_pro_fast.model import Decoder, load_model
-from llama_pro_fast.pretrained import PretrainedFolder
-from llama_pro_fast.trained import Trained
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.block import BlockClass
+from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.model.trained import Trained
 
 RANKS = 2
 TRAINED = [1, 3]

@@ -12,13 +12,13 @@ from block_cases import SPECS, make_block, make_context, make_rows
 from live_storages import LiveStorages
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_pro_fast import block as block_module
-from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import BlockClass, Recompute
-from llama_pro_fast.cost import attention_flops, kept_bytes, matrices, recomputed_flops, step_cost
-from llama_pro_fast.families import BlockSpec
-from llama_pro_fast.model import load_model
-from llama_pro_fast.trained import Trained
+from llama_pro_fast.hf.families import block_spec
+from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.model import block as block_module
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.trained import Trained
+from llama_pro_fast.planning.cost import attention_flops, kept_bytes, matrices, recomputed_flops, step_cost
 from llama_pro_kernels import select_attention_backend
 
 TOKENS = (24, 56)
@@ -232,7 +232,7 @@ def test_a_steps_products_are_those_of_step_cost(family, trained, make_base):
         model.loss(batch, torch.tensor(1.0)).backward()
     products = block_counts.by_kind(counter, "made")["products made"]
     cost = step_cost(folder.config, what, seq_len=12, recompute=recompute)
-    attention_recomputed = attention_flops(BlockSpec.from_config(folder.config, 3), 12)
+    attention_recomputed = attention_flops(block_spec(folder.config, 3), 12)
     assert cost.recomputed > attention_recomputed
     assert products == 24 * (cost.forward + cost.dx + cost.dw + cost.recomputed - attention_recomputed)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockContext
 from llama_pro_fast.config import OptimConfig
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.identity import expand_and_prove
-from llama_pro_fast.manifest import Manifest
-from llama_pro_fast.optimizer import Optimizer
-from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.expansion.manifest import Manifest
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.proof import expand_and_prove
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.block import Block, BlockContext
+from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_kernels import add_rms_norm, attention, rms_norm, rotary, swiglu, trainable_linear
 
 STEPS = 200

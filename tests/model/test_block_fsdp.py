@@ -11,7 +11,7 @@ import fsdp_rank
 import pytest
 import torch
 
-from llama_pro_fast.batch import PackedBatch
+from llama_pro_fast.model.batch import PackedBatch
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

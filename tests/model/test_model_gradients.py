@@ -7,10 +7,10 @@ import torch
 from block_cases import plain_block
 from torch.nn import functional as F
 
-from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import BlockContext
-from llama_pro_fast.families import BlockSpec
-from llama_pro_fast.model import hf_tensors, rotary_tables
+from llama_pro_fast.hf.families import block_spec
+from llama_pro_fast.hf.loading import hf_tensors, rotary_tables
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.block import BlockContext
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 KINDS = {
@@ -61,7 +61,7 @@ def plain_loss(weights: dict[str, torch.Tensor], config, documents) -> torch.Ten
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
         own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-        x = plain_block(x, own, BlockSpec.from_config(config, index), lengths, *tables)
+        x = plain_block(x, own, block_spec(config, index), lengths, *tables)
     x = F.rms_norm(x, x.shape[-1:], weights["model.norm.weight"], config.rms_norm_eps)
     logits = x @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).t()
     return sum(

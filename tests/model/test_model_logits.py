@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.identity import expand_and_prove
-from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.proof import expand_and_prove
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.model.batch import PackedBatch
 
 HALF_HEAD = 2  # head dim 4: two frequencies
 ROPE = {

@@ -7,11 +7,11 @@ import dataclasses
 import torch
 import transformers
 
-from llama_pro_fast.block import Recompute
-from llama_pro_fast.devices import DEVICES
-from llama_pro_fast.job import Job, Question
-from llama_pro_fast.planner import fit, policies
-from llama_pro_fast.trained import Trained
+from llama_pro_fast.model.block import Recompute
+from llama_pro_fast.model.trained import Trained
+from llama_pro_fast.planning.devices import DEVICES
+from llama_pro_fast.planning.job import Job, Question
+from llama_pro_fast.planning.search import fit, policies
 
 NONE, MLP, ALL_BUT_ATTENTION, BLOCK = Recompute
 CARD = dataclasses.replace(

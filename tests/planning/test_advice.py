@@ -8,10 +8,10 @@ import re
 import pytest
 from planner_cases import CARD, JOBS, NONE, job_of, least, peak, question_of
 
-from llama_pro_fast.advice import shortfall, why
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.job import Job, recompute_text
-from llama_pro_fast.planner import best_fit, policies
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.planning.explain import shortfall, why
+from llama_pro_fast.planning.job import Job, recompute_text
+from llama_pro_fast.planning.search import best_fit, policies
 
 # -- where nothing fits --------------------------------------------------------------------------------------------
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from planner_cases import CARD, job_of
 
-from llama_pro_fast import comparison, plan
-from llama_pro_fast.devices import SHARE
-from llama_pro_fast.planner import best_fit
+from llama_pro_fast import plan
+from llama_pro_fast.planning import alternatives
+from llama_pro_fast.planning.devices import SHARE
+from llama_pro_fast.planning.search import best_fit
 from llama_pro_fast.recipe import parse
 
 
@@ -20,7 +21,7 @@ def asked(*argv):
 
 def test_the_first_way_is_the_plan_with_all_that_was_asked_for():
     question, found = asked("--expand.groups", "8", "--train.micro_batch_size", "1", "--train.recompute", "block")
-    first, *others = comparison.ways(question, found)
+    first, *others = alternatives.ways(question, found)
     assert (first.name, first.peak, first.seconds, first.how) == ("this plan", found.peak, found.seconds, "1, block")
     assert [way.name for way in others] == ["8 in the upper half", "full fine-tuning", "LoRA, rank 16"]
 
@@ -36,11 +37,11 @@ def test_the_first_way_is_the_plan_with_all_that_was_asked_for():
     ],
 )
 def test_other_places_are_those_that_differ_and_exist(where, names):
-    assert [way.name for way in comparison.ways(*asked(*where))] == [*names, "LoRA, rank 16"]
+    assert [way.name for way in alternatives.ways(*asked(*where))] == [*names, "LoRA, rank 16"]
 
 
 def test_the_upper_half_costs_less_because_less_has_a_backward():
-    interleaved, upper, *_ = comparison.ways(*asked("--expand.groups", "8"))
+    interleaved, upper, *_ = alternatives.ways(*asked("--expand.groups", "8"))
     assert upper.trained == interleaved.trained
     assert upper.gflop < interleaved.gflop
     assert upper.peak < interleaved.peak
@@ -50,18 +51,18 @@ def test_the_upper_half_costs_less_because_less_has_a_backward():
 def test_all_ways_take_attentions_backward_for_what_it_is():
     """At 32k tokens it is most of the work, so a convention that left it out would show in the speed."""
     question, found = asked("--expand.groups", "8", "--train.seq_len", "32768")
-    *_, lora = comparison.ways(question, found)
+    *_, lora = alternatives.ways(question, found)
     assert lora.gflop * 1e9 / lora.seconds < 0.96 * SHARE * question.device.flops
 
 
 def test_lora_has_its_adapters_and_no_dw_of_the_base():
     job = job_of(new=(), train_all=True)
-    found = comparison.lora_estimate(job, rank=4, micro_batch_size=1, usable=CARD.usable)
+    found = alternatives.lora_estimate(job, rank=4, micro_batch_size=1, usable=CARD.usable)
     H, I, Q, KV = 256, 688, 256, 128
     per_block = 4 * ((H + Q) + 2 * (H + KV) + (Q + H) + 2 * (H + I) + (I + H))
     assert found.parameters == 8 * per_block
     assert found.cost.dw == 6 * found.parameters
     assert not found.recomputed
-    tight = comparison.lora_estimate(job, rank=4, micro_batch_size=1, usable=found.peak - 1)
+    tight = alternatives.lora_estimate(job, rank=4, micro_batch_size=1, usable=found.peak - 1)
     assert tight.recomputed
     assert tight.peak < found.peak

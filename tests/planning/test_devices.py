@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 
-from llama_pro_fast import devices
-from llama_pro_fast.devices import DEVICES, GIB, _same, available_memory, cpu, present
+from llama_pro_fast.host import available_memory
+from llama_pro_fast.planning import devices
+from llama_pro_fast.planning.devices import DEVICES, GIB, _same, cpu, present
 
 
 def known_as(name: str) -> list[str]:

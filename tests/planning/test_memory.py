@@ -18,20 +18,21 @@ import torch
 import transformers
 from peak_bytes import PeakBytes
 
-from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.block import Block, BlockClass, Recompute
 from llama_pro_fast.config import OptimConfig
-from llama_pro_fast.evaluate import evaluate
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.families import BlockSpec
-from llama_pro_fast.job import Job, expanded_shape
-from llama_pro_fast.layers import Embedding, RMSNorm
-from llama_pro_fast.memory import StepMemory, _attention_scratch, evaluation_memory, states_bytes, step_memory
-from llama_pro_fast.model import Decoder, rotary_tables
-from llama_pro_fast.optimizer import Optimizer
-from llama_pro_fast.planner import policies
-from llama_pro_fast.pretrained import find_config
-from llama_pro_fast.trained import Trained
+from llama_pro_fast.evaluation.held_out import evaluate
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.hf.config import find_config
+from llama_pro_fast.hf.families import block_spec
+from llama_pro_fast.hf.loading import rotary_tables
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.block import Block, BlockClass, Recompute
+from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.model.layers import Embedding, RMSNorm
+from llama_pro_fast.model.trained import Trained
+from llama_pro_fast.planning.job import Job, expanded_shape
+from llama_pro_fast.planning.memory import StepMemory, _attention_scratch, evaluation_memory, states_bytes, step_memory
+from llama_pro_fast.planning.search import policies
+from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_kernels import implementation_name
 
 fp32, bf16 = torch.float32, torch.bfloat16
@@ -166,7 +167,7 @@ def make_model(job: Job, recompute: tuple[Recompute, ...] = (NONE,) * LAYERS) ->
         blocks=[
             Block(
                 spec,
-                {name: drawn(sum(s[0] for _, s in parts), *parts[0][1][1:]) for name, parts in spec.tensors().items()},
+                {name: drawn(*shape) for name, shape in spec.shapes().items()},
                 block_class=block_class,
                 compute_dtype=job.dtype,
                 recompute=policy,
@@ -366,7 +367,7 @@ def test_newer_flash_attention_pads_every_document_by_a_block(
     if heads > kv_heads:
         shapes += 2 * [(kv_heads, kv * padded_head_dim)]
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-    spec = BlockSpec.from_config(transformers.LlamaConfig(**sizes), 0)
+    spec = block_spec(transformers.LlamaConfig(**sizes), 0)
     per_token, more = _attention_scratch(attention, spec, 2, 4, tokens, 1, documents)
     assert tokens * per_token + more == 4 * sum(map(math.prod, shapes))
 

@@ -12,9 +12,11 @@ import huggingface_hub
 import pytest
 from rich.console import Console
 
-from llama_pro_fast import console, expand, plan, shapes
+from llama_pro_fast import console, plan
 from llama_pro_fast.cli import run_entry_point
-from llama_pro_fast.devices import DEVICES
+from llama_pro_fast.expand import main as expand_main
+from llama_pro_fast.hf import known_shapes
+from llama_pro_fast.planning.devices import DEVICES
 from llama_pro_fast.recipe import parse
 
 LLAMA_7B, LLAMA_8B, LLAMA_70B = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-2-70b-hf"
@@ -170,7 +172,7 @@ def test_the_price_is_of_the_hours(said):
 
 @pytest.mark.parametrize("gpu", ["h100", "4090", "cpu"])
 def test_the_json_agrees_with_what_is_said(said, tmp_path, gpu, monkeypatch):
-    monkeypatch.setattr("llama_pro_fast.devices.available_memory", lambda: 100 * 2**30)
+    monkeypatch.setattr("llama_pro_fast.planning.devices.available_memory", lambda: 100 * 2**30)
     path = tmp_path / "plan.json"
     code, _, text = said("--model.path", LLAMA_7B, "--gpu", gpu, "--expand.groups", 8, "--json", path)
     figures = json.loads(path.read_text())
@@ -271,7 +273,9 @@ def test_a_recipe_is_planned_and_options_win(said):
 def test_of_a_folder_only_the_config_is_read(said, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(shapes.SHAPES[LLAMA_7B] | {"architectures": ["LlamaForCausalLM"]}))
+    (folder / "config.json").write_text(
+        json.dumps(known_shapes.SHAPES[LLAMA_7B] | {"architectures": ["LlamaForCausalLM"]})
+    )
     code, _, text = said("--model.path", folder, "--gpu", "h100", "--expand.groups", 8)
     assert code == 0
     assert "38.18 GFLOP a token" in text
@@ -279,7 +283,7 @@ def test_of_a_folder_only_the_config_is_read(said, tmp_path):
 
 def test_an_expanded_folder_says_itself_what_trains(said, make_base, tmp_path):
     make_base()
-    assert expand.main([str(tmp_path / "base"), str(tmp_path / "expanded"), "--expand.after", "0,2"]) == 0
+    assert expand_main([str(tmp_path / "base"), str(tmp_path / "expanded"), "--expand.after", "0,2"]) == 0
     for path in (tmp_path / "expanded").glob("*.safetensors*"):
         path.unlink()
     path = tmp_path / "plan.json"
@@ -339,7 +343,7 @@ def test_copies_go_with_the_places_of_a_recipe(said):
 
 
 def test_small_figures_are_not_rounded_to_nothing(said, monkeypatch):
-    monkeypatch.setattr("llama_pro_fast.devices.available_memory", lambda: 2**34)
+    monkeypatch.setattr("llama_pro_fast.planning.devices.available_memory", lambda: 2**34)
     code, _, printed = said(
         "--model.path", "builtin:prose-3m", "--gpu", "cpu", "--expand.groups", 3, "--train.batch_size", 1
     )

@@ -11,24 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_cases import ALL_BUT_ATTENTION, BLOCK, CARD, JOBS, MLP, NONE, job_of, least, peak, question_of
 
-from llama_pro_fast import planner
-from llama_pro_fast.block import BlockClass, Recompute
-from llama_pro_fast.cost import kept_bytes, recomputed_flops, step_cost
-from llama_pro_fast.devices import DEVICES
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.families import BlockSpec
-from llama_pro_fast.job import Job, expanded_shape, parse_recompute, recompute_text
-from llama_pro_fast.memory import low_precision_bytes
-from llama_pro_fast.planner import (
-    HOST_BACKWARD,
-    HOST_FORWARD,
-    NEARLY,
-    best_fit,
-    fit,
-    policies,
-)
-from llama_pro_fast.pretrained import find_config
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.hf.config import find_config
+from llama_pro_fast.hf.families import block_spec
+from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.planning import search
+from llama_pro_fast.planning.cost import kept_bytes, recomputed_flops, step_cost
+from llama_pro_fast.planning.devices import DEVICES
+from llama_pro_fast.planning.job import Job, expanded_shape, parse_recompute, recompute_text
+from llama_pro_fast.planning.memory import low_precision_bytes
+from llama_pro_fast.planning.search import HOST_BACKWARD, HOST_FORWARD, NEARLY, best_fit, fit, policies
 
 
 def sizes(batch_size: int) -> list[int]:
@@ -301,7 +294,7 @@ def test_time_is_products_and_attention_at_a_share_and_traffic_at_the_bandwidth(
     job, tokens = JOBS["usual"], 8 * 512
     question, ways = question_of(job, batch_size=8), {}
     for share in (0.2, 0.4):
-        monkeypatch.setattr(planner, "SHARE", share)
+        monkeypatch.setattr(search, "SHARE", share)
         for size in (1, 2, 8):
             ways[size, share] = fit(question, micro_batch_size=size, recompute=(NONE,) * 8)
     # Half the share, twice the time of what is computed; the traffic stays.
@@ -369,6 +362,6 @@ def test_a_copy_attends_as_its_source_does():
     plan = ExpansionPlan.from_after(4, [0, 3], 1)
     changed = expanded_shape(base, plan)
     assert changed.layer_types == [kinds[0], kinds[0], kinds[1], kinds[2], kinds[3], kinds[3]]
-    windows = [BlockSpec.from_config(changed, index).window for index in range(6)]
+    windows = [block_spec(changed, index).window for index in range(6)]
     assert windows == [16, 16, None, 16, None, None]
     assert base.layer_types == kinds

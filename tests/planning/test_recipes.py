@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from llama_pro_fast.devices import DEVICES, GIB
-from llama_pro_fast.job import recompute_text
 from llama_pro_fast.plan import OWN, question_of
-from llama_pro_fast.planner import best_fit
+from llama_pro_fast.planning.devices import DEVICES, GIB
+from llama_pro_fast.planning.job import recompute_text
+from llama_pro_fast.planning.search import best_fit
 from llama_pro_fast.recipe import RECIPES, packaged_recipes, parse
 
 LOCAL = ("prose-3m", "quickstart")  # for any machine

@@ -12,18 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from llama_pro_fast import train
-from llama_pro_fast.checkpoint import complete_checkpoints
 from llama_pro_fast.cli import run_entry_point
-from llama_pro_fast.config import (
-    DataConfig,
-    EvalConfig,
-    ExpandConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
+from llama_pro_fast.config import DataConfig, EvalConfig, ExpandConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from llama_pro_fast.train import main as train_main
+from llama_pro_fast.training import loop
+from llama_pro_fast.training.checkpoint import complete_checkpoints
+from llama_pro_fast.training.run import run_training
 
 TEXT = "the block copies its input until training moves it away from that and only new blocks learn, others stay"
 WORDS = TEXT.replace(",", "").split()
@@ -152,7 +146,7 @@ def finished(tmp_path_factory):
     def get(make_config) -> Path:
         if "run" not in made:
             run = tmp_path_factory.mktemp("finished") / "run"
-            train.run(make_config(output=str(run)))
+            run_training(make_config(output=str(run)))
             made["run"] = run
         return made["run"]
 
@@ -164,7 +158,7 @@ def stopped_at_2(monkeypatch):
     """A run that is asked to stop in its second step, as by Ctrl-C."""
 
     def run(config: RunConfig) -> None:
-        step, calls = train.train_step, []
+        step, calls = loop.train_step, []
 
         def counted(*arguments):
             calls.append(1)
@@ -173,8 +167,8 @@ def stopped_at_2(monkeypatch):
             return step(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "train_step", counted)
-            assert train.run(config) is None
+            patch.setattr(loop, "train_step", counted)
+            assert run_training(config) is None
 
     return run
 
@@ -224,7 +218,7 @@ def refused(cli, base, texts, tmp_path, tmp_path_factory):
         }
         options |= {key.replace("__", "."): value for key, value in changes.items()}
         argv = [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
-        code, _, err = cli(train.main, *argv)
+        code, _, err = cli(train_main, *argv)
         assert_refused(code, err, *fragments)
         assert not complete_checkpoints(tmp_path / "run")
         assert not (tmp_path / "run" / "export").exists()

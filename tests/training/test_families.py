@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llama_pro_fast import train
-from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.families import FAMILIES, BlockSpec
-from llama_pro_fast.model import load_model
-from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.hf.families import FAMILIES, block_spec
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.training.run import run_training
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 GROUPS = {"groups": 2}
@@ -45,11 +45,11 @@ def test_loads_expands_trains_exports_and_reloads(name, base_of, make_config, tm
     config, expand, windows = TABLE[name]
     base = base_of(**config)
     as_old_checkpoints_have_it(base)
-    train.run(make_config(model={"path": str(base)}, expand=expand))
+    run_training(make_config(model={"path": str(base)}, expand=expand))
     run = tmp_path / "run"
 
     original, expanded, exported = (PretrainedFolder(path) for path in (base, run / "expanded", run / "export"))
-    assert [BlockSpec.from_config(exported.config, index).window for index in range(len(windows))] == windows
+    assert [block_spec(exported.config, index).window for index in range(len(windows))] == windows
     assert expanded.raw_config.get("layer_types") == exported.raw_config.get("layer_types")
     changed = {name for name in expanded.entries if expanded.digest(name) != exported.digest(name)}
     new = tuple(f"model.layers.{index}." for index in ((2, 5) if expand is GROUPS else (2, 3, 6, 7)))
@@ -87,7 +87,7 @@ def as_old_checkpoints_have_it(folder):
 def test_a_rule_on_the_blocks_number_follows_the_blocks(base_of, make_config, tmp_path):
     """Older readers know `max_window_layers` only: it moves with the first block that has a window."""
     base = base_of(family="qwen2", **SLIDING)
-    train.run(make_config(model={"path": str(base)}, train={"steps": 1}))
+    run_training(make_config(model={"path": str(base)}, train={"steps": 1}))
     config = json.loads((tmp_path / "run" / "expanded" / "config.json").read_text())
     assert config["layer_types"] == ["full_attention"] * 3 + ["sliding_attention"] * 3
     assert config["max_window_layers"] == 3
@@ -99,7 +99,7 @@ def test_a_window_shorter_than_the_sequences_chooses_the_backend(base_of, make_c
         config = make_config(
             model={"path": str(base)}, train={"steps": 1, "seq_len": seq_len}, output=str(tmp_path / str(seq_len))
         )
-        train.run(config)
+        run_training(config)
         assert f"attention: {attention}" in (tmp_path / str(seq_len) / "config.yaml").read_text()
 
 

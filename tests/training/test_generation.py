@@ -11,17 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_pro_fast import generation, train
-from llama_pro_fast.data import resolve_sources
 from llama_pro_fast.data.documents import is_held_out
-from llama_pro_fast.data.sources import iterate_documents
+from llama_pro_fast.data.sources import iterate_documents, resolve_sources
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.generation import TIE, ExportCheck, compare_greedy, greedy, stock_greedy
-from llama_pro_fast.manifest import Manifest
-from llama_pro_fast.model import Decoder, load_model
-from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.evaluation import export_check
+from llama_pro_fast.evaluation.export_check import TIE, ExportCheck, compare_greedy, greedy, stock_greedy
+from llama_pro_fast.expansion.manifest import Manifest
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.recipe import load_config
-from llama_pro_fast.run_folder import first_free
+from llama_pro_fast.training import run as run_module
+from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.run_folder import first_free
 
 NEW = 8
 
@@ -125,7 +127,7 @@ def tie(export, prompts, monkeypatch):
             return continuations, logits
 
         theirs[0][place:] = [(token + 1) % 320 for token in theirs[0][place:]]
-        monkeypatch.setattr(generation, "greedy", close)
+        monkeypatch.setattr(export_check, "greedy", close)
         return compare_greedy(export, model, prompts, theirs, dtype=dtype)
 
     return make
@@ -160,7 +162,7 @@ def test_a_logit_that_is_not_finite_is_no_agreement(export, prompts, monkeypatch
         return continuations, logits
 
     theirs = stock(export, prompts)
-    monkeypatch.setattr(generation, "greedy", broken)
+    monkeypatch.setattr(export_check, "greedy", broken)
     with pytest.raises(UserError, match="do not use this export"):
         compare_greedy(export, ours(export), prompts, theirs, dtype=torch.float32)
 
@@ -190,11 +192,11 @@ def test_a_tensor_that_transformers_misses_or_does_not_know_is_named(export, pro
 
 def test_a_run_reads_its_export_back_and_shows_a_held_out_document(make_config):
     config = make_config()
-    summary = train.run(config)
+    summary = run_training(config)
     found, sample = summary["export_check"], summary["sample"]
     assert found["equal"] == found["compared"] == 3 * 16
     after = next(row["after"]["loss"] for row in summary["results"] if row["role"] == "domain")
-    assert found["loss"] == pytest.approx(after, abs=generation.NARROWED["BF16"])
+    assert found["loss"] == pytest.approx(after, abs=export_check.NARROWED["BF16"])
     assert found["said"] == f"read back: loss {found['loss']:.4f}; in stock transformers 48 of 48 greedy tokens equal"
 
     source = resolve_sources(config.data)[0]
@@ -213,14 +215,14 @@ def exporting(monkeypatch):
     """Do something to the export before it is read back."""
 
     def to(change) -> None:
-        export_run = train.export_run
+        export_run = run_module.export_run
 
         def changed(run: Path, *arguments):
             folder, step = export_run(run, *arguments)
             change(run, folder)
             return folder, step
 
-        monkeypatch.setattr(train, "export_run", changed)
+        monkeypatch.setattr(run_module, "export_run", changed)
 
     return to
 
@@ -228,13 +230,13 @@ def exporting(monkeypatch):
 def test_an_export_that_is_not_what_was_trained_is_refused(make_config, exporting, cli, tmp_path):
     """Weights from before the first step load everywhere and continue everywhere alike; their loss tells."""
     exporting(lambda run, folder: shutil.copy(run / "expanded" / "model.safetensors", folder))
-    code, _, err = cli(lambda argv: train.run(make_config()) and 0)
+    code, _, err = cli(lambda argv: run_training(make_config()) and 0)
     cli.refused(code, err, tmp_path / "run" / "export", "loss of", "do not use this export")
 
 
 def test_an_export_that_transformers_reads_otherwise_ends_the_run_as_an_error(make_config, cli, monkeypatch, tmp_path):
-    monkeypatch.setattr(generation, "stock_greedy", lambda folder, prompts, new, *_: [[0] * new for _ in prompts])
-    code, _, err = cli(lambda argv: train.run(make_config()) and 0)
+    monkeypatch.setattr(export_check, "stock_greedy", lambda folder, prompts, new, *_: [[0] * new for _ in prompts])
+    code, _, err = cli(lambda argv: run_training(make_config()) and 0)
     cli.refused(code, err, tmp_path / "run" / "export", "do not use this export")
     # What the run measured stands all the same.
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
@@ -245,9 +247,9 @@ def test_an_export_that_transformers_reads_otherwise_ends_the_run_as_an_error(ma
 
 
 def test_where_memory_is_short_it_is_said_and_nothing_is_loaded(make_config, monkeypatch, capsys):
-    monkeypatch.setattr(generation, "available_memory", lambda: 1000)
-    monkeypatch.setattr(generation, "stock_greedy", lambda *_: pytest.fail("loaded"))
-    summary = train.run(make_config(train={"steps": 1}))
+    monkeypatch.setattr(export_check, "available_memory", lambda: 1000)
+    monkeypatch.setattr(export_check, "stock_greedy", lambda *_: pytest.fail("loaded"))
+    summary = run_training(make_config(train={"steps": 1}))
     assert (summary["export_check"]["equal"], summary["export_check"]["compared"]) == (0, 0)
     assert summary["sample"] is None
     said = summary["export_check"]["said"]
@@ -259,17 +261,17 @@ def test_where_memory_is_just_enough_it_is_read(make_config, export, monkeypatch
     """The bound is on the weights in the dtype of the run, with a fifth to spare."""
     parameters = sum(tensor.numel() for tensor in load_file(export / "model.safetensors").values())
     for free, read in ((1.19, False), (1.21, True)):
-        monkeypatch.setattr(generation, "available_memory", lambda free=free: int(free * 4 * parameters))
+        monkeypatch.setattr(export_check, "available_memory", lambda free=free: int(free * 4 * parameters))
         config = make_config(train={"steps": 1}, output=str(tmp_path / f"run-{free}"))
-        assert (train.run(config)["export_check"]["compared"] > 0) == read
+        assert (run_training(config)["export_check"]["compared"] > 0) == read
 
 
 def test_a_card_that_is_full_after_all_is_no_failure_of_the_run(make_config, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(train, "read_export_back", full)
-    said = train.run(make_config(train={"steps": 1}))["export_check"]["said"]
+    monkeypatch.setattr(run_module, "read_export_back", full)
+    said = run_training(make_config(train={"steps": 1}))["export_check"]["said"]
     assert said == "not read back: no memory left on the device"
 
 
@@ -278,13 +280,13 @@ def test_a_run_killed_while_its_export_is_read_back_is_resumed_into_that(make_co
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "read_export_back", killed)
+        patch.setattr(run_module, "read_export_back", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.run(make_config(train={"steps": 1}))
+            run_training(make_config(train={"steps": 1}))
     assert "not read back yet" in (tmp_path / "run" / "report" / "summary.md").read_text()
     with pytest.raises(UserError, match="interrupted run, saved at step 1 of 1"):
         first_free(tmp_path / "run")
-    summary = train.run(load_config(tmp_path / "run"), resume=True)
+    summary = run_training(load_config(tmp_path / "run"), resume=True)
     assert summary["export_check"]["compared"] > 0
     assert first_free(tmp_path / "run") == tmp_path / "run-2"
 
@@ -292,7 +294,7 @@ def test_a_run_killed_while_its_export_is_read_back_is_resumed_into_that(make_co
 def test_short_documents_are_gone_on_from_too(make_config, tmp_path):
     rows = [f'{{"text": "text {number}"}}\n' for number in range(200)]
     (tmp_path / "short.jsonl").write_text("".join(rows))
-    summary = train.run(make_config(data={"domain": str(tmp_path / "short.jsonl")}, train={"steps": 1}))
+    summary = run_training(make_config(data={"domain": str(tmp_path / "short.jsonl")}, train={"steps": 1}))
     assert summary["export_check"]["compared"] > 0
     assert summary["sample"]["prompt"]
 
@@ -304,5 +306,5 @@ def test_reading_back_leaves_the_export_as_it_is(make_config, exporting, tmp_pat
         before.update({path.name: path.read_bytes() for path in folder.iterdir()})
 
     exporting(note)
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "export").iterdir()} == before

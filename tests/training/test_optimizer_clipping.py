@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from llama_pro_fast.config import OptimConfig
-from llama_pro_fast.optimizer import Optimizer
+from llama_pro_fast.training.optimizer import Optimizer
 
 # An eps that counts, else AdamW would not see by what its gradients are multiplied.
 CONFIG = OptimConfig(lr=1e-2, schedule="wsd", warmup_steps=0, decay_steps=0, clip=1.0, eps=0.1)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llama_pro_fast import train
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.recipe import load_config, parse
-from llama_pro_fast.run_folder import claimed, first_free, resume_command, shown
+from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.run_folder import claimed, first_free, resume_command, shown
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_an_interrupted_run_is_to_be_resumed_by_the_command_that_is_said(here, m
     command = "llama-pro-fast train --output 'my run' --resume"
     assert f"go on with  {command}  (" in message
     request = parse(shlex.split(command)[2:])
-    assert train.run(request.config, resume=request.resume)["steps"] == 4
+    assert run_training(request.config, resume=request.resume)["steps"] == 4
     assert first_free(Path("my run")) == Path("my run-2")
 
 

@@ -9,14 +9,17 @@ import threading
 import pytest
 import yaml
 
-from llama_pro_fast import expand, plan, train
+from llama_pro_fast import plan
 from llama_pro_fast.config import MAY_STAY_OPEN, OptimConfig, Settled, options
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.manifest import what_trains
-from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
+from llama_pro_fast.expand import main as expand_main
+from llama_pro_fast.expansion.manifest import what_trains
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.hf.digest import folder_digest
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.recipe import load_config, parse
-from llama_pro_fast.trained import Trained
+from llama_pro_fast.training.run import run_training
 
 OPEN = {"device": "auto", "dtype": "auto", "micro_batch_size": None, "checkpoint_every": None, "threads": None}
 
@@ -31,11 +34,11 @@ def test_the_callers_configuration_stays_and_serves_twice_and_in_a_thread(make_c
     for name in ("first", "second", "in a thread"):
         own = dataclasses.replace(config, output=str(tmp_path / name))
         if name == "in a thread":
-            worker = threading.Thread(target=train.run, args=(own,))
+            worker = threading.Thread(target=run_training, args=(own,))
             worker.start()
             worker.join()
         else:
-            assert train.run(own) is not None
+            assert run_training(own) is not None
         assert own == dataclasses.replace(before, output=own.output)
     assert digest(tmp_path / "first") == digest(tmp_path / "second") == digest(tmp_path / "in a thread")
 
@@ -70,7 +73,7 @@ def test_a_configuration_cannot_be_changed():
 
 
 def test_what_trains_is_the_same_before_and_after_the_expansion(base, tmp_path):
-    assert expand.main([str(base), str(tmp_path / "expanded"), "--expand.groups", "2"]) == 0
+    assert expand_main([str(base), str(tmp_path / "expanded"), "--expand.groups", "2"]) == 0
     folder, new = PretrainedFolder(base), ExpansionPlan.from_groups(4, 2)
     expanded = PretrainedFolder(tmp_path / "expanded").raw_config
     after = what_trains(expanded, parameters="new_blocks", name="")
@@ -81,7 +84,7 @@ def test_what_trains_is_the_same_before_and_after_the_expansion(base, tmp_path):
 
 
 def test_where_the_base_has_trained_too_nothing_is_skipped_for_it(base, tmp_path):
-    assert expand.main([str(base), str(tmp_path / "expanded"), "--expand.groups", "2"]) == 0
+    assert expand_main([str(base), str(tmp_path / "expanded"), "--expand.groups", "2"]) == 0
     raw = PretrainedFolder(tmp_path / "expanded").raw_config
     raw = raw | {"block_expansion": raw["block_expansion"] | {"base_intact": False}}
     found = what_trains(raw, parameters="new_blocks", name="")
@@ -107,7 +110,7 @@ def test_a_run_is_a_model_to_every_verb(make_config, stopped_at_2, finished, tmp
     run = finished(make_config)
     assert plan.main(["--model.path", str(run), "--gpu", "h100"]) == 0
     assert "..XooX" in capsys.readouterr().out
-    assert expand.main([str(run), str(tmp_path / "twice"), "--expand.after", "5"]) == 0
+    assert expand_main([str(run), str(tmp_path / "twice"), "--expand.after", "5"]) == 0
     assert what_trains(PretrainedFolder(tmp_path / "twice").raw_config, parameters="new_blocks", name="").blocks == (6,)
 
     stopped_at_2(make_config())
@@ -115,5 +118,5 @@ def test_a_run_is_a_model_to_every_verb(make_config, stopped_at_2, finished, tmp
     assert plan.main(["--model.path", str(tmp_path / "run"), "--gpu", "h100"]) == 0
     assert not (tmp_path / "run" / "export").exists(), "a plan needs no weights"
     config = make_config(model={"path": str(tmp_path / "run")}, expand={"groups": None}, output=str(tmp_path / "on"))
-    assert train.run(config)["trained_blocks"] == [2, 5]
+    assert run_training(config)["trained_blocks"] == [2, 5]
     assert (tmp_path / "run" / "export").is_dir()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llama_pro_fast import expand, train
+from llama_pro_fast.expand import main as expand_main
+from llama_pro_fast.train import main as train_main
 
 
 def edit(path: Path, **changes) -> None:
@@ -121,7 +122,7 @@ def test_no_new_blocks_and_none_asked_for(refused, base):
 
 
 def test_an_expanded_model_is_not_expanded_again(refused, base, tmp_path, cli):
-    code, _, err = cli(expand.main, base, tmp_path / "expanded", "--expand.groups", 2)
+    code, _, err = cli(expand_main, base, tmp_path / "expanded", "--expand.groups", 2)
     assert code == 0, err
     refused("expanded already", "llama-pro-fast expand", model__path=tmp_path / "expanded")
 
@@ -252,7 +253,7 @@ def test_kernels_that_cannot_be_had(refused, monkeypatch):
     def missing(device, dtype):
         raise ImportError("llama_pro_kernels needs Triton for tensors on cuda: pip install triton")
 
-    monkeypatch.setattr("llama_pro_fast.settle.implementation_name", missing)
+    monkeypatch.setattr("llama_pro_fast.training.settle.implementation_name", missing)
     refused("--train.device", "needs Triton", "pip install triton")
 
 
@@ -276,10 +277,10 @@ def test_wrong_type(refused):
 )
 def test_bad_recipe(cli, tmp_path, recipe, fragments):
     (tmp_path / "recipe.yaml").write_text(recipe)
-    code, _, err = cli(train.main, "--config", tmp_path / "recipe.yaml")
+    code, _, err = cli(train_main, "--config", tmp_path / "recipe.yaml")
     cli.refused(code, err, *fragments)
 
 
 def test_recipe_missing(cli, tmp_path):
-    code, _, err = cli(train.main, "--config", tmp_path / "none.yaml")
+    code, _, err = cli(train_main, "--config", tmp_path / "none.yaml")
     cli.refused(code, err, "none.yaml")

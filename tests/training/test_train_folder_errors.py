@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from llama_pro_fast import export, run_folder, train
-from llama_pro_fast.checkpoint import complete_checkpoints
-from llama_pro_fast.model import Decoder
+from llama_pro_fast.export import main as export_main
+from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.recipe import parse
+from llama_pro_fast.train import main as train_main
+from llama_pro_fast.training import run_folder
+from llama_pro_fast.training.checkpoint import complete_checkpoints
+from llama_pro_fast.training.run import run_training
 
 
 def edit(path: Path, **changes) -> None:
@@ -47,10 +50,10 @@ def test_output_holds_other_files(refused, tmp_path):
 
 
 def test_output_holds_another_run(cli, make_config, tmp_path, base, texts):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     argv = ["--model.path", base, "--data.domain", texts / "domain.jsonl", "--optim.lr", "0.1", "--expand.groups", "2"]
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
-    code, _, err = cli(train.main, *argv, "--output", tmp_path / "run")
+    code, _, err = cli(train_main, *argv, "--output", tmp_path / "run")
     cli.refused(code, err, tmp_path / "run", "--resume", "--overwrite")
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
 
@@ -59,22 +62,22 @@ def test_overwrite_spares_a_folder_that_is_no_run(refused, cli, tmp_path, base, 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_bytes("site_name: Bücher\n".encode("latin-1"))
     argv = ["--model.path", base, "--data.domain", texts / "domain.jsonl", "--optim.lr", "0.1", "--expand.groups", "2"]
-    code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
+    code, _, err = cli(train_main, *argv, "--output", tmp_path / "run", "--overwrite")
     cli.refused(code, err, tmp_path / "run", "not of a run")
     assert (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_overwrite_spares_its_own_inputs(cli, make_config, tmp_path, texts):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     inside = tmp_path / "run" / "export"
     argv = ["--model.path", inside, "--data.domain", texts / "domain.jsonl", "--optim.lr", "0.1"]
-    code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
+    code, _, err = cli(train_main, *argv, "--output", tmp_path / "run", "--overwrite")
     cli.refused(code, err, inside, "lies inside")
     assert (inside / "config.json").exists()
 
 
 def test_overwrite_deletes_nothing_when_the_weights_are_wrong(cli, make_config, tmp_path, copy_of, base, texts):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     folder = copy_of(base)
     edit(folder / "config.json", intermediate_size=96)
     argv = [
@@ -87,13 +90,13 @@ def test_overwrite_deletes_nothing_when_the_weights_are_wrong(cli, make_config, 
         "--expand.groups",
         "2",
     ]
-    code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
+    code, _, err = cli(train_main, *argv, "--output", tmp_path / "run", "--overwrite")
     cli.refused(code, err, "different models")
     assert (tmp_path / "run" / "export" / "config.json").exists()
 
 
 def test_a_kill_while_overwriting_leaves_a_run(make_config, tmp_path, monkeypatch):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     config = make_config(train={"steps": 1})
     rmtree = shutil.rmtree
 
@@ -104,8 +107,8 @@ def test_a_kill_while_overwriting_leaves_a_run(make_config, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.run(config, overwrite=True)
-    train.run(config, overwrite=True)
+            run_training(config, overwrite=True)
+    run_training(config, overwrite=True)
     assert (tmp_path / "run" / "export" / "config.json").exists()
 
 
@@ -122,29 +125,29 @@ def test_an_empty_path_is_not_the_current_folder(refused, key):
 def test_two_runs_do_not_write_one_folder(make_config, tmp_path, cli):
     config = make_config(train={"steps": 1})
     with run_folder.claimed(tmp_path / "run", resume=False, overwrite=False):
-        code, _, err = cli(lambda argv: train.run(config) and 0)
+        code, _, err = cli(lambda argv: run_training(config) and 0)
     cli.refused(code, err, tmp_path / "run", "another run")
 
 
 def test_output_is_a_link_to_an_empty_folder(make_config, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     assert (tmp_path / "disk" / "export" / "config.json").exists()
 
 
 def test_overwrite_deletes_nothing_when_the_new_run_is_refused(cli, make_config, tmp_path, base):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     argv = ["--model.path", base, "--data.domain", tmp_path / "none.jsonl", "--optim.lr", "0.1", "--expand.groups", "2"]
-    code, _, err = cli(train.main, *argv, "--output", tmp_path / "run", "--overwrite")
+    code, _, err = cli(train_main, *argv, "--output", tmp_path / "run", "--overwrite")
     cli.refused(code, err, "none.jsonl")
     assert (tmp_path / "run" / "export" / "config.json").exists()
 
 
 def test_overwrite_starts_anew(make_config, tmp_path):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     (tmp_path / "run" / "metrics.jsonl").write_text("old")
-    train.run(make_config(train={"steps": 1}), overwrite=True)
+    run_training(make_config(train={"steps": 1}), overwrite=True)
     assert "old" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
@@ -152,42 +155,42 @@ def test_overwrite_starts_anew(make_config, tmp_path):
 
 
 def test_resume_without_a_run(cli, tmp_path):
-    code, _, err = cli(train.main, "--output", tmp_path / "none", "--resume")
+    code, _, err = cli(train_main, "--output", tmp_path / "none", "--resume")
     cli.refused(code, err, tmp_path / "none", "no run there")
 
 
 def test_resume_with_another_setting(cli, make_config, tmp_path):
-    train.run(make_config(train={"steps": 1}))
-    code, _, err = cli(train.main, "--output", tmp_path / "run", "--resume", "--optim.lr", "0.5")
+    run_training(make_config(train={"steps": 1}))
+    code, _, err = cli(train_main, "--output", tmp_path / "run", "--resume", "--optim.lr", "0.5")
     cli.refused(code, err, "optim.lr", "0.5", "0.01")
 
 
 def test_resume_on_another_base(make_config, tmp_path, cli):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     with open(tmp_path / "run" / "expanded" / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    code, _, err = cli(train.main, "--output", tmp_path / "run", "--resume")
+    code, _, err = cli(train_main, "--output", tmp_path / "run", "--resume")
     cli.refused(code, err, "expanded", "was made on other weights")
 
 
 def test_resume_on_changed_text(make_config, tmp_path, cli, texts):
     shutil.copy(texts / "domain.jsonl", tmp_path / "mine.jsonl")
-    train.run(make_config(data={"domain": str(tmp_path / "mine.jsonl")}, train={"steps": 1}))
+    run_training(make_config(data={"domain": str(tmp_path / "mine.jsonl")}, train={"steps": 1}))
     with open(tmp_path / "mine.jsonl", "a") as file:
         file.write('{"text": "one more document"}\n')
-    code, _, err = cli(train.main, "--output", tmp_path / "run", "--resume")
+    code, _, err = cli(train_main, "--output", tmp_path / "run", "--resume")
     cli.refused(code, err, "text has changed")
 
 
 def test_damaged_checkpoint(make_config, tmp_path, cli):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     folder = complete_checkpoints(tmp_path / "run")[-1]
     for path in folder.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:100])
-    code, _, err = cli(train.main, "--output", tmp_path / "run", "--resume")
+    code, _, err = cli(train_main, "--output", tmp_path / "run", "--resume")
     cli.refused(code, err, folder, "delete this folder")
-    code, _, err = cli(export.main, tmp_path / "run", tmp_path / "out")
+    code, _, err = cli(export_main, tmp_path / "run", tmp_path / "out")
     cli.refused(code, err, folder)
     assert not (tmp_path / "out").exists()
 
@@ -206,11 +209,11 @@ def test_no_space_for_a_checkpoint_keeps_the_one_before(make_config, tmp_path, c
         return write(*arguments, **options)
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full_disk)
-    code, _, err = cli(lambda argv: train.run(config) and 0)
+    code, _, err = cli(lambda argv: run_training(config) and 0)
     cli.refused(code, err, "step-000004", "No space left", "free space")
     assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-000002"]
     monkeypatch.undo()
-    train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
+    run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
     assert (tmp_path / "run" / "export" / "config.json").exists()
 
 
@@ -230,42 +233,42 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_is_shown(make_config, t
 
     monkeypatch.setattr(Decoder, "loss", poisoned)
     config = make_config(train={"steps": 8, "checkpoint_every": 3})
-    code, _, err = cli(lambda argv: train.run(config) and 0)
+    code, _, err = cli(lambda argv: run_training(config) and 0)
     cli.refused(code, err, "step 5", "not finite", "--resume")
     assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-000003"]
     monkeypatch.undo()
-    train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
+    run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
 
 
 # -- export --------------------------------------------------------------------------------------------------------
 
 
 def test_export_of_what_is_no_run(cli, tmp_path):
-    code, _, err = cli(export.main, tmp_path)
+    code, _, err = cli(export_main, tmp_path)
     cli.refused(code, err, tmp_path, "no run there")
 
 
 def test_export_on_another_base(cli, make_config, tmp_path):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     with open(tmp_path / "run" / "expanded" / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    code, _, err = cli(export.main, tmp_path / "run", tmp_path / "out")
+    code, _, err = cli(export_main, tmp_path / "run", tmp_path / "out")
     cli.refused(code, err, "expanded", "put them back")
     assert not (tmp_path / "out").exists()
 
 
 def test_export_before_the_first_checkpoint(cli, make_config, tmp_path, monkeypatch):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    code, _, err = cli(export.main, tmp_path / "run", tmp_path / "out")
+    code, _, err = cli(export_main, tmp_path / "run", tmp_path / "out")
     cli.refused(code, err, "no complete checkpoint")
 
 
 def test_export_onto_something(cli, make_config, tmp_path):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
-    code, _, err = cli(export.main, tmp_path / "run", tmp_path / "out")
+    code, _, err = cli(export_main, tmp_path / "run", tmp_path / "out")
     cli.refused(code, err, tmp_path / "out", "something there")
     assert (tmp_path / "out" / "precious").exists()

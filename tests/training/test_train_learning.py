@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.config import OptimConfig
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.identity import expand_and_prove
-from llama_pro_fast.manifest import what_trains
-from llama_pro_fast.model import Decoder, load_model
-from llama_pro_fast.optimizer import Optimizer, learning_rate
-from llama_pro_fast.pretrained import PretrainedFolder
+from llama_pro_fast.expansion.manifest import what_trains
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.proof import expand_and_prove
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.training.optimizer import Optimizer, learning_rate
 
 
 @pytest.fixture

@@ -8,15 +8,21 @@ import os
 
 import pytest
 
-from llama_pro_fast import devices, expand, model_folder, settle, train
-from llama_pro_fast.advice import why
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.job import recompute_text
-from llama_pro_fast.manifest import what_trains
-from llama_pro_fast.model import expected_tensors, load_model
-from llama_pro_fast.pretrained import PretrainedFolder, folder_digest, read_config, write_header
+from llama_pro_fast.expand import main as expand_main
+from llama_pro_fast.expansion.manifest import what_trains
+from llama_pro_fast.hf.config import read_config
+from llama_pro_fast.hf.digest import folder_digest
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.known_shapes import SHAPES
+from llama_pro_fast.hf.loading import expected_tensors, load_model
+from llama_pro_fast.hf.safetensors import write_header
+from llama_pro_fast.planning import devices
+from llama_pro_fast.planning.explain import why
+from llama_pro_fast.planning.job import recompute_text
 from llama_pro_fast.recipe import load_config, parse
-from llama_pro_fast.shapes import SHAPES
+from llama_pro_fast.training import loop, model_folder, settle
+from llama_pro_fast.training.run import run_training
 
 GIB = 2**30
 
@@ -27,7 +33,7 @@ def ask(make_config, base_of, tmp_path):
 
     Returns ``(recompute as it is stored, reason, planned peak in bytes)``.
     """
-    expand.main(
+    expand_main(
         [str(base_of(num_hidden_layers=8, intermediate_size=160)), str(tmp_path / "expanded"), "--expand.groups", "2"]
     )
     folder = PretrainedFolder(tmp_path / "expanded")
@@ -44,7 +50,7 @@ def ask(make_config, base_of, tmp_path):
 
 
 def test_what_was_chosen_stands_in_the_resolved_config(make_config, tmp_path, capsys):
-    train.run(make_config(train={"micro_batch_size": None}))
+    run_training(make_config(train={"micro_batch_size": None}))
     said, chosen = capsys.readouterr().out, load_config(tmp_path / "run").train
     assert (chosen.micro_batch_size, chosen.recompute, chosen.attention, chosen.threads) == (4, "none", "cpu_flash", 1)
     assert 0 < chosen.memory < 10_000
@@ -61,7 +67,7 @@ def test_recomputing_changes_nothing_of_a_run(make_config, tmp_path, dtype):
     """Nor does a mixture: weights byte for byte, and every loss; in bf16 too, where `block` keeps no copies."""
     seen = []
     for name in ("none", "block", "..ma.b"):
-        train.run(make_config(train={"recompute": name, "dtype": dtype}, output=str(tmp_path / name)))
+        run_training(make_config(train={"recompute": name, "dtype": dtype}, output=str(tmp_path / name)))
         rows = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses = [(row["kind"], row["step"], row["loss"]) for row in rows]
         seen.append((folder_digest(PretrainedFolder(tmp_path / name / "export")), losses))
@@ -77,8 +83,8 @@ def test_the_policies_reach_the_blocks(make_config, monkeypatch):
         found.append("".join(block.recompute.value[0] for block in model.blocks))
         return model
 
-    monkeypatch.setattr(train, "load_model", watched)
-    train.run(make_config(train={"recompute": "..ma.b", "steps": 1}))
+    monkeypatch.setattr(loop, "load_model", watched)
+    run_training(make_config(train={"recompute": "..ma.b", "steps": 1}))
     assert found == ["nnmanb"]
 
 
@@ -130,7 +136,7 @@ def test_a_resumed_run_keeps_its_choice_whatever_memory_there_is(make_config, st
     before = load_config(tmp_path / "run").train
     monkeypatch.setattr(devices, "available_memory", lambda: 1)
     monkeypatch.setattr(settle, "best_fit", lambda *args, **kwargs: pytest.fail("a resumed run was planned again"))
-    train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
+    run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
     assert load_config(tmp_path / "run").train == before
     assert (tmp_path / "run" / "export" / "config.json").exists()
 

@@ -15,16 +15,19 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_pro_fast import export, train
-from llama_pro_fast.batch import PackedBatch
-from llama_pro_fast.checkpoint import complete_checkpoints, load
 from llama_pro_fast.config import Source
 from llama_pro_fast.data.corpus import Corpus
-from llama_pro_fast.manifest import Manifest
-from llama_pro_fast.model import load_model
-from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
+from llama_pro_fast.expansion.manifest import Manifest
+from llama_pro_fast.export import main as export_main
+from llama_pro_fast.hf.digest import folder_digest
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.recipe import parse, to_dict
-from llama_pro_fast.report import read_metrics, summarise
+from llama_pro_fast.training.checkpoint import complete_checkpoints, load
+from llama_pro_fast.training.metrics import read_metrics
+from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.summary import summarise
 
 
 def losses(run: Path) -> list[tuple]:
@@ -122,7 +125,7 @@ def test_export_by_hand_of_a_crashed_run(make_config, tmp_path, cli):
     wait_for(lambda: len(complete_checkpoints(tmp_path / "run")) > 0, process)
     process.kill()
     process.wait()
-    code, out, err = cli(export.main, tmp_path / "run", tmp_path / "by-hand")
+    code, out, err = cli(export_main, tmp_path / "run", tmp_path / "by-hand")
     assert code == 0, err
     assert "by-hand" in out
     AutoModelForCausalLM.from_pretrained(tmp_path / "by-hand")
@@ -135,7 +138,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, m
     """SIGINT saves at the end of the step; after SIGKILL the last complete checkpoint counts. Rows of the log fall
     between checkpoints, and are the same too."""
     length = {"steps": 60, "checkpoint_every": 7, "log_every": 4, "dtype": dtype}
-    train.run(make_config(train=length, eval={"every": 10}, output=str(tmp_path / "whole")))
+    run_training(make_config(train=length, eval={"every": 10}, output=str(tmp_path / "whole")))
 
     process = start(make_config(train=length, eval={"every": 10}), tmp_path)
     run = tmp_path / "run"
@@ -147,7 +150,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, m
     if number == signal.SIGINT:
         assert f"llama-pro-fast train --output {run} --resume" in output
     request = parse(["--output", str(run), "--resume"])
-    train.run(request.config, resume=request.resume)
+    run_training(request.config, resume=request.resume)
     assert losses(run) == losses(tmp_path / "whole")
     assert digests(run / "export") == digests(tmp_path / "whole" / "export")
 
@@ -171,21 +174,21 @@ def test_a_stopped_run_resumes_by_the_same_command_from_anywhere(stopped_at_2, t
     stopped_at_2(parse(command).config)
     request = parse([*command, "--resume"])
     monkeypatch.chdir(tmp_path)
-    assert train.run(request.config, resume=True)["steps"] == 4
+    assert run_training(request.config, resume=True)["steps"] == 4
 
 
 def test_a_moved_run_goes_on_where_it_is_now(make_config, stopped_at_2, tmp_path):
     stopped_at_2(make_config(train={"steps": 4, "checkpoint_every": 100}))
     (tmp_path / "run").rename(tmp_path / "moved")
-    train.run(parse(["--output", str(tmp_path / "moved"), "--resume"]).config, resume=True)
+    run_training(parse(["--output", str(tmp_path / "moved"), "--resume"]).config, resume=True)
     assert (tmp_path / "moved" / "export" / "config.json").exists()
     assert not (tmp_path / "run").exists()
 
 
 def test_resuming_a_finished_run_changes_nothing(make_config, tmp_path):
-    summary = train.run(make_config())
+    summary = run_training(make_config())
     before = digests(tmp_path / "run" / "export"), losses(tmp_path / "run")
-    again = train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
+    again = run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
     # The peak is of the processes that ran, this one the second.
     assert again.pop("peak_memory_gib") >= summary.pop("peak_memory_gib")
     assert again == summary
@@ -197,7 +200,7 @@ def test_a_step_is_a_mean_over_its_tokens_however_they_are_spread(make_config, t
     seen = []
     for micro in (1, 2, 4):
         config = make_config(train={"steps": 1, "micro_batch_size": micro}, output=str(tmp_path / str(micro)))
-        train.run(config)
+        run_training(config)
         row = next(row for row in read_metrics(tmp_path / str(micro)) if row["kind"] == "train")
         seen.append((row["loss"], row["grad_norm"]))
     assert seen[1] == pytest.approx(seen[0], rel=1e-5)
@@ -208,7 +211,7 @@ def test_a_sharded_base_is_trained_and_exported_in_its_shards(make_config, token
     model = AutoModelForCausalLM.from_pretrained(make_config().model.path)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
     tokenizer.save_pretrained(tmp_path / "sharded")
-    train.run(make_config(model={"path": str(tmp_path / "sharded")}, train={"steps": 2}))
+    run_training(make_config(model={"path": str(tmp_path / "sharded")}, train={"steps": 2}))
     exported = PretrainedFolder(tmp_path / "run" / "export")
     assert len(exported.files) > 1
     assert exported.files == PretrainedFolder(tmp_path / "sharded").files
@@ -220,23 +223,23 @@ def test_a_sharded_base_is_trained_and_exported_in_its_shards(make_config, token
 def test_after_training_everything_the_meter_no_longer_speaks_of_a_base(make_config, finished, tmp_path, capsys):
     first = finished(make_config)
     everything = {"parameters": "all", "steps": 1}
-    train.run(make_config(model={"path": str(first / "export")}, expand={"groups": None}, train=everything))
+    run_training(make_config(model={"path": str(first / "export")}, expand={"groups": None}, train=everything))
     config = make_config(
         model={"path": str(tmp_path / "run" / "export")},
         expand={"groups": None},
         train={"steps": 1},
         output=str(tmp_path / "next"),
     )
-    train.run(config)
+    run_training(config)
     assert "off: all parameters were trained since" in capsys.readouterr().out
     assert all(row.get("base_loss") is None for row in read_metrics(tmp_path / "next"))
 
 
 def test_a_failed_export_keeps_the_one_before(make_config, tmp_path, cli):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     before = digests(tmp_path / "run" / "export")
     (complete_checkpoints(tmp_path / "run")[-1] / ".metadata").unlink()
-    code, _, err = cli(export.main, tmp_path / "run")
+    code, _, err = cli(export_main, tmp_path / "run")
     assert code == 2
     assert len(err.splitlines()) == 1
     assert digests(tmp_path / "run" / "export") == before
@@ -247,7 +250,7 @@ def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stop
     general.write_text("\n\n".join(path.read_text() * 40 for path in sorted((texts / "general").iterdir())))
     stopped_at_2(make_config(data={"general": str(general)}, train={"steps": 3}))
     general.write_text(general.read_text().upper())
-    summary = train.run(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
+    summary = run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
     assert "the held-out text has changed" in capsys.readouterr().out
     # Before and after are of the new text: its base loss is one figure, and not the old text's.
     (result,) = (row for row in summary["results"] if row["role"] == "general")
@@ -269,7 +272,7 @@ def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stop
 
 
 def test_metrics_of_a_run_from_before_the_text_was_noted_count_from_their_first(make_config, tmp_path):
-    train.run(make_config(train={"steps": 1}))
+    run_training(make_config(train={"steps": 1}))
     rows = read_metrics(tmp_path / "run")
     expected = summarise(tmp_path / "run", {})
     # All of an older version, or the last step of this one.
@@ -282,7 +285,7 @@ def test_metrics_of_a_run_from_before_the_text_was_noted_count_from_their_first(
 
 def test_remains_of_a_save_that_died_are_not_read(make_config, tmp_path):
     config = make_config(train={"steps": 4, "checkpoint_every": 2})
-    train.run(config)
+    run_training(config)
     run = tmp_path / "run"
     expected = digests(run / "export")
     last = complete_checkpoints(run)[-1]
@@ -290,7 +293,7 @@ def test_remains_of_a_save_that_died_are_not_read(make_config, tmp_path):
     (last / ".metadata").write_bytes(b"half")
     (run / "checkpoints" / "step-000003").mkdir()
     request = parse(["--output", str(run), "--resume"])
-    train.run(request.config, resume=True)
+    run_training(request.config, resume=True)
     assert digests(run / "export") == expected
     assert not (run / "checkpoints" / "step-000003").exists()
 
@@ -300,7 +303,7 @@ def test_training_from_scratch_and_on_trained_everything(make_config, base, tmp_
     config = make_config(
         model={"init": "random"}, expand={"groups": None}, train={"parameters": "all", "dtype": "bfloat16"}
     )
-    summary = train.run(config)
+    summary = run_training(config)
     assert "off: all parameters train" in capsys.readouterr().out
     assert summary["trained_parameters"] == summary["parameters"]
     before, after = digests(tmp_path / "run" / "initial"), digests(tmp_path / "run" / "export")
@@ -311,7 +314,7 @@ def test_training_from_scratch_and_on_trained_everything(make_config, base, tmp_
 def test_an_expanded_model_trains_without_another_expansion(make_config, finished, tmp_path):
     """The second stage of training starts from an export; its manifest still says which blocks train."""
     first = finished(make_config)
-    train.run(make_config(model={"path": str(first / "export")}, expand={"groups": None}))
+    run_training(make_config(model={"path": str(first / "export")}, expand={"groups": None}))
     before, after = digests(first / "export"), digests(tmp_path / "run" / "export")
     assert {name.split(".")[2] for name in before if before[name] != after[name]} == {"2", "5"}
     assert folder_digest(PretrainedFolder(first / "export")) != folder_digest(PretrainedFolder(tmp_path / "run/export"))
@@ -329,7 +332,7 @@ def test_general_text_with_a_weight_is_replayed(make_config, texts, tokenizer):
 
 
 def test_without_general_text_the_built_in_prose_is_measured_and_named(make_config, tmp_path, capsys):
-    train.run(make_config(data={"general": None}, train={"steps": 1}))
+    run_training(make_config(data={"general": None}, train={"steps": 1}))
     assert "stdlib:prose (built in, no --data.general given)" in capsys.readouterr().out
     assert {row["source"] for row in read_metrics(tmp_path / "run") if row["kind"] == "eval"} == {
         "domain",

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_pro_fast import model_folder, train
-from llama_pro_fast.data import resolve_sources
+from llama_pro_fast.data.sources import resolve_sources
 from llama_pro_fast.data.tokenizer import train_tokenizer
-from llama_pro_fast.pretrained import PretrainedFolder, folder_digest
+from llama_pro_fast.hf.digest import folder_digest
+from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.recipe import parse
-from llama_pro_fast.report import read_metrics
+from llama_pro_fast.training import model_folder
+from llama_pro_fast.training.metrics import read_metrics
+from llama_pro_fast.training.run import run_training
 
 
 @pytest.fixture
@@ -41,12 +43,12 @@ def as_json(folder: Path) -> dict:
 
 
 def resumed(run: Path) -> dict:
-    return train.run(parse(["--output", str(run), "--resume"]).config, resume=True)
+    return run_training(parse(["--output", str(run), "--resume"]).config, resume=True)
 
 
 def test_the_export_carries_the_tokenizer_of_the_training_text(scratch, tmp_path):
     config = scratch()
-    summary = train.run(config)
+    summary = run_training(config)
     sources = resolve_sources(config.data, default_general=False)
     expected = train_tokenizer(sources, vocab_size=320, held_out=0.1, bos=0, eos=1)
     assert as_json(tmp_path / "run" / "export") == json.loads(expected.backend_tokenizer.to_str())
@@ -58,7 +60,7 @@ def test_the_export_carries_the_tokenizer_of_the_training_text(scratch, tmp_path
 
 
 def test_there_is_no_base_to_compare_with(scratch):
-    summary = train.run(scratch())
+    summary = run_training(scratch())
     assert summary["trained_parameters"] == summary["parameters"]
     assert summary["trained_blocks"] == [0, 1, 2, 3]
     assert summary["sample"]["base"] is None
@@ -69,14 +71,14 @@ def test_there_is_no_base_to_compare_with(scratch):
 def test_weights_are_stored_in_the_configs_dtype(scratch, architecture, tmp_path, dtype):
     path = architecture / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": dtype}))
-    train.run(scratch(train={"steps": 1}))
+    run_training(scratch(train={"steps": 1}))
     expected = {"BF16"} if dtype == "bfloat16" else {"F32"}
     for name in ("initial", "export"):
         assert {entry.dtype for entry in PretrainedFolder(tmp_path / "run" / name).entries.values()} == expected
 
 
 def test_an_interrupted_run_goes_on_with_its_tokenizer(scratch, stopped_at_2, tmp_path):
-    whole = train.run(scratch(output=str(tmp_path / "whole")))
+    whole = run_training(scratch(output=str(tmp_path / "whole")))
     stopped_at_2(scratch())
     assert resumed(tmp_path / "run")["results"] == whole["results"]
     assert as_json(tmp_path / "run" / "export") == as_json(tmp_path / "whole" / "export")
@@ -91,10 +93,10 @@ def test_a_run_that_died_before_its_model_was_there_makes_the_same_tokenizer(scr
     with monkeypatch.context() as patch:
         patch.setattr(model_folder, "make", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.run(scratch())
+            run_training(scratch())
     assert not (tmp_path / "run" / "initial").exists()
     resumed(tmp_path / "run")
-    train.run(scratch(output=str(tmp_path / "whole")))
+    run_training(scratch(output=str(tmp_path / "whole")))
     assert as_json(tmp_path / "run" / "export") == as_json(tmp_path / "whole" / "export")
 
 
@@ -105,8 +107,8 @@ def test_a_resumed_run_needs_the_architectures_folder_no_more(scratch, stopped_a
 
 
 def test_the_tokenizer_in_the_models_folder_is_not_used(scratch, base, tmp_path):
-    train.run(scratch(train={"steps": 1}, output=str(tmp_path / "alone")))
-    train.run(scratch(model={"path": str(base)}, train={"steps": 1}))
+    run_training(scratch(train={"steps": 1}, output=str(tmp_path / "alone")))
+    run_training(scratch(model={"path": str(base)}, train={"steps": 1}))
     assert as_json(base) != as_json(tmp_path / "alone" / "export")
     assert as_json(tmp_path / "run" / "export") == as_json(tmp_path / "alone" / "export")
     assert read_metrics(tmp_path / "run")[0]["loss"] == read_metrics(tmp_path / "alone")[0]["loss"]
@@ -116,11 +118,11 @@ def test_no_file_of_another_tokenizer_is_left_in_the_export(scratch, architectur
     """Some readers take tokenizer.model, or vocab.json and merges.txt, before tokenizer.json."""
     for name in ("tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "LICENSE"):
         (architecture / name).write_text("{}")
-    train.run(scratch(train={"steps": 1}))
+    run_training(scratch(train={"steps": 1}))
     same = {path.name for path in (tmp_path / "run" / "export").iterdir() if path.read_bytes() == b"{}"}
     assert same == {"LICENSE"}
 
 
 def test_with_the_models_tokenizer_its_files_are_the_models(scratch, base, tmp_path):
-    train.run(scratch(model={"path": str(base), "tokenizer": "pretrained"}, train={"steps": 1}))
+    run_training(scratch(model={"path": str(base), "tokenizer": "pretrained"}, train={"steps": 1}))
     assert as_json(tmp_path / "run" / "export") == as_json(base)

@@ -1,0 +1,1 @@
+"""Hugging Face's side: model folders, configs, tensor names."""

@@ -1,0 +1,139 @@
+"""Which folder a model's name means, and what its config.json says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import first_line
+from llama_pro_fast.hf.families import FAMILIES, block_spec, check_rope
+from llama_pro_fast.hf.known_shapes import SHAPES
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILTIN = "builtin:"
+CONFIG_FILE = "config.json"
+
+
+# Side files a model folder may carry that stay true for a deeper model: tokenizer, generation settings, licence.
+COMPANION_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    "generation_config.json",
+    "chat_template*",
+    "LICENSE*",
+    "USE_POLICY*",
+    "NOTICE*",
+)
+
+
+def resolve(path_or_id: str, *, weights: bool = True) -> Path:
+    """The local folder of a model: itself, one in the package (``builtin:name``), or the hub's snapshot of an id such
+    as ``org/name``.
+
+    Args:
+        weights: whether the hub is asked for more than config.json.
+
+    Raises:
+        UserError: neither a folder nor an id the hub gave us.
+    """
+    if path_or_id.startswith(BUILTIN):
+        packaged = {BUILTIN + path.parent.name: path.parent for path in ASSETS.glob(f"*/{CONFIG_FILE}")}
+        if path_or_id not in packaged:
+            raise UserError(f"model {path_or_id}: not in the package; there is {', '.join(sorted(packaged))}")
+        return packaged[path_or_id]
+    if os.path.isdir(path_or_id):
+        return Path(path_or_id)
+    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
+        raise UserError(f"model {path_or_id}: no such folder (and not a hub id of the form org/name)")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                path_or_id,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", *COMPANION_PATTERNS] if weights else CONFIG_FILE,
+                # A second copy of the weights in a format of their authors' own.
+                ignore_patterns=["consolidated*", "original/*"],
+            )
+        )
+    except Exception as error:
+        raise UserError(
+            f"model {path_or_id}: no such folder, and the hub did not give it ({first_line(error)}); "
+            "check the name, the network and, for gated models, `hf auth login`"
+        ) from error
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Any]:
+    """A config.json, as it is written and as transformers takes it.
+
+    Raises:
+        UserError: it is missing, damaged, or of an architecture this project does not know.
+    """
+    raw = _read_json(path, "a Hugging Face model folder has one")
+    architecture, model_type = raw.get("architectures"), raw.get("model_type")
+    if isinstance(architecture, list) and architecture:
+        architecture = architecture[0]
+    known = [(family.architecture, name) for name, family in FAMILIES.items()]
+    if (architecture, model_type) not in known:
+        supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
+        raise UserError(
+            f"{path}: architecture {architecture} of model_type {model_type} is not supported; supported: {supported}"
+        )
+    if raw.get("quantization_config") is not None:
+        raise UserError(f"{path.parent}: the weights are quantised; give the original bf16/fp16/fp32 checkpoint")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path.parent)
+    except Exception as error:
+        # Its first line often says only that something is wrong.
+        raise UserError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from error
+    if config.model_type != model_type:
+        raise UserError(
+            f"{path}: transformers takes this {model_type} for a {config.model_type}, which is not supported; remove "
+            "layer_types if all blocks are alike"
+        )
+    try:
+        check_rope(config)
+        for index in range(config.num_hidden_layers):
+            block_spec(config, index)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if config.hidden_act not in ("silu", "swish"):
+        raise UserError(f"{path}: hidden_act {config.hidden_act} is not supported (silu is)")
+    return raw, config
+
+
+def find_config(path_or_id: str) -> tuple[dict[str, Any], Any]:
+    """A model's config without its weights: of a folder, one in the package, a well-known shape, or from the hub.
+
+    Returns:
+        As :func:`read_config`; of a well-known shape (`shapes.SHAPES`) nothing is read.
+
+    Raises:
+        UserError: as :func:`resolve` and :func:`read_config`.
+    """
+    if path_or_id in SHAPES and not os.path.isdir(path_or_id):
+        shape = SHAPES[path_or_id]
+        return shape, transformers.AutoConfig.for_model(**shape)
+    return read_config(resolve(path_or_id, weights=False) / CONFIG_FILE)
+
+
+def _read_json(path: Path, why: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent}: no {path.name} in it; {why}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({first_line(error)}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; download it again")
+    return content

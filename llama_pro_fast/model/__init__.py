@@ -1,0 +1,1 @@
+"""The decoder: packed batches, blocks, what trains. PyTorch alone: no file, no transformers config."""

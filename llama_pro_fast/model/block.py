@@ -1,0 +1,416 @@
+"""One decoder block, its forward and its backward written out by hand.
+
+    x ── input_layernorm ── qkv_proj ── (q_norm, k_norm) ── rotary ── attention ── o_proj ──┐
+    └────────────────────────────────────────────────────────────────────────────────────── + ── s
+    s ── post_attention_layernorm ── gate_up_proj ── SwiGLU ── down_proj ──┐
+    └───────────────────────────────────────────────────────────────────── + ── y
+
+Weights are packed: q, k and v in one matrix, gate and up in another, so a block is four products. A new block starts as
+an identity because `o_proj` and `down_proj` are zero (LLaMA Pro, section 3.2): both branches add 0.
+
+**Classes.** Where a block lies and whether it trains decides what it does:
+
+    prefix    below the first trained block. It runs without a graph, keeps nothing and has no backward.
+    frozen    above it. Backward computes the gradient of x and no gradient of a weight: one product a matrix.
+    trained   Backward computes the gradients of x and of every weight: two products a matrix. Below the lowest trained
+              block nothing trains, so that block makes no gradient of x and saves qkv_proj's product for it.
+
+**Kept** from forward to backward, by a frozen and by a trained block alike, are those :class:`Activations` that the
+block's policy says (:class:`Recompute`). The others are recomputed by the code of forward in the order of forward, so
+no bit of a gradient changes.
+
+    policy             kept                          recomputed in backward
+    none               x, rstd, qkv, o, lse,         nothing
+                       s, post_rstd, gate_up
+    mlp                all these but gate_up         post_attention_layernorm of s, gate_up_proj
+    all_but_attention  x, o, lse                     o_proj, s, post_attention_layernorm, gate_up_proj;
+                                                     later input_layernorm, qkv_proj, rotary
+    block              x                             all of forward up to gate_up_proj, attention too
+
+In bf16 these are 2(2H + 4) + 4(N + K)D + 4N + 4I bytes a token; 4I less; 2H + 2ND + 4N; 2H (`cost.kept_bytes`).
+
+No policy keeps the rows that leave a norm, or SwiGLU's product. A trained block recomputes them from x, s and gate_up,
+elementwise, for the gradients of the matrices that read them; a frozen block has no such gradients. No policy keeps
+normed q and k: where a block has q_norm and k_norm, qkv is raw, and backward norms and rotates q and k once more.
+down_proj is never recomputed: nothing in backward reads its output.
+
+**Freed.** What forward computes and does not keep is gone when forward returns. What is kept is autograd's until this
+block's backward has returned. Within backward gate_up is overwritten by its own gradient, which is why backward runs
+once. Of what is recomputed, gate_up goes with the MLP's backward, s before attention's, qkv after it, and the rest when
+backward returns.
+
+**Weights.** A prefix or frozen block holds each weight once, in the compute dtype. A trained block holds float32 master
+weights and, where the compute dtype is lower, low-precision copies of its four matrices for the products (layers.py).
+The policy `block` keeps none and casts a matrix for each product. Norms and biases have none. Gradients are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.layers import Linear, RMSNorm
+from llama_pro_fast.model.spec import BlockSpec
+from llama_pro_kernels import (
+    add_rms_norm_forward,
+    attention_backward,
+    attention_forward,
+    linear,
+    linear_dbias,
+    linear_dscale,
+    linear_dw,
+    linear_dx,
+    qk_norm_rotary_backward,
+    qk_norm_rotary_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+    rotary_backward,
+    rotary_forward_,
+    swiglu_backward_,
+    swiglu_forward,
+)
+from llama_pro_kernels.library import Consumed
+
+NORMS = ("input_layernorm", "q_norm", "k_norm", "post_attention_layernorm")
+PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+class BlockClass(Enum):
+    """What backward asks of a block."""
+
+    PREFIX = "prefix"
+    FROZEN = "frozen"
+    TRAINED = "trained"
+
+
+class Recompute(Enum):
+    """What a block recomputes in backward instead of keeping it; the table is above."""
+
+    NONE = "none"
+    MLP = "mlp"
+    ALL_BUT_ATTENTION = "all_but_attention"
+    BLOCK = "block"
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The fields of :class:`Activations` that live from forward to backward."""
+        return _KEPT[self]
+
+
+class Activations(NamedTuple):
+    """What backward reads of forward.
+
+    Attributes:
+        x: ``[T, H]``, the block's input.
+        rstd, post_rstd: ``[T]``, of the two layer norms, in float32 (float64 for float64 activations).
+        qkv: ``[T, (N + 2K)·D]``, rotated; raw where a norm on q and k stands before the rotation.
+        o: ``[T, N, D]``, attention's output.
+        lse: ``[N, T]``, log-sum-exp of attention's scores, in the dtype of ``rstd``.
+        s: ``[T, H]``, the sum between the two branches.
+        gate_up: ``[T, 2I]``.
+    """
+
+    x: Tensor
+    rstd: Tensor
+    qkv: Tensor
+    o: Tensor
+    lse: Tensor
+    s: Tensor
+    post_rstd: Tensor
+    gate_up: Tensor
+
+
+_KEPT = {
+    Recompute.NONE: Activations._fields,
+    Recompute.MLP: ("x", "rstd", "qkv", "o", "lse", "s", "post_rstd"),
+    Recompute.ALL_BUT_ATTENTION: ("x", "o", "lse"),
+    Recompute.BLOCK: ("x",),
+}
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What every block of a forward pass shares: the batch's layout, the rotary tables, the attention backend.
+
+    Attributes:
+        position_ids: ``[T]`` int64.
+        cu_seqlens: ``[C]`` int32.
+        max_seqlen: constant over a run.
+        cos, sin: ``[positions, D/2]`` float32.
+        attention: name of the attention backend.
+    """
+
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    cos: Tensor
+    sin: Tensor
+    attention: str
+
+    @classmethod
+    def for_batch(cls, batch: PackedBatch, *, rotary_tables: tuple[Tensor, Tensor], attention: str) -> BlockContext:
+        cos, sin = rotary_tables
+        return cls(batch.position_ids, batch.cu_seqlens, batch.max_seqlen, cos, sin, attention)
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the rotary ops take beside their heads."""
+        return self.cos, self.sin, self.position_ids
+
+    def window(self, spec: BlockSpec) -> int | None:
+        """The sliding window of a block; one as long as every document is none, and needs no backend that has one."""
+        return spec.window if spec.window is not None and spec.window < self.max_seqlen else None
+
+
+class BlockWeights(NamedTuple):
+    """A block's weights, in the order in which the autograd function takes them; None where a block has none."""
+
+    input_layernorm: Tensor
+    qkv_proj: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o_proj: Tensor
+    o_bias: Tensor | None
+    post_attention_layernorm: Tensor
+    gate_up_proj: Tensor
+    gate_up_bias: Tensor | None
+    down_proj: Tensor
+    down_bias: Tensor | None
+
+
+class _DecoderBlock(torch.autograd.Function):
+    """``(x [T, H], …) -> y [T, H]``, differentiable in x and in the weights.
+
+    ``weights`` are the Parameters, in the order of :class:`BlockWeights`; ``low_precision`` maps names of those that
+    have a low-precision copy to it, and products read that instead.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        spec: BlockSpec,
+        context: BlockContext,
+        recompute: Recompute,
+        low_precision: dict[str, Tensor],
+        *weights: Tensor | None,
+    ) -> Tensor:
+        w = BlockWeights(*weights)._replace(**low_precision)
+        rstd, qkv = _project_qkv(x, w, spec, context)
+        o, lse = _attend(qkv, w, spec, context)
+        s, post_rstd, gate_up = _project_gate_up(x, o, w, spec)
+        y = _linear(swiglu_forward(gate_up), w.down_proj, w.down_bias).add_(s)
+        activations = Activations(x, rstd, qkv, o, lse, s, post_rstd, gate_up)
+        kept = (tensor if name in recompute.kept else None for name, tensor in activations._asdict().items())
+        ctx.save_for_backward(*kept, *w)
+        ctx.spec, ctx.context, ctx.consumed = spec, context, Consumed("decoder block")
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.consumed.once()
+        spec, context = ctx.spec, ctx.context
+        x, rstd, qkv, o, lse, s, post_rstd, gate_up, *weights = ctx.saved_tensors  # Activations, then BlockWeights
+        w = BlockWeights(*weights)
+        need_dx, *need_others = ctx.needs_input_grad
+        trained = any(need_others)  # of the other inputs only weights can need a gradient
+        gradients: dict[str, Tensor | None] = {}  # of weights, by the names of BlockWeights
+
+        # What the policy did not keep and the MLP's backward reads.
+        if o is None:
+            rstd, qkv = _project_qkv(x, w, spec, context)
+            o, lse = _attend(qkv, w, spec, context)
+        if s is None:
+            s, post_rstd, gate_up = _project_gate_up(x, o, w, spec)
+        elif gate_up is None:
+            gate_up = _recompute_gate_up(s, w, spec)
+
+        # y = s + down_proj(SwiGLU(gate_up)),  gate_up = gate_up_proj(post_attention_layernorm(s))
+        dproduct = linear_dx(dy, w.down_proj.to(dy.dtype))
+        dgate_up, product = swiglu_backward_(dproduct, gate_up, need_product=trained)
+        del gate_up  # overwritten
+        if trained:
+            gradients["down_proj"] = linear_dw(dy, product)
+            gradients["down_bias"] = _dbias(dy, w.down_bias)
+        del dproduct, product
+        gate_up_proj = w.gate_up_proj.to(dy.dtype)
+        if trained:
+            gradients["gate_up_proj"], gradients["gate_up_bias"], gradients["post_attention_layernorm"] = (
+                _norm_linear_dw(dgate_up, s, w.post_attention_layernorm, gate_up_proj, w.gate_up_bias, spec)
+            )
+        dnormed = linear_dx(dgate_up, gate_up_proj)
+        ds, _ = rms_norm_backward(
+            dnormed, s, w.post_attention_layernorm, post_rstd, dresidual=dy, need_dweight=False
+        )  # fmt: skip
+        del dnormed, dgate_up, gate_up_proj
+
+        # What the policy did not keep and attention's backward reads.
+        if qkv is None:
+            rstd, qkv = _project_qkv(x, w, spec, context)
+        del s
+
+        # s = x + o_proj(o),  o = attention(rotary(qkv_proj(input_layernorm(x))))
+        do = linear_dx(ds, w.o_proj.to(dy.dtype)).view(o.shape)
+        q, k, v, q_rstd, k_rstd = _heads(qkv, w, spec, context)
+        dq, dk, dv = attention_backward(
+            do, q, k, v, o, lse, context.cu_seqlens, context.max_seqlen,
+            scale=spec.head_dim**-0.5, window=context.window(spec), backend=context.attention,
+        )  # fmt: skip
+        del do, q, k, v
+        if spec.qk_norm:
+            dqkv, gradients["q_norm"], gradients["k_norm"] = qk_norm_rotary_backward(
+                dq, dk, dv, qkv, w.q_norm, w.k_norm, q_rstd, k_rstd, *context.rotation, need_dweight=trained
+            )
+        else:
+            dqkv = rotary_backward(dq, dk, dv, *context.rotation)
+        del dq, dk, dv, qkv
+        qkv_proj = w.qkv_proj.to(dy.dtype)
+        if trained:
+            gradients["o_proj"] = linear_dw(ds, o.flatten(1))
+            gradients["o_bias"] = _dbias(ds, w.o_bias)
+            gradients["qkv_proj"], gradients["qkv_bias"], gradients["input_layernorm"] = _norm_linear_dw(
+                dqkv, x, w.input_layernorm, qkv_proj, w.qkv_bias, spec
+            )
+        dx = None
+        if need_dx:
+            dnormed = linear_dx(dqkv, qkv_proj)
+            dx, _ = rms_norm_backward(dnormed, x, w.input_layernorm, rstd, dresidual=ds, need_dweight=False)
+        # None for spec, context, recompute and low_precision.
+        return dx, None, None, None, None, *(gradients.get(name) for name in BlockWeights._fields)
+
+
+def _project_qkv(x: Tensor, w: BlockWeights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor, Tensor]:
+    """``(rstd, qkv)`` of :class:`Activations`."""
+    normed, rstd = rms_norm_forward(x, w.input_layernorm, spec.norm_eps)
+    qkv = _linear(normed, w.qkv_proj, w.qkv_bias)
+    if not spec.qk_norm:
+        rotary_forward_(qkv, *context.rotation, spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    return rstd, qkv
+
+
+def _attend(qkv: Tensor, w: BlockWeights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor, Tensor]:
+    """``(o, lse)`` of :class:`Activations`."""
+    q, k, v = _heads(qkv, w, spec, context)[:3]
+    return attention_forward(
+        q, k, v, context.cu_seqlens, context.max_seqlen,
+        scale=spec.head_dim**-0.5, window=context.window(spec), backend=context.attention,
+    )  # fmt: skip
+
+
+def _project_gate_up(x: Tensor, o: Tensor, w: BlockWeights, spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """``(s, post_rstd, gate_up)`` of :class:`Activations`."""
+    branch = _linear(o.flatten(1), w.o_proj, w.o_bias)
+    normed, s, post_rstd = add_rms_norm_forward(branch, x, w.post_attention_layernorm, spec.norm_eps)
+    del branch
+    return s, post_rstd, _linear(normed, w.gate_up_proj, w.gate_up_bias)
+
+
+def _recompute_gate_up(s: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
+    """``gate_up`` where s was kept."""
+    normed, _ = rms_norm_forward(s, w.post_attention_layernorm, spec.norm_eps)
+    return _linear(normed, w.gate_up_proj, w.gate_up_bias)
+
+
+def _heads(qkv: Tensor, w: BlockWeights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor | None, ...]:
+    """``(q, k, v)`` as attention takes them, and ``(q_rstd, k_rstd)``, which are None without a norm on heads."""
+    sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    if spec.qk_norm:
+        return qk_norm_rotary_forward(qkv, w.q_norm, w.k_norm, spec.norm_eps, *context.rotation, *sizes)
+    heads = qkv.view(len(qkv), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+    return *heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1), None, None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _dbias(dy: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else linear_dbias(dy)
+
+
+def _norm_linear_dw(
+    dz: Tensor, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, spec: BlockSpec
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients ``(dweight, dbias, dnorm)`` of ``z = (x̂ ∘ n) Wᵀ + bias``, an RMSNorm and the projection behind it.
+
+    x̂ are the rows of x over their root mean square, n is the norm's weight ``[H]``, W the projection's ``[out, H]``:
+
+        dW_oh = Σ_t dz_to x̂_th n_h
+        dn_h  = Σ_t (dz W)_th x̂_th = Σ_o W_oh Σ_t dz_to x̂_th = Σ_o W_oh dW_oh / n_h
+
+    So dn = colsum(W ∘ dW) / n (`linear_dscale`) needs neither the product dz W nor a sum over tokens.
+
+    Elements of n below 1e-19 (in float32) are taken for 1e-19 here, for they are divided by. Their own gradient is
+    exact all the same; their column of dW is off by at most 1e-19 · Σ |dz · x̂|, too little for a weight.
+    """
+    least = torch.finfo(norm.dtype).tiny ** 0.5
+    norm = torch.where(norm.abs() < least, least, norm)
+    normed, _ = rms_norm_forward(x, norm, spec.norm_eps)
+    dweight = linear_dw(dz, normed)
+    del normed
+    return dweight, _dbias(dz, bias), linear_dscale(weight, dweight, norm)
+
+
+class Block(nn.Module):
+    """A decoder block.
+
+    Args:
+        spec: its shape.
+        tensors: our parameter names (:meth:`BlockSpec.tensors`) -> packed tensors of any float dtype.
+        block_class: prefix, frozen or trained.
+        compute_dtype: of the activations and of frozen weights. A trained block wants the exponents of float32 (bf16,
+            fp32, fp64): float16 loses small gradients. Autocast is not for it.
+        recompute: what is recomputed in backward; ``BLOCK`` keeps no low-precision copies either.
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        tensors: dict[str, Tensor],
+        *,
+        block_class: BlockClass,
+        compute_dtype: torch.dtype,
+        recompute: Recompute = Recompute.NONE,
+    ) -> None:
+        super().__init__()
+        trained = block_class is BlockClass.TRAINED
+        assert not (trained and compute_dtype == torch.float16), "a trained block does not compute in float16"
+        self.spec = spec
+        self.block_class = block_class
+        self.recompute = recompute
+        how = {"trained": trained, "compute_dtype": compute_dtype}
+        for name in NORMS:
+            weight = tensors.get(f"{name}.weight")
+            setattr(self, name, None if weight is None else RMSNorm(weight, spec.norm_eps, **how))
+        for name in PROJECTIONS:
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            setattr(self, name, Linear(weight, bias, **how, keep_low_precision=recompute is not Recompute.BLOCK))
+
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
+        """``[T, H]`` -> ``[T, H]``, in the dtype of ``x``."""
+        weights = BlockWeights(
+            input_layernorm=self.input_layernorm.weight,
+            qkv_proj=self.qkv_proj.weight,
+            qkv_bias=self.qkv_proj.bias,
+            q_norm=self.q_norm and self.q_norm.weight,
+            k_norm=self.k_norm and self.k_norm.weight,
+            o_proj=self.o_proj.weight,
+            o_bias=self.o_proj.bias,
+            post_attention_layernorm=self.post_attention_layernorm.weight,
+            gate_up_proj=self.gate_up_proj.weight,
+            gate_up_bias=self.gate_up_proj.bias,
+            down_proj=self.down_proj.weight,
+            down_bias=self.down_proj.bias,
+        )
+        copies = {name: getattr(self, name).low_precision for name in PROJECTIONS}
+        low_precision = {name: copy for name, copy in copies.items() if copy is not None}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.block_class is not BlockClass.PREFIX):
+            return _DecoderBlock.apply(x, self.spec, context, self.recompute, low_precision, *weights)

@@ -1,0 +1,102 @@
+"""The whole decoder: embedding, blocks, final norm, head.
+
+Which blocks train decides everything else: the embedding and the blocks below the first trained one run without a
+graph, the blocks above it only pass the gradient on. Skipping the new blocks of an expanded model gives back the model
+it was made from, so the base's loss can be measured at any time without a second copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.block import Block, BlockClass, BlockContext
+from llama_pro_fast.model.layers import Embedding, RMSNorm
+from llama_pro_kernels import linear_cross_entropy, linear_cross_entropy_forward, linear_kl
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a model may compute in, by the name a recipe has for it."""
+
+
+class Decoder(nn.Module):
+    """A Llama-family language model on packed batches.
+
+    Attributes:
+        blocks: the decoder blocks, bottom to top.
+        trained_blocks: their indices that train.
+        lm_head: the output table; the very module `embed_tokens` when the two are tied.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_tokens: Embedding,
+        blocks: Iterable[Block],
+        norm: RMSNorm,
+        lm_head: Embedding | None,
+        rotary_tables: tuple[torch.Tensor, torch.Tensor],
+        attention: str,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.lm_head = embed_tokens if lm_head is None else lm_head
+        self.register_buffer("cos", rotary_tables[0], persistent=False)
+        self.register_buffer("sin", rotary_tables[1], persistent=False)
+        self.attention = attention
+
+    @property
+    def trained_blocks(self) -> list[int]:
+        return [index for index, block in enumerate(self.blocks) if block.block_class is BlockClass.TRAINED]
+
+    def hidden_states(self, batch: PackedBatch, *, skip: Collection[int] = ()) -> torch.Tensor:
+        """The final norm's output ``[T, H]`` in the compute dtype; blocks in ``skip`` are left out."""
+        context = BlockContext.for_batch(batch, rotary_tables=(self.cos, self.sin), attention=self.attention)
+        x = self.embed_tokens(batch.input_ids)
+        for index, block in enumerate(self.blocks):
+            if index not in skip:
+                x = block(x, context)
+        return self.norm(x)
+
+    def logits(self, batch: PackedBatch) -> torch.Tensor:
+        """``[T, V]``, all at once: for tests and for generating, not for training."""
+        return F.linear(self.hidden_states(batch), self.lm_head.weight_in_compute_dtype)
+
+    def loss(self, batch: PackedBatch, scale: torch.Tensor) -> torch.Tensor:
+        """``scale`` × the summed cross-entropy (nats) of the batch's valid tokens, differentiable.
+
+        Args:
+            scale: device scalar; 1 / valid tokens of the whole optimizer step makes the step's loss a mean.
+        """
+        head = self.lm_head
+        x = self.hidden_states(batch)
+        return linear_cross_entropy(
+            x, head.weight, batch.labels, scale, low_precision_weight=head.low_precision, consume=True
+        )
+
+    @torch.no_grad()
+    def token_losses(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy ``[T]`` in nats, 0 where the label is ignored."""
+        one = torch.ones((), dtype=torch.float32, device=labels.device)
+        return linear_cross_entropy_forward(
+            hidden_states,
+            self.lm_head.weight_in_compute_dtype,
+            labels,
+            one,
+            need_dx=False,
+            need_dweight=False,
+            per_token=True,
+        ).token_losses
+
+    @torch.no_grad()
+    def token_kl(self, hidden_base: torch.Tensor, hidden_now: torch.Tensor) -> torch.Tensor:
+        """KL(base ‖ now) ``[T]`` in nats from the final hidden states of the two."""
+        return linear_kl(hidden_base, hidden_now, self.lm_head.weight_in_compute_dtype)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}

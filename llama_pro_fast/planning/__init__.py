@@ -1,0 +1,1 @@
+"""What a run needs and costs, from the shapes alone, and the way to run that is chosen by it."""

@@ -1,0 +1,1 @@
+"""A run: settled, looped, checkpointed, exported, reported."""

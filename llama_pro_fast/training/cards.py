@@ -1,0 +1,124 @@
+"""What a run says of itself before its first step, and after its last."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_pro_fast.config import Settled
+from llama_pro_fast.console import amount, box, duration, say, table
+from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.model.decoder import DTYPES
+from llama_pro_fast.model.trained import LEGEND, Trained
+from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
+from llama_pro_fast.planning.devices import GIB
+from llama_pro_fast.planning.search import Fit
+from llama_pro_fast.training.run_folder import resume_command, shown
+from llama_pro_kernels import implementation_name
+
+
+def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, planned: Fit) -> None:
+    """The box before the first step.
+
+    Args:
+        model: transformers' config of the model that trains.
+    """
+    train = config.train
+    parameters, count = num_parameters(model), num_trained_parameters(model, trained)
+    if trained.everything:
+        meter = "off: all parameters train, the base is not kept"
+    elif not trained.base_intact:
+        meter = "off: all parameters were trained since the expansion, the base is no longer in the model"
+    else:
+        meter = ", ".join(
+            f"{text.source.name}{' (built in, no --data.general given)' if config.data.general is None else ''}"
+            for text in corpus.held_out
+            if text.source.role == "general"
+        )
+    device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads"
+    process = " for tensors, the process comes on top" if train.device == "cpu" else ""
+    kernels = implementation_name(train.device, DTYPES[train.dtype])
+    box(
+        f"llama-pro-fast · {Path(config.output).name}",
+        [
+            ("model", f"{config.model.path}  ({model.architectures[0]}, {trained.num_layers} blocks)"),
+            ("blocks", f"{trained.strip}  ({LEGEND})"),
+            ("trained", f"{amount(count)} of {amount(parameters)} parameters ({count / parameters:.1%})"),
+            ("cost", f"{planned.cost.total / 1e9:.4g} GFLOP per token (causal attention, its backward 2x)"),
+            ("text", corpus.description()),
+            ("step", f"{train.batch_size} x {train.seq_len} = {train.batch_size * train.seq_len:,} tokens, "
+                     f"{train.batch_size // train.micro_batch_size} micro-batches of {train.micro_batch_size}; "
+                     f"{train.steps:,} steps, "
+                     f"{amount(train.steps * train.batch_size * train.seq_len)} tokens"),
+            ("memory", f"{_gib(planned.peak / GIB)} planned{process}; recomputed in backward: {train.recompute}"),
+            ("rate", f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} steps of warm-up"),
+            ("device", f"{device}; {train.dtype}, attention {train.attention}, kernels {kernels}"),
+            ("forgetting", meter),
+        ],
+    )  # fmt: skip
+
+
+def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
+    """The card after the last step: what came of it, where it lies, what to type next."""
+
+    def figure(value: float | None, digits: int = 4) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    results = summary["results"]
+    nats = []
+    for result in results:
+        before, after = result["before"]["loss"], result["after"]["loss"]
+        nats.append((result["source"], result["role"], figure(before), figure(after), f"{after - before:+.4f}"))
+    table("loss on held-out text, nats per token", ("text", "role", "before", "after", "change"), nats, words=2)
+    bits = []
+    for result in results:
+        values = [result[when]["bits_per_byte"] for when in ("before", "after")]
+        values += [result.get(name) for name in ("unigram_bits_per_byte", "gzip_bits_per_byte")]
+        bits.append((result["source"], result["role"], *(figure(value, 3) for value in values)))
+    columns = ("text", "role", "before", "after", "unigram", "gzip -9")
+    table("the same in bits per byte, beside two simple compressors", columns, bits, words=2)
+
+    share = summary["trained_parameters"] / summary["parameters"]
+    speed, planned = summary["median_tokens_per_second"], summary["planned_tokens_per_second"]
+    aimed = "" if planned is None else f" (planned {planned:,.0f})"
+    of = " of the process" if summary["device"] == "cpu" else ""
+    tensors = " for its tensors" if summary["device"] == "cpu" else ""
+    facts = [
+        ("trained", f"{amount(summary['trained_parameters'])} of {amount(summary['parameters'])} parameters "
+                    f"({share:.1%}), blocks {', '.join(map(str, summary['trained_blocks']))}"),
+        ("speed", f"{'–' if speed is None else format(speed, ',.0f')} tokens/s{aimed}; "
+                  f"{duration(summary['seconds_of_steps'])} of training steps"),
+        ("memory", f"peak {summary['peak_memory_gib']:.2f} GiB{of}; planned "
+                   f"{_gib(summary['planned_memory_gib'])}{tensors}"),
+        ("export", summary["export_check"]["said"]),
+        ("model", f"{shown(exported)}  (an ordinary Hugging Face folder)"),
+        ("report", f"{shown(output / 'report')}/  summary.md, loss.png, summary.json"),
+    ]  # fmt: skip
+    box(f"{shown(output)}: done", facts)
+    pipeline = f"""
+from transformers import pipeline
+generate = pipeline("text-generation", {json.dumps(shown(exported))})
+print(generate("import os", max_new_tokens=60, do_sample=False)[0]["generated_text"])"""
+    own = "llama-pro-fast train --model.path MODEL --expand.groups 8 --data.domain mine.jsonl \\"
+    evaluate = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={shown(exported)}", "--tasks", "hellaswag"]
+    say("\nnext")
+    say('# your model (a folder or hub id of a Llama-family checkpoint) and text (one {"text": ...} a line)')
+    say(f"{own}\n    --optim.lr 5e-5 --output runs/mine")
+    say("# before that: will it fit, and what will it cost")
+    say("llama-pro-fast plan --model.path MODEL --expand.groups 8 --gpu h100")
+    say("# generate")
+    say(shlex.join(["python", "-c", pipeline]))
+    say('# evaluate, after pip install "lm_eval[hf]"')
+    say(shlex.join(evaluate))
+    say("# look at the curves")
+    say(shlex.join(["tensorboard", "--logdir", shown(output / "tensorboard")]))
+    say("# go on with a run after Ctrl-C or a crash")
+    say(resume_command(output))
+
+
+def _gib(amount: float) -> str:
+    return f"{amount:.2f} GiB"

@@ -1,0 +1,125 @@
+"""The folder of the model a run trains: the user's own, or made in the run's folder, expanded or with fresh weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llama_pro_fast.config import RunConfig
+from llama_pro_fast.console import progress_bars
+from llama_pro_fast.data.sources import resolve_sources
+from llama_pro_fast.data.tokenizer import save_tokenizer, train_tokenizer
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
+from llama_pro_fast.files import new_folder
+from llama_pro_fast.hf.config import resolve
+from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
+from llama_pro_fast.hf.loading import check_tensors
+from llama_pro_fast.training import run_folder
+from llama_pro_fast.training.export import export_run, trained_folder
+
+
+def find(path_or_id: str) -> Path:
+    """The folder of a model: as :func:`resolve`, or of a run its export, which is made of its last checkpoint where
+    there is none.
+
+    Raises:
+        UserError: there is no such model, or the run has no checkpoint yet.
+    """
+    run = Path(path_or_id)
+    if not run_folder.is_run(run):
+        return resolve(path_or_id)
+    return run / "export" if (run / "export").is_dir() else export_run(run)[0]
+
+
+def config_of(path_or_id: str) -> str:
+    """What a plan reads in place of ``path_or_id``: of a run the folder of its model, which need not be exported."""
+    run = Path(path_or_id)
+    if not run_folder.is_run(run):
+        return path_or_id
+    return str(run / "export") if (run / "export").is_dir() else str(trained_folder(run).path)
+
+
+def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None]:
+    """The model the recipe names, and how it will be expanded.
+
+    Raises:
+        UserError: there is none, its files do not fit each other, or the expansion does not fit it.
+    """
+    base = PretrainedFolder(find(config.model.path))
+    run_folder.check_not_inside("model.path", base.path, Path(config.output))
+    if config.model.init == "random":
+        return base, None
+    check_tensors(base)
+    if not config.expand.wanted:
+        return base, None
+    return base, ExpansionPlan.from_config(base.config.num_hidden_layers, config.expand)
+
+
+def existing(output: Path) -> PretrainedFolder | None:
+    """The model folder a run has made for itself, if it has."""
+    made = [output / name for name in ("expanded", "initial") if (output / name).is_dir()]
+    return PretrainedFolder(made[0]) if made else None
+
+
+def make_tokenizer(config: RunConfig, base: PretrainedFolder, update: Callable[[str], None]) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or one trained on the run's text, which ``update`` is told of."""
+    if config.model.tokenizer == "pretrained":
+        return base.tokenizer()
+    update("training the tokenizer ...")
+    return train_tokenizer(
+        resolve_sources(config.data, default_general=False),
+        vocab_size=base.config.vocab_size,
+        held_out=config.data.held_out,
+        bos=base.config.bos_token_id,
+        eos=base.config.eos_token_id,
+    )
+
+
+def make(
+    config: RunConfig,
+    base: PretrainedFolder,
+    plan: ExpansionPlan | None,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[PretrainedFolder, IdentityProof | None]:
+    """The folder this run trains: ``base`` itself, a fresh model, or ``base`` expanded, with what that proved."""
+    if config.model.init == "random":
+        trained = tokenizer if config.model.tokenizer == "train" else None
+        write_random_model(base, output / "initial", seed=config.train.seed, tokenizer=trained)
+        return PretrainedFolder(output / "initial"), None
+    if plan is None:
+        return base, None
+    with progress_bars() as progress:
+        proof = expand_and_prove(base, output / "expanded", plan, progress=progress)
+    return PretrainedFolder(output / "expanded"), proof
+
+
+def write_random_model(
+    base: PretrainedFolder, folder: Path, *, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Fresh weights for ``base``'s architecture as transformers draws them, with its tokenizer or another one.
+
+    In the config's dtype, float32 where it names none; the export will have the same.
+    """
+    import transformers
+
+    dtype = getattr(base.config, "dtype", None) or torch.float32  # asked before from_config writes its own there
+    # A generator of its own would be ignored: transformers draws from the global one.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(base.config, dtype=torch.float32)
+    model.to(dtype)
+    with new_folder(folder) as partial:
+        with no_progress_bars():
+            model.save_pretrained(partial)
+        for path in base.companions():
+            # Files of the other tokenizer would be read before those of the new one.
+            if tokenizer is None or path.match("generation_config.json") or path.match("[A-Z]*"):
+                shutil.copyfile(path, partial / path.name)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, partial)

@@ -1,0 +1,132 @@
+"""AdamW, the learning-rate schedules, and a step that lets no NaN into a weight.
+
+The step never asks the device anything: a non-finite gradient norm is turned into the `found_inf` flag of PyTorch's
+fused AdamW, which then leaves weights and moments untouched, and into a counter the trainer reads when it logs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from llama_pro_fast.config import OptimConfig
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.model.layers import refresh_low_precision_copies
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The rate of optimizer step ``step`` (from 0) of ``steps``.
+
+    Linear warm-up over ``warmup_steps``, reaching the peak at its last step; then `cosine`: half a cosine towards
+    ``min_lr_ratio``; `wsd`: constant, then linear over the last ``decay_steps`` (Hu et al., arXiv 2404.06395). Both
+    would reach the floor one step after the last, so that no step is spent at a rate of 0.
+    """
+    assert config.lr is not None
+    assert config.warmup_steps is not None
+    assert config.decay_steps is not None
+    floor = config.min_lr_ratio
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps + 1) / (steps - config.warmup_steps + 1)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        share = min(1.0, (steps - step) / (config.decay_steps + 1))
+    return config.lr * (floor + (1 - floor) * share)
+
+
+class Optimizer:
+    """Fused AdamW over the trained parameters of a model.
+
+    Args:
+        model: its low-precision copies are refreshed after each step.
+        parameters: name -> parameter; the order is part of the state.
+        config: resolved (rate and warm-up filled in).
+        steps: length of the run, for the schedule.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], config: OptimConfig, steps: int
+    ) -> None:
+        self.model = model
+        self.parameters = dict(parameters)
+        self.config = config
+        self.steps = steps
+        decayed = {
+            name: p for name, p in self.parameters.items() if p.ndim == 2 and not name.startswith("embed_tokens")
+        }
+        rest = {name: p for name, p in self.parameters.items() if name not in decayed}
+        groups = [
+            {"params": list(decayed.values()), "weight_decay": config.weight_decay},
+            {"params": list(rest.values()), "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+        device = next(iter(self.parameters.values())).device
+        self.skipped = torch.zeros((), device=device)
+        """Steps left out because of a non-finite gradient; a device scalar."""
+
+    def step(self, index: int) -> torch.Tensor:
+        """Clip, update, refresh the low-precision copies, drop the gradients.
+
+        Args:
+            index: the step's number from 0.
+
+        Returns:
+            The gradient norm before clipping, a device scalar (NaN or Inf where the step was left out).
+        """
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        # AdamW divides by it as it reads a gradient, and writes that back; clipped on their own, all gradients would be
+        # read once more.
+        self.adamw.grad_scale = ((norm.float() + 1e-6) / self.config.clip).clamp(min=1.0)
+        self.adamw.found_inf = (~torch.isfinite(self.adamw.grad_scale)).float()
+        self.skipped += self.adamw.found_inf
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate(self.config, index, self.steps)
+        self.adamw.step()
+        refresh_low_precision_copies(self.model)
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def check_finite(self) -> None:
+        """To be called before the weights are saved; waits for the device.
+
+        Raises:
+            UserError: a weight is not a finite number.
+        """
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.parameters.values()])
+        if not finite.all():
+            name = next(name for name, fine in zip(self.parameters, finite.tolist(), strict=True) if not fine)
+            raise UserError(
+                f"weight {name} is no longer finite, and nothing was saved; lower --optim.lr ({self.config.lr}) and "
+                "start again, or resume from the last checkpoint"
+            )
+
+    def restored(self) -> None:
+        """To be called when the parameters were read from a checkpoint: the low-precision copies follow."""
+        refresh_low_precision_copies(self.model)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every moment and step count by the parameter's name: ``name.exp_avg`` and so on (what a checkpoint holds).
+
+        The state exists from the first call on, so that a new run can read a checkpoint into it in place.
+        """
+        flat = {}
+        for name, parameter in self.parameters.items():
+            state = self.adamw.state[parameter]
+            if not state:
+                # What AdamW itself would make at its first step.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            flat |= {f"{name}.{key}": value for key, value in state.items()}
+        return flat

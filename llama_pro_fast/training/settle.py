@@ -1,0 +1,210 @@
+"""What a run settles before its first step: bad values refused, everything left open filled in.
+
+    RunConfig ── settle_computation ── length, device, dtype, attention ── (text is read) ── settle ── Settled
+
+Each step makes a new configuration; the caller's stays as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+
+from llama_pro_fast.config import OptimConfig, RunConfig, Settled, check_bounds
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.hf.families import block_spec, window_within
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.model.decoder import DTYPES
+from llama_pro_fast.model.trained import Trained
+from llama_pro_fast.planning import devices
+from llama_pro_fast.planning.devices import GIB, Device
+from llama_pro_fast.planning.explain import shortfall
+from llama_pro_fast.planning.job import Question, ask, recompute_text, sequence_length
+from llama_pro_fast.planning.search import Fit, best_fit
+from llama_pro_kernels import implementation_name, select_attention_backend
+
+
+def check_recipe(config: RunConfig) -> None:
+    """Refuse what is wrong whatever the model and the data are.
+
+    Raises:
+        UserError: naming the key and the remedy.
+    """
+    train, optim = config.train, config.optim
+    if not config.output:
+        raise UserError("--output: say where the run goes, for example --output runs/mine")
+    check_model(config)
+    if not config.data.domain:
+        raise UserError("--data.domain: say what to learn: a .jsonl, .txt or .parquet file or folder, or stdlib:code")
+    if optim.lr is None:
+        raise UserError(
+            "--optim.lr: there is no default, it depends on the base; the paper took 2e-4 for LLaMA-2-7B and 2e-5 for "
+            "Mistral-7B, 5e-5 is a careful start for other bases, 1e-3 for a small model from scratch"
+        )
+    if train.steps is not None and train.tokens is not None:
+        raise UserError("--train.steps and --train.tokens both set the length; give one of them")
+
+
+def check_model(config: RunConfig) -> None:
+    """The part of :func:`check_recipe` that a plan needs too: the model, where its new blocks go, every bound.
+
+    Raises:
+        UserError: naming the key and the remedy.
+    """
+    train = config.train
+    if not config.model.path:
+        raise UserError("--model.path: say which model, a folder in the Hugging Face layout, a run or a hub id")
+    if config.expand.copies != 1 and not config.expand.wanted:
+        raise UserError("--expand.copies: says how many, not where; give --expand.groups or --expand.after too")
+    if config.model.tokenizer == "train" and config.model.init != "random":
+        raise UserError("--model.tokenizer train: pretrained weights know only their own; add --model.init random")
+    if config.expand.wanted and config.model.init == "random":
+        raise UserError("--expand.*: a random model has nothing to keep; train a base first (train.parameters all)")
+    if config.model.init == "random" and train.parameters != "all":
+        raise UserError("--model.init random: every weight is new, so say --train.parameters all")
+    check_bounds(config)
+    if train.micro_batch_size is not None and train.batch_size % train.micro_batch_size:
+        raise UserError(
+            f"--train.micro_batch_size: {train.micro_batch_size} does not divide --train.batch_size {train.batch_size}"
+        )
+
+
+def settle_computation(config: RunConfig, base: PretrainedFolder) -> RunConfig:
+    """``config`` with sequence length, device, dtype, attention backend and threads filled in.
+
+    Raises:
+        UserError: a device or backend asked for is not there, or the sequence is longer than the model allows.
+    """
+    train, seq_len = config.train, sequence_length(config, base.config)
+    device = train.device if train.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "--train.device cuda: PyTorch sees no GPU here; install its CUDA build or use --train.device cpu"
+            )
+        devices.expandable_segments()
+    name = train.dtype if train.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    try:
+        attention = select_attention_backend(
+            torch.device(device),
+            DTYPES[name],
+            requested=train.attention,
+            window=window_within(base.config, seq_len),
+            head_dim=block_spec(base.config, 0).head_dim,
+            deterministic=train.deterministic,
+        )
+    except ValueError as error:
+        raise UserError(f"--train.attention: {error}") from error
+    try:
+        implementation_name(torch.device(device), DTYPES[name])
+    except ImportError as error:
+        raise UserError(f"--train.device {device}: {error}") from error
+    settled = {"seq_len": seq_len, "device": device, "dtype": name, "attention": attention}
+    settled["threads"] = train.threads or torch.get_num_threads()
+    return dataclasses.replace(config, train=dataclasses.replace(train, **settled))
+
+
+def start_device(config: RunConfig) -> torch.device:
+    """Set the process up for a settled computation: threads, and what `deterministic` needs."""
+    train = config.train
+    torch.set_num_threads(train.threads)
+    if train.deterministic and train.device == "cuda":
+        # cuBLAS reads this when it is first used; a workspace of its own per stream is what makes it repeat.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return torch.device(train.device)
+
+
+def question_of(
+    config: RunConfig, base: PretrainedFolder, trained: Trained, plan: ExpansionPlan | None, *, document: float
+) -> Question:
+    """What a run asks its planner.
+
+    Args:
+        config: with a settled computation.
+        base: the model before its expansion by ``plan``.
+        document: tokens of a document on average.
+    """
+    triton = implementation_name(config.train.device, DTYPES[config.train.dtype]).startswith("triton")
+    return ask(config, base.config, trained, plan, _device(config), triton=triton, document=document)
+
+
+def _device(config: RunConfig) -> Device:
+    return devices.present() if config.train.device == "cuda" else devices.cpu()
+
+
+def choose(question: Question) -> Fit:
+    """The way to run.
+
+    Raises:
+        UserError: none fits; what would is said.
+    """
+    found = best_fit(question)
+    if found is None:
+        raise UserError(f"--train.memory: {shortfall(question)}")
+    return found
+
+
+def settle(config: RunConfig, question: Question, found: Fit, *, sequences_in_epoch: int) -> Settled:
+    """The configuration of a run, with nothing left open.
+
+    Args:
+        config: with a settled computation.
+        found: the way to run that was chosen for ``question``.
+
+    Raises:
+        UserError: the run is shorter than one step, or than its warm-up.
+    """
+    steps = _steps(config, sequences_in_epoch)
+    interval = max(1, min(500, steps // 10))
+    train = dataclasses.replace(
+        config.train,
+        steps=steps,
+        micro_batch_size=found.micro_batch_size,
+        memory=round(question.usable / GIB, 2),
+        recompute=recompute_text(found.recompute, question.job.trained.first),
+        checkpoint_every=config.train.checkpoint_every or interval,
+    )
+    return Settled(
+        model=config.model,
+        expand=config.expand,
+        data=config.data,
+        optim=_schedule(config.optim, steps),
+        train=train,
+        eval=dataclasses.replace(config.eval, every=config.eval.every or interval),
+        output=config.output,
+    )
+
+
+def _steps(config: RunConfig, sequences_in_epoch: int) -> int:
+    train = config.train
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        per_step = train.batch_size * train.seq_len
+        if train.tokens < per_step:
+            raise UserError(
+                f"--train.tokens {train.tokens:g}: one step takes {per_step:,} tokens; give at least that many"
+            )
+        return int(train.tokens // per_step)
+    if sequences_in_epoch < train.batch_size:
+        raise UserError(
+            f"one epoch has {sequences_in_epoch} sequences, fewer than --train.batch_size {train.batch_size}; "
+            "give --train.steps, a smaller batch or more text"
+        )
+    return sequences_in_epoch // train.batch_size
+
+
+def _schedule(optim: OptimConfig, steps: int) -> OptimConfig:
+    warmup = round(0.06 * steps) if optim.warmup_steps is None else optim.warmup_steps
+    if warmup > steps:
+        raise UserError(f"--optim.warmup_steps {warmup}: longer than the run of {steps} steps; shorten it")
+    decay = min(round(0.2 * steps), steps - warmup) if optim.decay_steps is None else optim.decay_steps
+    if optim.schedule == "wsd" and warmup + decay > steps:
+        raise UserError(
+            f"--optim.decay_steps {decay}: with {warmup} of warm-up longer than the run of {steps} steps; shorten it"
+        )
+    return dataclasses.replace(optim, warmup_steps=warmup, decay_steps=decay)
