@@ -67,7 +67,7 @@ from .linear_cross_entropy import (
     linear_cross_entropy_forward,
     rows_per_chunk,
 )
-from .linear_kl import linear_kl
+from .linear_kl import LinearKLOutput, linear_kl, linear_kl_with_losses
 from .qk_norm_rotary import QKNormRotaryOutput, qk_norm_rotary_backward, qk_norm_rotary_forward
 from .reference import accumulation_dtype
 from .rms_norm import add_rms_norm, add_rms_norm_forward, rms_norm, rms_norm_backward, rms_norm_forward
@@ -76,6 +76,7 @@ from .swiglu import swiglu, swiglu_backward, swiglu_backward_, swiglu_forward
 
 __all__ = [
     "LinearCrossEntropyOutput",
+    "LinearKLOutput",
     "QKNormRotaryOutput",
     "accumulation_dtype",
     "add_rms_norm",
@@ -94,6 +95,7 @@ __all__ = [
     "linear_dw",
     "linear_dx",
     "linear_kl",
+    "linear_kl_with_losses",
     "qk_norm_rotary_backward",
     "qk_norm_rotary_forward",
     "rms_norm",

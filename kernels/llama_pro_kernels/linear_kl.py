@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,26 +12,57 @@ from .linear import linear
 from .linear_cross_entropy import check_chunk_size, rows_per_chunk
 from .reference import accumulation_dtype
 
-__all__ = ["linear_kl"]
+__all__ = ["LinearKLOutput", "linear_kl", "linear_kl_with_losses"]
+
+
+class LinearKLOutput(NamedTuple):
+    """Of each token, ``[T]`` in the accumulation dtype, nats.
+
+    Attributes:
+        divergence: KL(base ‖ now).
+        base_losses, losses: cross entropy of the base and of the model now, 0 at ignored labels.
+    """
+
+    divergence: Tensor
+    base_losses: Tensor
+    losses: Tensor
+
+
+def _empty_outputs(
+    x_base: Tensor, x_now: Tensor, weight: Tensor, labels: Tensor | None, ignore_index: int, chunk_size: int | None
+) -> list[Tensor]:
+    dtype = accumulation_dtype(x_base.dtype)
+    return [x_base.new_empty(x_base.shape[0], dtype=dtype) for _ in range(1 if labels is None else 3)]
 
 
 @register(
-    "linear_kl(Tensor x_base, Tensor x_now, Tensor weight, int? chunk_size) -> Tensor",
-    fake=lambda x_base, x_now, weight, chunk_size: x_base.new_empty(
-        x_base.shape[0], dtype=accumulation_dtype(x_base.dtype)
-    ),
-    flops=lambda x_base, x_now, weight, chunk_size: 2 * 2 * x_base.numel() * weight.shape[0],
-)  # fmt: skip
-def _linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, chunk_size: int | None) -> Tensor:
-    if x_base.shape != x_now.shape:
-        raise ValueError(f"x_base has shape {list(x_base.shape)}, x_now {list(x_now.shape)}")
+    "linear_kl(Tensor x_base, Tensor x_now, Tensor weight, Tensor? labels, int ignore_index, int? chunk_size)"
+    " -> Tensor[]",
+    fake=_empty_outputs,
+    flops=lambda x_base, x_now, weight, *_: 2 * 2 * x_base.numel() * weight.shape[0],
+)
+def _linear_kl(
+    x_base: Tensor, x_now: Tensor, weight: Tensor, labels: Tensor | None, ignore_index: int, chunk_size: int | None
+) -> list[Tensor]:
+    if x_base.shape != x_now.shape or (labels is not None and labels.shape != x_base.shape[:1]):
+        wrong = "" if labels is None else f", labels {list(labels.shape)}"
+        raise ValueError(f"x_base has shape {list(x_base.shape)}, x_now {list(x_now.shape)}{wrong}")
     check_chunk_size(chunk_size)
-    kl_divergence = implementation(x_base).kl_divergence
+    ops, dtype = implementation(x_base), accumulation_dtype(x_base.dtype)
     chunk_size = chunk_size or rows_per_chunk(len(weight), x_base.dtype)
-    divergence = torch.empty(len(x_base), dtype=accumulation_dtype(x_base.dtype), device=x_base.device)
-    for out, base, now in zip(*(t.split(chunk_size) for t in (divergence, x_base, x_now)), strict=True):
-        out.copy_(kl_divergence(linear(base, weight), linear(now, weight)))
-    return divergence
+    outputs = _empty_outputs(x_base, x_now, weight, labels, ignore_index, chunk_size)
+    one = torch.ones((), dtype=dtype, device=x_base.device)
+    for start in range(0, len(x_base), chunk_size):
+        rows = slice(start, start + chunk_size)
+        base, now = linear(x_base[rows], weight), linear(x_now[rows], weight)
+        outputs[0][rows] = ops.kl_divergence(base, now)
+        if labels is not None:
+            for losses, logits in zip(outputs[1:], (base, now), strict=True):
+                losses[rows], _ = ops.cross_entropy_(
+                    logits, labels[rows], one, ignore_index=ignore_index, need_dlogits=False
+                )
+        del base, now  # before the next chunk's are made
+    return outputs
 
 
 @torch.no_grad()
@@ -51,4 +84,26 @@ def linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, *, chunk_size: int 
     Raises:
         ValueError: states of different shapes, a ``chunk_size`` below 1.
     """
-    return _linear_kl(x_base, x_now, weight, chunk_size)
+    return _linear_kl(x_base, x_now, weight, None, -100, chunk_size)[0]
+
+
+@torch.no_grad()
+def linear_kl_with_losses(
+    x_base: Tensor,
+    x_now: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+) -> LinearKLOutput:
+    """:func:`linear_kl`, and both models' losses from the same logits: one product with the head for each.
+
+    Args:
+        labels: ``[T]`` int64, already shifted.
+        ignore_index: label whose losses are 0; its divergence is computed like any other.
+
+    Raises:
+        ValueError: shapes that do not fit, a ``chunk_size`` below 1.
+    """
+    return LinearKLOutput(*_linear_kl(x_base, x_now, weight, labels, ignore_index, chunk_size))

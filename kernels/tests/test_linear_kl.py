@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llama_pro_kernels import linear_kl
+from llama_pro_kernels import linear_cross_entropy_forward, linear_kl, linear_kl_with_losses
 
 fp64 = torch.float64
 T, H, V = 11, 6, 17
@@ -52,3 +52,21 @@ def test_states_and_chunks_that_do_not_fit_are_refused():
         linear_kl(x, x[:3], weight)
     with pytest.raises(ValueError, match="chunk_size is 0"):
         linear_kl(x, x, weight, chunk_size=0)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, fp64])
+def test_with_losses_it_gives_what_the_two_give_alone(dtype, chunk_size):
+    base, now, weight = (torch.randn(n, H, dtype=dtype) for n in (T, T, V))
+    labels = torch.randint(V, (T,))
+    labels[[2, 7]] = -100
+    found = linear_kl_with_losses(base, now, weight, labels, chunk_size=chunk_size)
+    assert torch.equal(found.divergence, linear_kl(base, now, weight, chunk_size=chunk_size))
+    for x, losses in ((base, found.base_losses), (now, found.losses)):
+        alone = linear_cross_entropy_forward(
+            x, weight, labels, torch.ones(()), need_dx=False, need_dweight=False, per_token=True, chunk_size=chunk_size
+        )
+        assert torch.equal(losses, alone.token_losses)
+        assert (losses[[2, 7]] == 0).all()
+    with pytest.raises(ValueError, match="labels"):
+        linear_kl_with_losses(base, now, weight, labels[:3])

@@ -59,14 +59,15 @@ def evaluate(
     for batch in batches:
         tokens += batch.num_valid
         batch = batch.to(device)
-        now = model.hidden_states(batch)
-        sums[0] += model.token_losses(now, batch.labels).double().sum()
-        if skip_for_base:
-            base = model.hidden_states(batch, skip=skip_for_base)
-            sums[1] += model.token_losses(base, batch.labels).double().sum()
-            valid = batch.labels != IGNORE_INDEX
-            # `where`, not a product: a NaN outside the valid tokens must not leak in, one inside must show.
-            sums[2] += torch.where(valid, model.token_kl(base, now).double(), 0.0).sum()
+        if not skip_for_base:
+            now = model.hidden_states(batch)
+            sums[0] += model.token_losses(now, batch.labels).double().sum()
+            continue
+        now, base = model.hidden_states_and_base(batch, skip=skip_for_base)
+        kl, base_losses, losses = model.compare(now, base, batch.labels)
+        # `where`, not a product: a NaN outside the valid tokens must not leak in, one inside must show.
+        kl = torch.where(batch.labels != IGNORE_INDEX, kl, 0.0)
+        sums += torch.stack([losses.double().sum(), base_losses.double().sum(), kl.double().sum()])
     assert tokens, "nothing to predict"
     loss, base_loss, kl = (sums / tokens).tolist()
     return Evaluation(

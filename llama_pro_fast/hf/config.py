@@ -79,7 +79,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Any]:
     Raises:
         UserError: it is missing, damaged, or of an architecture this project does not know.
     """
-    raw = _read_json(path, "a Hugging Face model folder has one")
+    raw = read_json(path, "a Hugging Face model folder has one")
     architecture, model_type = raw.get("architectures"), raw.get("model_type")
     if isinstance(architecture, list) and architecture:
         architecture = architecture[0]
@@ -127,7 +127,8 @@ def find_config(path_or_id: str) -> tuple[dict[str, Any], Any]:
     return read_config(resolve(path_or_id, weights=False) / CONFIG_FILE)
 
 
-def _read_json(path: Path, why: str) -> dict[str, Any]:
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """A JSON object in a file; ``why`` says what it is for, should it be missing."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,11 +1,45 @@
-"""Digests of models: one for a set of tensors, whatever files they lie in."""
+"""Digests of a model's tensors: of each, remembered, and one for all of them, whatever files they lie in."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llama_pro_fast.hf.folder import PretrainedFolder
+if TYPE_CHECKING:
+    from llama_pro_fast.hf.folder import PretrainedFolder
+
+SETTLED_NS = 2 * 10**9
+"""A younger file is not remembered: two writes in one tick of a file system's clock (2 s at the coarsest, FAT) have one
+time of modification."""
+
+_DIGESTS: dict[tuple[int, int, int, int, str], str] = {}
+"""By device, inode, size and time of modification of the file, which a rename leaves alone, and the tensor's name."""
+
+
+def remembered(file: Path, name: str, read: Callable[[], Iterable[memoryview]]) -> str:
+    """SHA-256 of what ``read`` gives, the bytes of tensor ``name``, once as long as ``file`` does not change."""
+    before = _state(file)
+    if before is not None and (*before, name) in _DIGESTS:
+        return _DIGESTS[*before, name]
+    digest = hashlib.sha256()
+    for piece in read():
+        digest.update(piece)
+    if before is not None and before == _state(file) and time.time_ns() - before[3] > SETTLED_NS:
+        _DIGESTS[*before, name] = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def _state(file: Path) -> tuple[int, int, int, int] | None:
+    try:
+        found = os.stat(file)
+    except OSError:  # reading it will say what is wrong
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def combined_digest(digests: dict[str, str]) -> str:
@@ -15,7 +49,7 @@ def combined_digest(digests: dict[str, str]) -> str:
 
 
 def folder_digest(folder: PretrainedFolder) -> str:
-    """One digest for all of a folder's tensors, read once, a few at a time side by side."""
+    """One digest for all of a folder's tensors, a few read at a time side by side."""
     # hashlib lets go of the interpreter while it hashes.
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = dict(zip(folder.entries, pool.map(folder.digest, folder.entries), strict=True))

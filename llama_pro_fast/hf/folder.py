@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,8 @@ import transformers
 
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line
-from llama_pro_fast.hf.config import COMPANION_PATTERNS, CONFIG_FILE, _read_json, read_config
+from llama_pro_fast.hf.config import COMPANION_PATTERNS, CONFIG_FILE, read_config, read_json
+from llama_pro_fast.hf.digest import remembered
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, read_header
 
 CHUNK_BYTES = 8 << 20
@@ -72,7 +72,7 @@ class PretrainedFolder:
         if (self.path / SINGLE_FILE).exists():
             weight_map, files = None, [SINGLE_FILE]
         elif (self.path / INDEX_FILE).exists():
-            index = _read_json(self.path / INDEX_FILE, "it maps tensors to shards")
+            index = read_json(self.path / INDEX_FILE, "it maps tensors to shards")
             weight_map = index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{self.path / INDEX_FILE}: no weight_map in it; download the file again")
@@ -120,11 +120,8 @@ class PretrainedFolder:
             raise UserError(f"{self.path / entry.file}: cannot be read: {error.strerror}; check the disk") from error
 
     def digest(self, name: str) -> str:
-        """SHA-256 of a tensor's bytes."""
-        digest = hashlib.sha256()
-        for piece in self.read_bytes(name):
-            digest.update(piece)
-        return digest.hexdigest()
+        """SHA-256 of a tensor's bytes, which are read once a process as long as their file does not change."""
+        return remembered(self.path / self.entries[name].file, name, lambda: self.read_bytes(name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in the stored dtype.

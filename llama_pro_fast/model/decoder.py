@@ -16,7 +16,12 @@ from torch.nn import functional as F
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.block import Block, BlockClass, BlockContext
 from llama_pro_fast.model.layers import Embedding, RMSNorm
-from llama_pro_kernels import linear_cross_entropy, linear_cross_entropy_forward, linear_kl
+from llama_pro_kernels import (
+    LinearKLOutput,
+    linear_cross_entropy,
+    linear_cross_entropy_forward,
+    linear_kl_with_losses,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a model may compute in, by the name a recipe has for it."""
@@ -56,12 +61,32 @@ class Decoder(nn.Module):
 
     def hidden_states(self, batch: PackedBatch, *, skip: Collection[int] = ()) -> torch.Tensor:
         """The final norm's output ``[T, H]`` in the compute dtype; blocks in ``skip`` are left out."""
-        context = BlockContext.for_batch(batch, rotary_tables=(self.cos, self.sin), attention=self.attention)
+        context = self._context(batch)
         x = self.embed_tokens(batch.input_ids)
         for index, block in enumerate(self.blocks):
             if index not in skip:
                 x = block(x, context)
         return self.norm(x)
+
+    def hidden_states_and_base(self, batch: PackedBatch, *, skip: Collection[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The final norm's output of the model and of its base, which is the model without the blocks in ``skip``;
+        what lies below the lowest of them runs once for both."""
+        context, first = self._context(batch), min(skip)
+        shared = self.embed_tokens(batch.input_ids)
+        for block in self.blocks[:first]:
+            shared = block(shared, context)
+        now, base = shared, shared
+        del shared
+        for block in self.blocks[first:]:
+            now = block(now, context)
+        now = self.norm(now)
+        for index, block in enumerate(self.blocks[first:], start=first):
+            if index not in skip:
+                base = block(base, context)
+        return now, self.norm(base)
+
+    def _context(self, batch: PackedBatch) -> BlockContext:
+        return BlockContext.for_batch(batch, rotary_tables=(self.cos, self.sin), attention=self.attention)
 
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         """``[T, V]``, all at once: for tests and for generating, not for training."""
@@ -94,9 +119,10 @@ class Decoder(nn.Module):
         ).token_losses
 
     @torch.no_grad()
-    def token_kl(self, hidden_base: torch.Tensor, hidden_now: torch.Tensor) -> torch.Tensor:
-        """KL(base ‖ now) ``[T]`` in nats from the final hidden states of the two."""
-        return linear_kl(hidden_base, hidden_now, self.lm_head.weight_in_compute_dtype)
+    def compare(self, now: torch.Tensor, base: torch.Tensor, labels: torch.Tensor) -> LinearKLOutput:
+        """KL(base ‖ now) and both losses ``[T]`` in nats, from the final hidden states of the two; the losses are 0
+        where the label is ignored."""
+        return linear_kl_with_losses(base, now, self.lm_head.weight_in_compute_dtype, labels)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
