@@ -1,4 +1,4 @@
-"""bench/pictures.py and bench/readme_table.py: who is shown, in which order, and that the README is up to date."""
+"""bench/pictures.py and tools/readme_table.py: who is shown, in which order, and that the README is up to date."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_result_of_a_gpu_then_of_7b_then_with_the_usual_name_then_the_latest
 
 def test_the_readme_holds_the_table_of_the_results():
     text = readme_table.README.read_text(encoding="utf-8")
-    assert readme_table.with_table(text) == text, "run: PYTHONPATH=.:kernels python bench/readme_table.py"
+    assert readme_table.with_table(text) == text, "run: PYTHONPATH=.:kernels python tools/readme_table.py"
 
 
 def test_check_tells_another_table_and_writes_nothing(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """The README's table of speeds and the picture above it, from the results that are there.
 
-    PYTHONPATH=.:kernels python bench/readme_table.py
-    PYTHONPATH=.:kernels python bench/readme_table.py --check     ends with 1 if the README's table is another
+    PYTHONPATH=.:kernels python tools/readme_table.py
+    PYTHONPATH=.:kernels python tools/readme_table.py --check     ends with 1 if the README's table is another
 
 The result is a GPU's before a CPU's, of size 7b before another, one with the usual name (`throughput-SIZE-DEVICE.json`;
 special runs have others), and of those the latest.
@@ -16,6 +16,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # a folder of scripts, no package
 
 import common
 from pictures import draw_throughput, gib, in_words, ordered, title
