@@ -1,11 +1,12 @@
-"""What every bench here shares: where a figure comes from (device, versions, commit, command), its table, its JSON.
+"""What every bench shares: its options, where a figure comes from, its table and its JSON.
 
-A result nobody can trace is worth nothing, so each row of a result file names all of it. Nothing here needs more than
-PyTorch, and nothing talks to the network. ``python bench/common.py`` prints the provenance of this checkout.
+A figure that nobody can trace is worth nothing, so every result file names device, commit, versions and command.
+Nothing here talks to the network. ``python bench/common.py`` prints the provenance of this checkout.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -18,8 +19,38 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+
+
+def parser(doc: str, *, out: str, device: bool = True) -> argparse.ArgumentParser:
+    """The options of every bench.
+
+    Args:
+        doc: its docstring, of which the first line is shown.
+        out: the usual result file in bench/results, in words.
+        device: whether it is told the device; "auto" has become "cuda" or "cpu" when the options are parsed.
+    """
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--out", type=Path, help=f"the result, as JSON; default: bench/results/{out}.json")
+    if device:
+        made.add_argument("--device", type=found_device, default="auto", choices=["cpu", "cuda"], help="default: auto")
+    return made
+
+
+def found_device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def provenance(device: str) -> dict[str, Any]:
+    return {"device": device_name(device), "commit": commit(), "versions": versions(), "command": command()}
+
+
+def result_file(name: str, device: str) -> Path:
+    """``bench/results/NAME-DEVICE.json``, of a device's full name."""
+    return RESULTS / f"{name}-{slug(device)}.json"
 
 
 def commit() -> str:
@@ -40,8 +71,6 @@ def commit() -> str:
 
 def versions() -> dict[str, str | None]:
     """Of what decides speed and rounding; None for what is not there."""
-    import torch
-
     try:
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
@@ -77,8 +106,6 @@ def cpu_name() -> str:
 
 def device_name(device: str) -> str:
     """``NVIDIA H200``, or ``cpu, <its model>``."""
-    import torch
-
     return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {cpu_name()}"
 
 
@@ -126,7 +153,4 @@ def version_of(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    import torch
-
-    where = device_name("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"device": where, "commit": commit(), "versions": versions()}))
+    print(json.dumps(provenance(found_device("auto"))))
