@@ -1,4 +1,4 @@
-"""What every bench shares: its options, where a figure comes from, its table and its JSON.
+"""What benches share: options, where a figure comes from, what the device reaches, tables and JSON.
 
 A figure that nobody can trace is worth nothing, so every result file names device, commit, versions and command.
 Nothing here talks to the network. ``python bench/common.py`` prints the provenance of this checkout.
@@ -12,9 +12,11 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import timeit
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def parser(doc: str, *, out: str, device: bool = True) -> argparse.ArgumentParser:
-    """The options of every bench.
-
-    Args:
-        doc: its docstring, of which the first line is shown.
-        out: the usual result file in bench/results, in words.
-        device: whether it is told the device; "auto" has become "cuda" or "cpu" when the options are parsed.
-    """
+    """The options of every bench; a device's "auto" has become "cuda" or "cpu" when they are parsed."""
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("--out", type=Path, help=f"the result, as JSON; default: bench/results/{out}.json")
     if device:
@@ -98,20 +94,36 @@ def command() -> str:
     return shlex.join(["python", free(str(Path(sys.argv[0]).resolve())), *map(free, sys.argv[1:])])
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def device_name(device: str) -> str:
     """``NVIDIA H200``, or ``cpu, <its model>``."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {cpu_name()}"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"cpu, {model[1] if model else platform.processor() or platform.machine()}"
 
 
 def slug(device: str) -> str:
     """A device's name as part of a file's name; all CPUs are one."""
     return "cpu" if device.startswith("cpu") else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """What a call takes, the median: on a GPU by events, the L2 cache flushed before each."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=50, rep=200, return_mode="median") / 1e3
+    return statistics.median(timeit.repeat(call, number=1, repeat=3))
+
+
+def ceilings(device: str) -> tuple[float, float]:
+    """Bytes a second of a large copy, read and written, and FLOPs a second of a large product."""
+    size, n, dtype = (1 << 31, 8192, torch.bfloat16) if device == "cuda" else (1 << 26, 1024, torch.float32)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size / seconds(lambda: target.copy_(source), device), 2 * n**3 / seconds(lambda: a @ b, device)
 
 
 def write_json(path: Path, result: Any, *, row_per_line: str | None = None) -> None:

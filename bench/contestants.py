@@ -16,9 +16,6 @@ float32, frozen ones bf16, products in bf16 (ours by narrow copies, the others u
       …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast. Cheaper and
                         less exact than all others, so its loss may drift from theirs
 
-    llama-factory, unsloth  the models that these trainers make of the same checkpoint (bench/other_trainers.py), in the
-                        bench's loop; unsloth's in pure bf16
-
 Instead of a block expansion, on the base itself; other parameters train, so these compare methods, not implementations:
 
     lora                PEFT's LoRA of rank 16 on every linear layer; adapters float32
@@ -35,8 +32,7 @@ from functools import partial
 
 import common
 import torch
-from hugging_face import RANK, build_full, build_hf, build_lora
-from other_trainers import build_llama_factory, build_unsloth
+from hugging_face import RANK, build_hf, build_lora
 from workload import Runner, Workload
 
 from llama_pro_fast.batch import PackedBatch, padded_boundaries
@@ -96,20 +92,10 @@ class Contestant:
 
 def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NONE) -> Runner:
     """Every block that has a backward makes ``recompute`` again; None leaves the choice to the planner."""
-    config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
+    config, device, dtype, job = workload.config, torch.device(workload.device), workload.dtype, our_job(workload)
     spec = BlockSpec.from_config(config, 0)
     shapes = tensor_shapes(config)
     classes = block_classes(config.num_hidden_layers, workload.trained_blocks)
-    backend = select_attention_backend(device, dtype, requested=workload.attention, head_dim=spec.head_dim)
-    job = Job(
-        config=config,
-        trained_blocks=tuple(workload.trained_blocks),
-        dtype=dtype,
-        seq_len=workload.seq,
-        attention=backend,
-        triton=implementation_name(device, dtype).startswith("triton"),
-        document=workload.document_length,
-    )
     policies = planned_policies(job, workload) if recompute is None else [recompute] * len(classes)
 
     def block(index: int) -> Block:
@@ -131,7 +117,7 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
         ),
         lm_head=None if config.tie_word_embeddings else embedding(HEAD),
         rotary_tables=(cos.to(device), sin.to(device)),
-        attention=backend,
+        attention=job.attention,
     )
     scale = torch.tensor(1.0 / workload.predictions, device=device)
 
@@ -145,7 +131,7 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
         loss=lambda batch: model.loss(batch, scale),
         tensors=lambda: (pair for name, p in model.named_parameters() for pair in hf_tensors(config, name, p)),
         facts={
-            "attention": backend,
+            "attention": job.attention,
             "trained_dtype": "float32",
             "recompute": recompute_text(policies, job.first),
             "planned_gib": round(
@@ -155,14 +141,25 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
     )
 
 
+def our_job(workload: Workload) -> Job:
+    """What the planner is asked about ours."""
+    config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
+    head_dim = BlockSpec.from_config(config, 0).head_dim
+    return Job(
+        config=config,
+        trained_blocks=tuple(workload.trained_blocks),
+        dtype=dtype,
+        seq_len=workload.seq,
+        attention=select_attention_backend(device, dtype, requested=workload.attention, head_dim=head_dim),
+        triton=implementation_name(device, dtype).startswith("triton"),
+        document=workload.document_length,
+    )
+
+
 def planned_policies(job: Job, workload: Workload) -> Sequence[Recompute]:
     """What the planner would have each block recompute on this machine."""
-    found = best_fit(
-        job,
-        present() if workload.device == "cuda" else cpu(),
-        batch_size=workload.micro_batch,
-        micro_batch_size=workload.micro_batch,
-    )
+    device, sequences = present() if workload.device == "cuda" else cpu(), workload.micro_batch
+    found = best_fit(job, device, batch_size=sequences, micro_batch_size=sequences)
     if found is None:
         raise torch.OutOfMemoryError("the planner finds no way to fit this step")
     return found.recompute
@@ -185,7 +182,8 @@ def _lora(checkpointing: str = "none") -> Contestant:
 
 
 def _full(*, pure: bool = False, checkpointing: str = "none") -> Contestant:
-    return Contestant(partial(build_full, pure=pure, checkpointing=checkpointing), trains=EVERYTHING, gpu=pure)
+    build = partial(build_hf, everything=True, pure=pure, checkpointing=checkpointing)
+    return Contestant(build, trains=EVERYTHING, gpu=pure)
 
 
 # The most telling first, for a run that is cut short.
@@ -212,6 +210,4 @@ CONTESTANTS: dict[str, Contestant] = {
     "hf-checkpointing-bf16": _hf(checkpointing="all", pure=True),
     "full-checkpointing": _full(checkpointing="all"),
     "full": _full(),
-    "llama-factory": Contestant(build_llama_factory, packages=("llamafactory",)),
-    "unsloth": Contestant(build_unsloth, gpu=True, packages=("unsloth",)),
 }

@@ -27,10 +27,12 @@ def build_hf(
     pure: bool = False,
     liger: bool = False,
     compiled: bool = False,
+    everything: bool = False,
 ) -> Runner:
     """The expanded model, of which the new blocks train.
 
     Args:
+        everything: the base in its place, of which everything trains.
         attention: transformers' name for it.
         checkpointing: of layers: ``none``; ``all``, by the model's own switch; ``trained``, those that have a trained
             parameter, which is LLaMA-Factory's way.
@@ -43,21 +45,15 @@ def build_hf(
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    trained = tuple(f"model.layers.{index}." for index in workload.trained_blocks)
+    if everything:
+        workload = replace(workload, expanded=False)
+    trained = ("",) if everything else tuple(f"model.layers.{index}." for index in workload.trained_blocks)
     model = drawn_model(workload, trained, attention=attention, pure=pure)
     _checkpoint(model, checkpointing)
     if compiled:
         for layer in model.model.layers:
             layer.compile()
         model.loss_function = torch.compile(model.loss_function)
-    return runner_of(workload, model, list(model.named_parameters()), pure=pure)
-
-
-def build_full(workload: Workload, *, checkpointing: str = "none", pure: bool = False) -> Runner:
-    """The base, of which everything trains; arguments as of :func:`build_hf`."""
-    workload = replace(workload, expanded=False)
-    model = drawn_model(workload, ("",), pure=pure)
-    _checkpoint(model, checkpointing)
     return runner_of(workload, model, list(model.named_parameters()), pure=pure)
 
 
@@ -141,7 +137,7 @@ def packed(workload: Workload, *, flash: bool) -> Callable[[torch.Tensor], dict[
 
     def prepare(tokens: torch.Tensor) -> dict[str, Any]:
         tokens = tokens.to(workload.device)
-        if not workload.packed:
+        if length == workload.seq:
             return {"input_ids": tokens, "labels": tokens}
         documents = tokens.reshape(-1, length)
         labels = documents.clone()

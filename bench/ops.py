@@ -14,8 +14,7 @@ one does.
 Otherwise each op is timed beside the others in kernel_bench/op.py, by `triton.testing.do_bench`: CUDA events around
 single calls, the L2 cache flushed before each, the median. GB/s and TFLOP/s are of the work no kernel can avoid; their
 share is of a large copy, or of a large product, measured in the same run. Before anybody is timed its result is held
-against ours: `max_error` is the largest difference relative to our largest number; beyond `TOLERANCE`, or NaN, it is
-`wrong` and not timed. Who is missing or fails is a row that says so. `--device cpu` tries the bench: the reference in
+against ours; who is wrong, missing or fails is a row that says so. `--device cpu` tries the bench: the reference in
 place of the kernels, fp32, a tiny model; it says nothing about speed.
 """
 
@@ -26,14 +25,11 @@ import gc
 import math
 import sys
 import time
-import timeit
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import common
@@ -120,34 +116,11 @@ def compile_all() -> list[dict[str, Any]]:
         return [row for rows in pool.map(compile_model, MODELS) for row in rows]
 
 
-def print_compiled(rows: list[dict[str, Any]]) -> None:
-    """A line a kernel, the targets side by side."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["case"], row["kernel"]), []).append(row)
-    lines = []
-    for (model, case, kernel), group in groups.items():
-        widths: Counter[str] = Counter()
-        for row in group:
-            for name in row["streams"]:
-                for bits, count in row["accesses"].get(name, {}).items():
-                    single = SINGLE.get((kernel, name)) == count
-                    widths["one number a row" if single else f"{bits}-bit"] += count
-        lines.append([
-            f"{model}: {case}" + (" (sum)" if kernel == "_sum_rows_kernel" else ""),
-            str(group[0]["warps"]),
-            *(" / ".join(str(row[key]) for row in group) for key in ("registers", "stack", "spills")),
-            "FAILED" if any(row["failed"] for row in group) else "ok",
-            ", ".join(f"{count // len(group)} x {width}" for width, count in sorted(widths.items())) or "-",
-        ])  # fmt: skip
-    columns = ["kernel", "warps", "registers", "stack", "spills", "", "accesses to [T, .] streams"]
-    print(f"bf16, {' / '.join(f'sm_{target}' for target in TARGETS)}\n{common.table(columns, lines)}")
-
-
 def compile_only(out: Path | None) -> int:
     start = time.monotonic()
     rows = compile_all()
-    print_compiled(rows)
+    shown = ("model", "case", "kernel", "target", "warps", "registers", "stack", "spills", "failed")
+    print(common.table(shown, [[str(row[key]) for key in shown] for row in rows]))
     failed = [row for row in rows if row["failed"]]
     for row in failed:
         what = f"stack {row['stack']}, spills {row['spills']}, narrow {row['narrow_streams']}"
@@ -165,24 +138,6 @@ def compile_only(out: Path | None) -> int:
 # Speed
 
 
-def seconds(call: Callable[[], Any], device: str) -> float:
-    """The median of a call's."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(call, warmup=50, rep=200, return_mode="median") / 1e3
-    return median(timeit.repeat(call, number=1, repeat=3))
-
-
-def ceilings(device: str) -> tuple[float, float]:
-    """Bytes a second of a large copy, read and written, and FLOPs a second of a large product."""
-    size, n, dtype = (1 << 31, 8192, torch.bfloat16) if device == "cuda" else (1 << 24, 256, torch.float32)
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-    return 2 * size / seconds(lambda: target.copy_(source), device), 2 * n**3 / seconds(lambda: a @ b, device)
-
-
 def leading(op: Op, out: Any) -> list[torch.Tensor]:
     """The results that all must agree on; none of a contestant that only computes."""
     out = [] if out is None else [out] if isinstance(out, torch.Tensor) else out
@@ -198,13 +153,11 @@ def max_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def time_op(op: Op, model: str, device: str, best: tuple[float, float], compiled: bool) -> Iterator[dict[str, Any]]:
+def time_op(op: Op, model: str, device: str, best: tuple[float, float]) -> Iterator[dict[str, Any]]:
     """A row for each contestant; rates are in 10⁹ bytes (GB/s) or 10¹² FLOPs (TFLOP/s) a second."""
     unit, scale, limit = ("GBps", 1e9, best[0]) if op.unit == "bytes" else ("TFLOPs", 1e12, best[1])
     expected: list[torch.Tensor] = []
     for name, setup in op.contestants.items():
-        if name == "torch.compile" and not compiled:
-            continue
         work = op.work if name == "ours" or op.rivals_work is None else op.rivals_work
         row = {"op": op.name, "model": model, "contestant": name, "status": "ok", op.unit: work, "max_error": None}
         row |= dict.fromkeys(("median_us", unit, "share"))
@@ -218,7 +171,7 @@ def time_op(op: Op, model: str, device: str, best: tuple[float, float], compiled
             if results and not row["max_error"] <= TOLERANCE:
                 row |= {"status": f"wrong: differs from ours by {row['max_error']:.2g}", "max_error": None}
             else:
-                taken = seconds(call, device)
+                taken = common.seconds(call, device)
                 rate = float(f"{work / taken / scale:.5g}")
                 row |= {"median_us": round(taken * 1e6, 3), unit: rate, "share": round(work / taken / limit, 4)}
         except Exception as error:
@@ -260,7 +213,7 @@ def time_all(options: argparse.Namespace) -> int:
         dtype=torch.bfloat16 if cuda else torch.float32,
         device=device,
     )
-    best = ceilings(device)
+    best = common.ceilings(device)
     facts = common.provenance(device) | {
         "model": options.model if cuda else "tiny",
         "dtype": str(setting.dtype).removeprefix("torch."),
@@ -273,7 +226,7 @@ def time_all(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for op in (*elementwise_ops(setting, kernels), *product_ops(setting)):
         if options.ops in op.name:
-            rows += time_op(op, facts["model"], device, best, options.compile)
+            rows += time_op(op, facts["model"], device, best)
             common.write_json(out, {**facts, "rows": rows}, row_per_line="rows")
     print(show(rows))
     print(f"copy {facts['copy_GBps']:,.0f} GB/s, product {facts['product_TFLOPs']:,.3g} TFLOP/s; written to {out}")
@@ -285,7 +238,6 @@ def main() -> int:
     parser.add_argument("--compile-only", action="store_true", help="read the machine code; written only with --out")
     parser.add_argument("--model", choices=list(MODELS), default="llama-2-7b", help="whose shapes are timed on a GPU")
     parser.add_argument("--ops", default="", metavar="PART", help="only those with this in their name")
-    parser.add_argument("--compile", action="store_true", help="torch.compile competes too, which takes minutes")
     options = parser.parse_args()
     return compile_only(options.out) if options.compile_only else time_all(options)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernel_bench.op import EPS, Op, Setting, backward_of, direct, heads_first, kind, leaf, liger, plain, plain_function
+from kernel_bench.op import EPS, Call, Op, Setting, backward_of, direct, heads_first, kind, leaf, liger
 
 __all__ = ["elementwise_ops"]
 
@@ -20,11 +20,8 @@ def elementwise_ops(s: Setting, kernels: Any) -> Iterator[Op]:
     Args:
         kernels: `llama_pro_kernels.triton_kernels`, or for a CPU `llama_pro_kernels.reference`: the same functions.
     """
-    yield from _norms(s, kernels)
-    yield from _norm_weights(s, kernels)
-    yield from _swiglu(s, kernels)
-    yield from _rotary(s, kernels)
-    yield from _losses(s, kernels)
+    for ops in (_norms, _norm_weights, _swiglu, _rotary, _losses):
+        yield from ops(s, kernels)
 
 
 # RMSNorm, alone and with the residual sum
@@ -65,7 +62,7 @@ def _norms(s: Setting, kernels: Any) -> Iterator[Op]:
 def _norm_forward(s: Setting, kernels: Any, name: str, draw: Callable[[], Tensor]) -> Op:
     add, size = name == "add_rms_norm", draw().shape
 
-    def by_liger(*inputs: Tensor) -> Callable[[], Any]:
+    def by_liger(*inputs: Tensor) -> Call:
         if add:
             return direct(liger("fused_add_rms_norm").fused_add_rms_norm_forward, EPS, 0.0, "llama")(*inputs)
         return direct(liger("rms_norm").rms_norm_forward, EPS, 0.0, "llama", None)(*inputs)
@@ -75,7 +72,7 @@ def _norm_forward(s: Setting, kernels: Any, name: str, draw: Callable[[], Tensor
         inputs=lambda: [*(draw() for _ in range(1 + add)), _weight(s, size[-1])],
         contestants={
             "ours": direct(kernels.add_rms_norm_forward if add else kernels.rms_norm_forward, EPS),
-            **plain_function(plain_norm),
+            "eager": direct(plain_norm),
             "liger": by_liger,
         },
         results=1 + add,
@@ -92,16 +89,16 @@ def _norm_backward(s: Setting, kernels: Any, name: str, draw: Callable[[], Tenso
         dy, *dresidual = (s.draw(*size) for _ in range(1 + add))
         return [dy, x, _weight(s, size[-1], trained), _rstd(x), *dresidual]
 
-    def ours(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None = None) -> Any:
+    def ours(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None = None) -> Call:
         return lambda: kernels.rms_norm_backward(dy, x, weight, rstd, dresidual=dresidual, need_dweight=trained)
 
-    def by_autograd(wrap: Callable, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *dresidual: Tensor) -> Any:
+    def by_autograd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *dresidual: Tensor) -> Call:
         x, weight = leaf(x), leaf(weight.to(s.dtype), trained)
         # The gradient of the other addend is the same tensor.
-        outputs = wrap(plain_norm)(x, *map(torch.zeros_like, dresidual), weight)
+        outputs = plain_norm(x, *map(torch.zeros_like, dresidual), weight)
         return backward_of(outputs[: 1 + add], [x, weight] if trained else [x], [dy, *dresidual])
 
-    def by_liger(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *dresidual: Tensor) -> Any:
+    def by_liger(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *dresidual: Tensor) -> Call:
         weight = weight.to(s.dtype)
         if add:
             module = liger("fused_add_rms_norm")
@@ -111,15 +108,14 @@ def _norm_backward(s: Setting, kernels: Any, name: str, draw: Callable[[], Tenso
             module = liger("rms_norm")
             forward, backward, more = module.rms_norm_forward, module.rms_norm_backward, (False, None)
             _, x, rstd, *launch, mode = forward(x, weight, EPS, 0.0, "llama", None)
+        arguments = (dy, *dresidual, x, weight, rstd, 0.0, mode, *launch, *more)
         # dx, with the residual once more for it, and dweight
-        return lambda: backward(dy, *dresidual, x, weight, rstd, 0.0, mode, *launch, *more, needs_dw=trained)[
-            :: 1 + add
-        ]
+        return lambda: backward(*arguments, needs_dw=trained)[:: 1 + add]
 
     return Op(
         name=f"{name} backward {kind(trained)}",
         inputs=inputs,
-        contestants={"ours": ours, **plain(by_autograd), "liger": by_liger},
+        contestants={"ours": ours, "eager": by_autograd, "liger": by_liger},
         results=1 + trained,
         # dy, x, dx, and with the residual its gradient; rstd; weight, or its fp32 master and gradient
         work=s.bytes_of(
@@ -141,7 +137,7 @@ def _norm_weights(s: Setting, kernels: Any) -> Iterator[Op]:
             inputs=lambda rows=outputs: [
                 s.draw(rows, H), s.draw(rows, H, dtype=torch.float32), _weight(s, H, trained=True)
             ],
-            contestants={"ours": direct(kernels.linear_dscale), **plain_function(plain_dscale)},
+            contestants={"ours": direct(kernels.linear_dscale), "eager": direct(plain_dscale)},
             work=s.bytes_of((outputs, H), fp32=outputs * H + 2 * H),
         )  # fmt: skip
 
@@ -160,17 +156,17 @@ def _halves(gate_up: Tensor) -> list[Tensor]:
 def _swiglu(s: Setting, kernels: Any) -> Iterator[Op]:
     T, I = s.tokens, s.shape.I
 
-    def eager(wrap: Callable, gate_up: Tensor) -> Callable[[], Any]:
-        return direct(wrap(plain_swiglu))(*_halves(gate_up))
+    def eager(gate_up: Tensor) -> Call:
+        return direct(plain_swiglu)(*_halves(gate_up))
 
-    def by_liger(gate_up: Tensor) -> Callable[[], Any]:
+    def by_liger(gate_up: Tensor) -> Call:
         module = liger("swiglu")
         return lambda: module.swiglu_fused_gate_up_forward(gate_up)[1]
 
     yield Op(
         name="swiglu forward",
         inputs=lambda: [s.draw(T, 2 * I)],
-        contestants={"ours": direct(kernels.swiglu_forward), **plain(eager), "liger": by_liger},
+        contestants={"ours": direct(kernels.swiglu_forward), "eager": eager, "liger": by_liger},
         work=s.bytes_of((3, T, I)),  # gate, up, the product
     )
     for trained in (False, True):
@@ -182,19 +178,19 @@ def _swiglu_backward(s: Setting, kernels: Any, *, trained: bool) -> Op:
     and up; here not, so that every call reads the same numbers."""
     T, I = s.tokens, s.shape.I
 
-    def ours(dy: Tensor, gate_up: Tensor) -> Callable[[], Any]:
+    def ours(dy: Tensor, gate_up: Tensor) -> Call:
         def call() -> tuple[Tensor | None, ...]:
             gradient, product = kernels.swiglu_backward(dy, gate_up, need_product=trained)
             return (*gradient.chunk(2, dim=-1), product)
 
         return call
 
-    def by_autograd(wrap: Callable, dy: Tensor, gate_up: Tensor) -> Callable[[], Any]:
-        function, leaves = wrap(plain_swiglu), [leaf(half) for half in _halves(gate_up)]
-        backward = backward_of([function(*leaves)], leaves, [dy])
-        return (lambda: (*backward(), function(*leaves).detach())) if trained else backward
+    def by_autograd(dy: Tensor, gate_up: Tensor) -> Call:
+        leaves = [leaf(half) for half in _halves(gate_up)]
+        backward = backward_of([plain_swiglu(*leaves)], leaves, [dy])
+        return (lambda: (*backward(), plain_swiglu(*leaves).detach())) if trained else backward
 
-    def by_liger(dy: Tensor, gate_up: Tensor) -> Callable[[], Any]:
+    def by_liger(dy: Tensor, gate_up: Tensor) -> Call:
         module = liger("swiglu")
 
         def call() -> tuple[Tensor, ...]:
@@ -206,7 +202,7 @@ def _swiglu_backward(s: Setting, kernels: Any, *, trained: bool) -> Op:
     return Op(
         name=f"swiglu backward {kind(trained)}",
         inputs=lambda: [s.draw(T, I), s.draw(T, 2 * I)],
-        contestants={"ours": ours, **plain(by_autograd), "liger": by_liger},
+        contestants={"ours": ours, "eager": by_autograd, "liger": by_liger},
         results=2 + trained,
         work=s.bytes_of((5 + trained, T, I)),  # dy, gate, up, dgate, dup, and the product
     )
@@ -248,18 +244,17 @@ def _rotary(s: Setting, kernels: Any) -> Iterator[Op]:
     def q_and_k(packed: Tensor) -> tuple[Tensor, ...]:
         return packed.view(T, -1, D)[:, : N + K].split([N, K], dim=1)
 
-    def ours(qkv: Tensor, *tables: Tensor) -> Callable[[], Any]:
+    def ours(qkv: Tensor, *tables: Tensor) -> Call:
         return lambda: q_and_k(kernels.rotary_forward(qkv, *tables, N, K, D))
 
-    def ours_in_place(qkv: Tensor, *tables: Tensor) -> Callable[[], Any]:
+    def ours_in_place(qkv: Tensor, *tables: Tensor) -> Call:
         return lambda: (kernels.rotary_forward_(qkv, *tables, N, K, D), *q_and_k(qkv))[1:]
 
-    def eager(wrap: Callable, qkv: Tensor, *tables: Tensor) -> Callable[[], Any]:
-        function, heads = wrap(plain_rotary), apart(qkv)
-        cos_sin = [table[:, None] for table in for_every_token(*tables)]
-        return lambda: tokens_first(function(*heads, *cos_sin))
+    def eager(qkv: Tensor, *tables: Tensor) -> Call:
+        heads, cos_sin = apart(qkv), [table[:, None] for table in for_every_token(*tables)]
+        return lambda: tokens_first(plain_rotary(*heads, *cos_sin))
 
-    def by_liger(qkv: Tensor, *tables: Tensor) -> Callable[[], Any]:
+    def by_liger(qkv: Tensor, *tables: Tensor) -> Call:
         forward, heads, cos_sin = liger("rope").rope_forward, apart(qkv), for_every_token(*tables)
         return lambda: tokens_first(forward(*heads, *cos_sin))  # over q and k: a rotation more each time
 
@@ -268,22 +263,22 @@ def _rotary(s: Setting, kernels: Any) -> Iterator[Op]:
         return s.bytes_of((2, T, heads, D), fp32=s.sequence * D, int64=T)
 
     forward = {"inputs": lambda: [s.draw(T, (N + 2 * K) * D), *tables()], "results": 2, "work": work(N + K)}
-    rivals = plain(eager) | {"liger": by_liger}
+    rivals = {"eager": eager, "liger": by_liger}
     yield Op(name="rotary forward", contestants={"ours": ours, **rivals}, **forward)
     yield Op(name="rotary forward in place", contestants={"ours": ours_in_place, **rivals}, **forward)
 
-    def ours_backward(dq: Tensor, dk: Tensor, dv: Tensor, *tables: Tensor) -> Callable[[], Any]:
+    def ours_backward(dq: Tensor, dk: Tensor, dv: Tensor, *tables: Tensor) -> Call:
         return lambda: q_and_k(kernels.rotary_backward(dq, dk, dv, *tables))
 
-    def by_autograd(wrap: Callable, dq: Tensor, dk: Tensor, dv: Tensor, *tables: Tensor) -> Callable[[], Any]:
+    def by_autograd(dq: Tensor, dk: Tensor, dv: Tensor, *tables: Tensor) -> Call:
         gradients = [heads_first(dq), heads_first(dk)]
         # A rotation keeps nothing of its input, so any numbers will do.
         leaves = [leaf(x) for x in gradients]
-        outputs = wrap(plain_rotary)(*leaves, *(table[:, None] for table in for_every_token(*tables)))
+        outputs = plain_rotary(*leaves, *(table[:, None] for table in for_every_token(*tables)))
         backward = backward_of(outputs, leaves, gradients)
         return lambda: tokens_first(backward())
 
-    def liger_backward(dq: Tensor, dk: Tensor, dv: Tensor, *tables: Tensor) -> Callable[[], Any]:
+    def liger_backward(dq: Tensor, dk: Tensor, dv: Tensor, *tables: Tensor) -> Call:
         backward, cos_sin = liger("rope").rope_backward, for_every_token(*tables)
         gradients = [heads_first(dq), heads_first(dk)]
         return lambda: tokens_first(backward(*gradients, *cos_sin))  # over dq and dk
@@ -291,7 +286,7 @@ def _rotary(s: Setting, kernels: Any) -> Iterator[Op]:
     yield Op(
         name="rotary backward",
         inputs=lambda: [s.draw(T, N, D), s.draw(T, K, D), s.draw(T, K, D), *tables()],
-        contestants={"ours": ours_backward, **plain(by_autograd), "liger": liger_backward},
+        contestants={"ours": ours_backward, "eager": by_autograd, "liger": liger_backward},
         results=2,
         work=work(N + 2 * K),
         rivals_work=work(N + K),  # only ours brings dv back beside them
@@ -322,7 +317,7 @@ def _losses(s: Setting, kernels: Any) -> Iterator[Op]:
     def inputs() -> list[Tensor]:
         return [s.draw(T, V), s.labels(), torch.full((), 1 / T, device=s.device)]
 
-    def ours(logits: Tensor, labels: Tensor, scale: Tensor) -> Callable[[], Any]:
+    def ours(logits: Tensor, labels: Tensor, scale: Tensor) -> Call:
         """The gradient is written over the logits, so only the first call sees them; its work is the same."""
         options = {"ignore_index": -100, "need_dlogits": True}
         return lambda: (kernels.cross_entropy_(logits, labels, scale, **options)[0], logits)
@@ -339,13 +334,13 @@ def _losses(s: Setting, kernels: Any) -> Iterator[Op]:
         inputs=inputs,
         contestants={
             "ours": direct(kernels.cross_entropy_, ignore_index=-100, need_dlogits=False, need_correct=True),
-            **plain_function(plain_evaluation),
+            "eager": direct(plain_evaluation),
         },
         work=s.bytes_of((T, V), fp32=T, int64=T) + T,
     )
     yield Op(
         name="kl_divergence",
         inputs=lambda: [s.draw(T, V), s.draw(T, V)],
-        contestants={"ours": direct(kernels.kl_divergence), **plain_function(plain_kl)},
+        contestants={"ours": direct(kernels.kl_divergence), "eager": direct(plain_kl)},
         work=s.bytes_of((2, T, V), fp32=T),
     )

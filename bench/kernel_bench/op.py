@@ -2,17 +2,14 @@
 
     ours            the function the decoder calls
     eager           what a plain implementation does in PyTorch; a backward is autograd's, timed alone
-    torch.compile   the same functions, compiled for these shapes
     liger           liger_kernel.ops, where it is installed (written for 0.8)
     bare products   the matrix products of a loss with nothing between
-    backend NAME    attention by each backend that can serve here, beside the one that "auto" chooses for ours
 
-Everybody computes the same function of the same numbers, each from its own natural layout: ours has gate and up, and q,
-k and v, side by side as one projection leaves them; eager and torch.compile have them apart. Ours takes the fp32 master
-of a trained norm's weight, the others its copy in the activations' dtype.
+Everybody computes the same function of the same numbers, each from its own layout: ours has gate and up, and q, k and
+v, side by side as one projection leaves them; eager has them apart. Ours takes the fp32 master of a trained norm's
+weight, the others its copy in the activations' dtype.
 
-Bytes count each input once and each output once, in their dtypes. FLOPs are of products: causal attention by the pairs
-of query and key it really has, its backward as five products for the forward's two.
+Bytes count each input once and each output once, in their dtypes; FLOPs are of products.
 
 Shapes: T tokens, H hidden, I intermediate, N heads, K key/value heads, D head dim, V vocabulary.
 """
@@ -22,15 +19,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 EPS = 1e-5
-Setup = Callable[..., Callable[[], Any]]
-"""Inputs -> the call to time, which returns a tensor or several."""
+Call = Callable[[], Any]
+"""What is timed; it returns a tensor, several, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +54,7 @@ TINY = Shape(H=64, I=160, N=4, K=2, D=16, V=384, qk_norm=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all ops of a model share.
-
-    Attributes:
-        tokens: T, a multiple of ``sequence``.
-        sequence: length of a packed row, the longest a document can be.
-        dtype, device: of the activations. On "meta" tensors have no data.
-    """
+    """What all ops of a model share: T ``tokens`` in rows of ``sequence``. The device may be "meta"."""
 
     shape: Shape
     tokens: int
@@ -89,7 +79,7 @@ class Op:
 
     Attributes:
         inputs: draws them.
-        contestants: by name, ``ours`` first.
+        contestants: by name, ``ours`` first: inputs -> its call.
         results: how many of a call's leading results everybody must agree on.
         unit, work: bytes or FLOPs of a call.
         rivals_work: of the others, where ours does more.
@@ -97,36 +87,19 @@ class Op:
 
     name: str
     inputs: Callable[[], Sequence[Tensor]]
-    contestants: dict[str, Setup]
+    contestants: dict[str, Callable[..., Call]]
     results: int = 1
     unit: Literal["bytes", "flops"] = "bytes"
     work: int
     rivals_work: int | None = None
 
 
-def direct(function: Callable, *more: Any, **options: Any) -> Setup:
+def direct(function: Callable, *more: Any, **options: Any) -> Callable[..., Call]:
     """A function that takes the inputs as they are, and then ``more``."""
     return lambda *inputs: lambda: function(*inputs, *more, **options)
 
 
-def plain(setup: Callable[..., Callable[[], Any]]) -> dict[str, Setup]:
-    """The two contestants of plain functions, from ``setup(wrap, *inputs)``: as they are, and compiled."""
-    return {"eager": partial(setup, lambda function: function), "torch.compile": partial(setup, _compiled)}
-
-
-def plain_function(function: Callable) -> dict[str, Setup]:
-    return plain(lambda wrap, *inputs: partial(wrap(function), *inputs))
-
-
-def _compiled(function: Callable) -> Callable:
-    import torch._functorch.config
-
-    # A backward is repeated over one graph, so it may not take what forward kept for its own buffers.
-    torch._functorch.config.donated_buffer = False
-    return torch.compile(function, dynamic=False)
-
-
-def backward_of(outputs: Sequence[Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> Callable[[], Any]:
+def backward_of(outputs: Sequence[Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> Call:
     """Backward alone: the graph was made once and is kept."""
     return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 

@@ -1,10 +1,9 @@
-"""bench/pictures.py and tools/readme_table.py: who is shown, in which order, and that the README is up to date."""
+"""tools/readme_table.py and the picture: who is shown, in which order, and that the README is up to date."""
 
 from __future__ import annotations
 
 import json
 
-import common
 import pictures
 import pytest
 import readme_table
@@ -16,35 +15,27 @@ def row(contestant: str, speed: float | None, trains: str = "new blocks", **more
     shared = dict.fromkeys(throughput_rows.ALWAYS) | {
         "contestant": contestant, "trains": trains, "status": "measured", "device": "NVIDIA H200", "size": "7b",
         "seq": 4096, "document": 4096, "micro_batch": 2, "compute_dtype": "bfloat16", "trained_dtype": "float32",
-        "error": None,
-        "commit": "0123456789", "date": "2026-11-01T00:00:00+00:00", "warmup": 3, "steps": 8, "products_flop": None,
+        "error": None, "commit": "0123456789", "date": "2026-11-01T00:00:00+00:00", "warmup": 3, "steps": 8,
         "tokens_per_s": speed, "peak_gib": 40.125, "step_s": dict.fromkeys(("p10", "median", "p90"), 0.5),
         "tflops": 500.0, "share_of_product": 0.655, "first_loss": 10.5, "loss": 10.25, "weights_digest": trains,
     }  # fmt: skip
     return shared | more
 
 
-@pytest.fixture
-def rows():
-    """Of a GPU, in no order of speed."""
-    full = dict.fromkeys(("tokens_per_s", "peak_gib", "share_of_product"))
-    return [
-        row("hf", 5_000.0),
-        row("ours", 10_000.0),
-        row("hf-bf16", 7_500.0, trained_dtype="bfloat16"),
-        row("full", None, "everything", status="out of memory", error="OutOfMemoryError: CUDA", **full),
-        row("unsloth", None, status="missing", error="unsloth is not installed"),
-        row("lora", 8_000.0, "adapters"),
-    ]
+FULL = dict.fromkeys(("tokens_per_s", "peak_gib", "share_of_product"))
+ROWS = [
+    row("hf", 5_000.0),
+    row("ours", 10_000.0),
+    row("hf-bf16", 7_500.0, trained_dtype="bfloat16"),
+    row("full", None, "everything", status="out of memory", error="OutOfMemoryError: CUDA", **FULL),
+    row("hf-liger", None, status="missing", error="not installed: liger-kernel"),
+    row("lora", 8_000.0, "adapters"),
+]
+"""Of a GPU, in no order of speed."""
 
 
-def test_the_fastest_first_other_methods_apart_and_the_missing_left_out(rows):
-    names = [[row["contestant"] for row in group] for group in pictures.ordered(rows)]
-    assert names == [["ours", "hf-bf16", "hf"], ["lora", "full"]]
-
-
-def test_the_table(rows, tmp_path):
-    assert readme_table.table(tmp_path / "throughput-7b.json", rows).splitlines() == [
+def test_the_table_has_the_fastest_first_other_methods_apart_and_the_missing_left_out(tmp_path):
+    assert readme_table.table(tmp_path / "throughput-7b.json", ROWS).splitlines() == [
         "![LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16](docs/pictures/throughput.png)",
         "",
         "| | tokens/s | ours / its | peak GiB | trained weights | loss of step 11 |",
@@ -76,15 +67,10 @@ def test_the_result_of_a_gpu_then_of_7b_then_with_the_usual_name_then_the_latest
         file.unlink()
 
 
-def test_the_readme_holds_the_table_of_the_results():
-    text = readme_table.README.read_text(encoding="utf-8")
-    assert readme_table.with_table(text) == text, "run: PYTHONPATH=.:kernels python tools/readme_table.py"
-
-
-def test_check_tells_another_table_and_writes_nothing(tmp_path, monkeypatch):
+def test_the_readme_holds_the_table_of_the_results(tmp_path, monkeypatch):
+    assert readme_table.main(["--check"]) == 0, "run: python tools/readme_table.py"
     stale = tmp_path / "README.md"
     stale.write_text("<!-- throughput -->\nold\n<!-- /throughput -->\n")
-    assert readme_table.main(["--check"]) == 0
     monkeypatch.setattr(readme_table, "README", stale)
     assert readme_table.main(["--check"]) == 1
     assert "old" in stale.read_text()
@@ -95,43 +81,22 @@ def test_check_tells_another_table_and_writes_nothing(tmp_path, monkeypatch):
     [
         ("ours-mlp", "ours, MLP again"),
         ("hf-liger-flash4-bf16", "HF + Liger + FlashAttention 4, all bf16"),
-        ("hf-checkpointing-trained", "HF, trained layers checkpointed"),
         ("full-bf16-checkpointing", "full fine-tuning (HF), all bf16, all layers checkpointed"),
-        ("llama-factory", "LLaMA-Factory"),
     ],
 )
 def test_contestants_in_words(name, words):
     assert pictures.in_words(name) == words
 
 
-def test_only_who_failed_or_is_missing_is_not_drawn(rows, tmp_path, monkeypatch):
+def test_a_result_is_drawn_without_measuring_but_for_who_failed_or_is_missing(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure))
-    pictures.draw_throughput([*rows, row("hf-liger", None, status="failed", error="RuntimeError")], tmp_path / "x.png")
-    left, right = drawn[0].axes
-    assert [text.get_text() for text in left.get_yticklabels()] == [
-        "ours", "HF, all bf16", "HF", "LoRA on the base (HF)", "full fine-tuning (HF)",
-    ]  # fmt: skip
-    for axes in (left, right):
+    out = tmp_path / "rows.json"
+    out.write_text(json.dumps([*ROWS, row("hf-compile", None, status="failed", error="RuntimeError")]))
+    assert throughput.main(["--draw", "--out", str(out), "--picture", str(tmp_path / "throughput.png")]) == 0
+    assert "full: out of memory: OutOfMemoryError: CUDA" in capsys.readouterr().out
+    for axes in drawn[0].axes:
         assert len(axes.patches) == 4
         assert "out of memory" in [text.get_text() for text in axes.texts]
-
-
-def test_a_result_is_drawn_without_measuring(rows, tmp_path, capsys):
-    out, picture = tmp_path / "rows.json", tmp_path / "pictures" / "throughput.png"
-    common.write_json(out, rows)
-    before = out.read_bytes()
-    assert throughput.main(["--draw", "--out", str(out), "--picture", str(picture)]) == 0
-    assert picture.stat().st_size > 20_000
-    assert out.read_bytes() == before
-    said = capsys.readouterr().out
-    assert "NOT COMPARABLE" not in said
-    assert "full: out of memory: OutOfMemoryError: CUDA" in said
-
-
-def test_ours_has_a_colour_and_pure_bf16_a_hatch(rows):
-    looks = {row["contestant"]: pictures.fill(row) for row in rows}
-    assert looks["ours"] == {"color": pictures.OURS}
-    assert looks["hf"] == {"color": pictures.OTHERS}
-    assert "hatch" in looks["hf-bf16"]
-    assert pictures.fill(row("ours-block", 1.0, trained_dtype="float32")) == looks["ours"]
+    shown = ["ours", "HF, all bf16", "HF", "LoRA on the base (HF)", "full fine-tuning (HF)"]
+    assert [text.get_text() for text in drawn[0].axes[0].get_yticklabels()] == shown
