@@ -105,21 +105,23 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
         }
         return Block(spec, packed, block_class=classes[index], compute_dtype=dtype, recompute=policies[index])
 
+    def draw(name: str) -> torch.Tensor:
+        return workload.draw(name, shapes[name])
+
     def embedding(name: str) -> Embedding:
-        return Embedding(workload.draw(name, shapes[name]), trained=False, compute_dtype=dtype)
+        return Embedding(draw(name), trained=False, compute_dtype=dtype)
 
     cos, sin = rotary_tables(config, workload.seq)
     model = Decoder(
         embed_tokens=embedding(EMBEDDING),
         blocks=[block(index) for index in range(config.num_hidden_layers)],
-        norm=RMSNorm(
-            workload.draw(FINAL_NORM, shapes[FINAL_NORM]), config.rms_norm_eps, trained=False, compute_dtype=dtype
-        ),
+        norm=RMSNorm(draw(FINAL_NORM), config.rms_norm_eps, trained=False, compute_dtype=dtype),
         lm_head=None if config.tie_word_embeddings else embedding(HEAD),
         rotary_tables=(cos.to(device), sin.to(device)),
         attention=job.attention,
     )
     scale = torch.tensor(1.0 / workload.predictions, device=device)
+    planned = step_memory(job, policies, micro_batch_size=workload.micro_batch, accumulating=False)
 
     def prepare(tokens: torch.Tensor) -> PackedBatch:
         documents = tokens.view(-1, workload.document_length).tolist()
@@ -134,9 +136,7 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
             "attention": job.attention,
             "trained_dtype": "float32",
             "recompute": recompute_text(policies, job.first),
-            "planned_gib": round(
-                step_memory(job, policies, micro_batch_size=workload.micro_batch, accumulating=False).total / GIB, 4
-            ),
+            "planned_gib": round(planned.total / GIB, 4),
         },
     )
 
@@ -172,18 +172,13 @@ def _ours(recompute: Recompute | None) -> Contestant:
 def _hf(*, pure: bool = False, **options: object) -> Contestant:
     packages = ("liger-kernel",) if "liger" in options else ()
     packages += ("flash-attn-4",) if "attention" in options else ()
-    return Contestant(
-        partial(build_hf, pure=pure, **options), gpu=pure or bool(packages) or "compiled" in options, packages=packages
-    )
+    trains = EVERYTHING if "everything" in options else NEW_BLOCKS
+    gpu = pure or bool(packages) or "compiled" in options
+    return Contestant(partial(build_hf, pure=pure, **options), trains=trains, gpu=gpu, packages=packages)
 
 
-def _lora(checkpointing: str = "none") -> Contestant:
-    return Contestant(partial(build_lora, checkpointing=checkpointing), trains=ADAPTERS, packages=("peft",))
-
-
-def _full(*, pure: bool = False, checkpointing: str = "none") -> Contestant:
-    build = partial(build_hf, everything=True, pure=pure, checkpointing=checkpointing)
-    return Contestant(build, trains=EVERYTHING, gpu=pure)
+def _lora(**options: object) -> Contestant:
+    return Contestant(partial(build_lora, **options), trains=ADAPTERS, packages=("peft",))
 
 
 # The most telling first, for a run that is cut short.
@@ -204,10 +199,10 @@ CONTESTANTS: dict[str, Contestant] = {
     "ours-attention": _ours(Recompute.ATTENTION),
     "lora": _lora(),
     "hf-compile": _hf(compiled=True),
-    "full-bf16-checkpointing": _full(pure=True, checkpointing="all"),
-    "lora-checkpointing": _lora("all"),
+    "full-bf16-checkpointing": _hf(everything=True, pure=True, checkpointing="all"),
+    "lora-checkpointing": _lora(checkpointing="all"),
     "hf-checkpointing-trained-bf16": _hf(checkpointing="trained", pure=True),
     "hf-checkpointing-bf16": _hf(checkpointing="all", pure=True),
-    "full-checkpointing": _full(checkpointing="all"),
-    "full": _full(),
+    "full-checkpointing": _hf(everything=True, checkpointing="all"),
+    "full": _hf(everything=True),
 }

@@ -108,14 +108,9 @@ def expected_work(
 
 
 def measure_block(
-    spec: BlockSpec,
-    block_class: BlockClass,
-    need_dx: bool,
-    recompute: Recompute,
-    dtype: torch.dtype,
-    tokens: tuple[int, int],
-    attention: str,
-) -> dict[str, Any]:
+    spec: BlockSpec, block_class: BlockClass, need_dx: bool, recompute: Recompute, dtype: torch.dtype,
+    tokens: tuple[int, int], attention: str,
+) -> dict[str, Any]:  # fmt: skip
     """Counted and expected: bytes a token, and work of the longer of two batches of ``tokens``."""
     generator = torch.Generator().manual_seed(0)
     tensors = {

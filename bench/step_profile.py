@@ -5,11 +5,9 @@
 A few whole optimizer steps of ours (forward, loss, backward, clipping, AdamW, as in throughput.py) under PyTorch's
 profiler, after a warm-up.
 
-    kinds     device time by what a kernel is for. Products and attention stand beside their FLOPs
-              (`llama_pro_fast.cost`, flash attention's backward with its five products) as TFLOP/s
+    kernels   device time of each, with copies and fills
     gaps      share of the span from the first kernel's start to the last one's end in which none runs
     waits     calls by which the host waited for the device, and copies to the host, by name; a step should have none
-    launches  kernels, copies and fills of a step
 
 A profiled step is slower than one that is not, most where the host is the bottleneck. On a CPU the operators' own time
 is listed instead, which shows that the bench works. `--trace` writes a trace for chrome://tracing or ui.perfetto.dev.
@@ -25,35 +23,17 @@ from typing import Any
 
 import common
 import torch
-from contestants import CONTESTANTS, our_job
+from contestants import CONTESTANTS
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from workload import OPTIM, SIZES, Workload
 
-from llama_pro_fast.cost import step_cost
 from llama_pro_fast.optimizer import Optimizer
-from llama_pro_fast.planner import flash_backward_flops
 
-KINDS = {
-    "attention": r"flash|fmha|attention|attn",
-    "products": r"gemm|nvjet|xmma|cutlass|cublas|\bmm\b|addmm|matmul",
-    "norms": r"rms_norm|_sum_rows|dscale",
-    "rotary": r"rotary",
-    "SwiGLU": r"swiglu",
-    "loss": r"cross_entropy",
-    "optimizer": r"multi_tensor|adam|foreach",
-    "copies and fills": r"memcpy|memset|copy|fill|zero_",
-}
-"""Kind of a kernel -> what its name holds; the first that fits. Others are "element-wise and the rest"."""
-REST = "element-wise and the rest"
 WAITS = re.compile(
     r"cu(da)?\w*Synchronize|cudaMemcpy$|cuda(Malloc|Free)|cuMem(Create|Unmap)|Memcpy DtoH|_local_scalar_dense"
 )
 STEP = "optimizer step under the profiler"
-
-
-def kind_of(name: str) -> str:
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), REST)
 
 
 def busy(intervals: list[tuple[float, float]]) -> float:
@@ -110,80 +90,42 @@ def summarise(events: Any, workload: Workload) -> dict[str, Any]:
         if WAITS.search(event.name)
         and (event.device_type == DeviceType.CUDA or any(s.start <= event.time_range.start < s.end for s in spans))
     )
-    calls, kernels, kinds = Counter(name for name, _ in times), Counter(), Counter()
+    calls, kernels = Counter(name for name, _ in times), Counter()
     for name, microseconds in times:
         kernels[name] += microseconds / 1e3 / steps
-        kinds[kind_of(name)] += microseconds / 1e3 / steps
-    cost = step_cost(workload.config, workload.trained_blocks, seq_len=workload.seq)
-    flops = {
-        "products": workload.micro_batch * workload.seq * (cost.forward + cost.dx + cost.dw),
-        "attention": workload.micro_batch * workload.seq * (cost.attention + flash_backward_flops(our_job(workload))),
-    }
     return {
         "step_ms": span / 1e3 / steps,
         "gaps": gaps,
         "launches": len(times) / steps,
         "waits": dict(waits),
-        "kinds": [
-            {
-                "kind": kind,
-                "ms": ms,
-                "share": ms / kinds.total(),
-                "tflops": flops[kind] / ms / 1e9 if kind in flops else None,
-            }
-            for kind, ms in kinds.most_common()
-        ],
         "kernels": [
-            {"kernel": name, "kind": kind_of(name), "calls": calls[name] / steps, "ms": ms}
+            {"kernel": name, "calls": calls[name] / steps, "ms": ms, "share": ms / kernels.total()}
             for name, ms in kernels.most_common()
         ],
     }
-
-
-def show(result: dict[str, Any]) -> str:
-    kinds = [
-        [row["kind"], f"{row['ms']:.2f}", f"{row['share']:.1%}", f"{row['tflops']:.3g}" if row["tflops"] else "-"]
-        for row in result["kinds"]
-    ]
-    kernels = [
-        [row["kernel"][:70], row["kind"], f"{row['calls']:g}", f"{row['ms']:.3f}"] for row in result["kernels"][:24]
-    ]
-    gaps = "" if result["gaps"] is None else f", nothing runs in {result['gaps']:.1%} of it"
-    waits = ", ".join(f"{count} x {name}" for name, count in result["waits"].items()) or "none"
-    return "\n".join([
-        common.table(["kernel", "kind", "calls", "ms a step"], kernels),
-        "",
-        common.table(["kind", "ms a step", "share", "TFLOP/s"], kinds),
-        f"{result['step_ms']:.1f} ms a step{gaps}; {result['launches']:.0f} launches; waits of the host: {waits}",
-    ])  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__, out="step-profile-SIZE-DEVICE")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--attention", default="auto", help="backend")
-    parser.add_argument("--seq", type=int)
-    parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--trace", type=Path, metavar="NAME.json.gz")
     options = parser.parse_args(argv)
-    workload = Workload(
-        size=options.size,
-        seq=options.seq or SIZES[options.size].seq,
-        micro_batch=options.micro_batch or SIZES[options.size].micro_batch,
-        steps=2,
-        warmup=3,
-        device=options.device,
-        attention=options.attention,
-    )
-    result = common.provenance(options.device) | {
-        **{name: getattr(workload, name) for name in ("size", "seq", "micro_batch", "steps")},
-        "dtype": str(workload.dtype).removeprefix("torch."),
-        **summarise(profiled(workload, options.trace), workload),
-    }
+    size = SIZES[options.size]
+    length = {"seq": size.seq, "micro_batch": size.micro_batch, "steps": 2, "warmup": 3}
+    workload = Workload(size=options.size, **length, device=options.device, attention=options.attention)
+    result = common.provenance(options.device) | {"size": options.size, **length, "dtype": str(workload.dtype)}
+    result |= summarise(profiled(workload, options.trace), workload)
     out = options.out or common.result_file(f"step-profile-{options.size}", result["device"])
     common.write_json(out, result, row_per_line="kernels")
-    print(f"{options.size}, {workload.micro_batch} x {workload.seq} tokens on {result['device']}")
-    print(show(result))
+    rows = [
+        [row["kernel"][:80], f"{row['calls']:g}", f"{row['ms']:.3f}", f"{row['share']:.1%}"]
+        for row in result["kernels"]
+    ]
+    print(common.table(["kernel", "calls", "ms a step", "share"], rows[:30]))
+    gaps = "" if result["gaps"] is None else f", nothing runs in {result['gaps']:.1%} of it"
+    waits = ", ".join(f"{count} x {name}" for name, count in result["waits"].items()) or "none"
+    print(f"{result['step_ms']:.1f} ms a step{gaps}; {result['launches']:.0f} launches; waits of the host: {waits}")
     print(f"written to {out}")
     return 0
 

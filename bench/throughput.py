@@ -3,13 +3,10 @@
     PYTHONPATH=.:kernels python bench/throughput.py --size tiny
 
 Measured: whole optimizer steps (forward, loss, backward, clipping, AdamW) over one micro-batch of random tokens that
-lies on the device, in steady state. The first steps are left out. A GPU's steps are timed by events between them,
-without a wait, as in training; tokens/s is that of the median step of all rounds, and p10/p90 of the step times stand
-beside it. Peak memory is `torch.cuda.max_memory_allocated` from the first step on (weights included, allocator slack
-not); on a CPU the growth of the process's peak resident memory from before the model was built, which is coarse.
-
-Not measured: loading and tokenising data, moving batches, logging, checkpoints, several GPUs; nor speed over hours.
-Random weights and tokens: what is timed does not depend on values, except for the power a chip draws.
+lies on the device, after a warm-up. A GPU's steps are timed by events between them, without a wait, as in training;
+tokens/s is that of the median step of all rounds. Peak memory is `torch.cuda.max_memory_allocated` from the first step
+on (weights included, allocator slack not); on a CPU the growth of the process's peak resident memory, which is coarse.
+Not measured: data, logging, checkpoints, several GPUs; nor speed over hours.
 
 Fairness: contestants (bench/contestants.py) start from bit-equal weights (`weights_digest`) and see equal tokens, and
 the loss of the first and of the last step is printed, so that nobody is fast by being wrong. Those who train something
