@@ -115,16 +115,10 @@ def runner_of(
         with torch.autocast(device, dtype) if mixed else contextlib.nullcontext():
             return model(**batch).loss
 
-    return Runner(
-        model=model,
-        prepare=packed(workload, flash=model.config._attn_implementation.startswith("flash")),
-        loss=loss,
-        tensors=lambda: tensors,
-        facts={
-            "attention": model.config._attn_implementation,
-            "trained_dtype": str(dtype if pure else torch.float32).removeprefix("torch."),
-        },
-    )
+    attention, trained = model.config._attn_implementation, str(dtype if pure else torch.float32)
+    facts = {"attention": attention, "trained_dtype": trained.removeprefix("torch.")}
+    prepare = packed(workload, flash=attention.startswith("flash"))
+    return Runner(model=model, prepare=prepare, loss=loss, tensors=lambda: tensors, facts=facts)
 
 
 def packed(workload: Workload, *, flash: bool) -> Callable[[torch.Tensor], dict[str, Any]]:

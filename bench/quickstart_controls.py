@@ -34,12 +34,7 @@ from llama_pro_fast.pretrained import PretrainedFolder, resolve
 from llama_pro_fast.recipe import load_config
 
 BASE = "builtin:prose-3m"
-RATES = {
-    "expansion": (1e-3, 3e-3, 1e-2),
-    "full": (3e-4, 1e-3, 3e-3),
-    "random": (6e-3,),
-    "scratch": (6e-3,),
-}
+RATES = {"expansion": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3), "random": (6e-3,), "scratch": (6e-3,)}
 SEEDS = (0, 1, 2)
 COLORS = {"expansion": "C0", "full": "C3"}
 LABELS = {
@@ -62,37 +57,21 @@ def measure(method: str, rate: float, seed: int, *, work: Path, extra: list[str]
     if result.returncode:
         raise SystemExit(f"{method} at {rate:g} failed:\n{result.stdout[-2000:]}")
     summary = json.loads((output / "report" / "summary.json").read_text())
-    trained_folder = next(path for path in (output / "expanded", resolve(BASE)) if path.exists())
-    cost = step_cost(
-        PretrainedFolder(trained_folder).config,
-        () if train_all else summary["trained_blocks"],
-        seq_len=load_config(output).train.seq_len,
-        train_all=train_all,
-    )
-    return {
-        "method": method,
-        "lr": rate,
-        "seed": seed,
-        "steps": summary["steps"],
-        "tokens": summary["tokens"],
-        "parameters": summary["parameters"],
-        "trained_parameters": summary["trained_parameters"],
-        "gflop_per_token": round(cost.total / 1e9, 5),
-        "dtype": summary["dtype"],
-        "threads": summary["threads"],
-        **losses(summary),
-        **common.provenance(common.found_device("auto")),
-    }
+    model = PretrainedFolder(resolve(BASE) if train_all else output / "expanded").config
+    blocks, length = () if train_all else summary["trained_blocks"], load_config(output).train.seq_len
+    cost = step_cost(model, blocks, seq_len=length, train_all=train_all)
+    taken = ("steps", "tokens", "parameters", "trained_parameters", "dtype", "threads")
+    row = {"method": method, "lr": rate, "seed": seed} | {name: summary[name] for name in taken}
+    row |= {"gflop_per_token": round(cost.total / 1e9, 5), **losses(summary)}
+    return row | common.provenance(summary["device"])
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
-    """The rows of each method and rate, one per seed, in the order of the table."""
-    found = {
-        (method, rate): [row for row in rows if (row["method"], row["lr"]) == (method, rate)]
-        for method, rates in RATES.items()
-        for rate in rates
-    }
-    return {key: of_seeds for key, of_seeds in found.items() if of_seeds}
+    """The rows of each method and rate, one per seed."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["lr"]), []).append(row)
+    return found
 
 
 def change(row: dict[str, Any], role: str) -> float:

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# One part of what a machine with a GPU should run:
-# bench/suite.sh tests|kernels|train|throughput|close|sizes|memory|profile|quickstart
+# One part of what a machine with a GPU should run: bench/suite.sh PART
 #
 #   tests        the tests of the kernels and of the block, natively
 #   kernels      every op by the clock, beside eager PyTorch, and Liger where installed

@@ -108,11 +108,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def incomparable(rows: list[dict[str, Any]]) -> list[str]:
-    """Who did not start where the others did.
-
-    The base and its expansion are one function, so the first loss is the same for all, but for the rounding of another
-    order of sums.
-    """
+    """Who did not start where the others did: base and expansion are one function, so the first loss is one too."""
     measured = [row for row in rows if row["status"] == "measured"]
     lines = []
     for expanded in (True, False):
@@ -121,8 +117,6 @@ def incomparable(rows: list[dict[str, Any]]) -> list[str]:
     for row in measured[1:]:
         first, other = measured[0]["first_loss"], row["first_loss"]
         if abs(other / first - 1) > (1e-5 if row["compute_dtype"] == "float32" else 2e-3):
-            who = (
-                f"the first loss of {row['contestant']} is {other:.6f}, that of {measured[0]['contestant']} {first:.6f}"
-            )
-            lines.append(f"NOT COMPARABLE: {who}")
+            who = f"of {row['contestant']} is {other:.6f}, that of {measured[0]['contestant']} {first:.6f}"
+            lines.append(f"NOT COMPARABLE: the first loss {who}")
     return lines

