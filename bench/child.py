@@ -16,18 +16,24 @@ LIMIT = 300
 """Seconds a process may take, by default, before it is ended and written down as a failure."""
 
 
+def context(device: str) -> Any:
+    """How processes start: on a CPU forked from one that has imported the trainer, which takes longer than a tiny run.
+
+    One of the imports might start CUDA, and that does not survive a fork.
+    """
+    made = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+    if device != "cuda":
+        made.set_forkserver_preload(["llama_pro_fast.train", "transformers.models.llama.modeling_llama"])
+    return made
+
+
 class Child:
     """A process that imports what the running script does, waits for its turn, runs a function and sends its result."""
 
     def __init__(self, device: str) -> None:
-        # A forkserver has PyTorch and transformers imported already, which is most of a tiny round; but one of the
-        # imports might start CUDA, and that does not survive a fork.
-        context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
-        if device != "cuda":
-            llama = "transformers.models.llama.modeling_llama"
-            context.set_forkserver_preload(["llama_pro_fast.model", "llama_pro_fast.optimizer", llama])
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,))
+        processes = context(device)
+        self._connection, theirs = processes.Pipe()
+        self._process = processes.Process(target=_serve, args=(theirs,))
         self._process.start()
         theirs.close()
 

@@ -179,8 +179,8 @@ def time_op(op: Op, model: str, device: str, best: tuple[float, float]) -> Itera
             row["status"] = f"missing: {said}" if isinstance(error, ImportError) else f"failed: {said}"
         yield row
         call = results = None
-        gc.collect()
         if device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 

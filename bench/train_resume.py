@@ -18,7 +18,6 @@ happens to fall there.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import common
 import torch
+from child import context
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_pro_fast.checkpoint import complete_checkpoints, read_info
@@ -84,8 +84,7 @@ def recipe(work: Path, name: str, options: argparse.Namespace) -> RunConfig:
 
 def start(config: RunConfig, *, resume: bool = False) -> Any:
     """A run in a process of its own: it sets threads, determinism and device for all of it."""
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=run, args=(config,), kwargs={"resume": resume})
+    process = context(config.train.device).Process(target=run, args=(config,), kwargs={"resume": resume})
     process.start()
     return process
 

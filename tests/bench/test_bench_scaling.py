@@ -45,13 +45,3 @@ def test_ends_with_1_where_memory_or_a_flop_is_off(run, monkeypatch, key):
     code, lines, _ = run()
     assert code == 1
     assert all(f"{key} " in line and "the planner says" in line for line in lines[-3:])
-
-
-def test_every_axis_changes_one_thing():
-    base = scaling.base_point("cpu")
-    for axis, points in scaling.axes(base).items():
-        assert len(points) == 4, axis
-        for point in points.values():
-            changed = {field for field in vars(base) if getattr(point, field) != getattr(base, field)} - {"after"}
-            assert len(changed) <= 1 or axis == "tokens of a sequence", (axis, changed)
-            assert point.micro_batch * point.seq <= 1024
