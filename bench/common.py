@@ -126,20 +126,11 @@ def ceilings(device: str) -> tuple[float, float]:
     return 2 * size / seconds(lambda: target.copy_(source), device), 2 * n**3 / seconds(lambda: a @ b, device)
 
 
-def write_json(path: Path, result: Any, *, row_per_line: str | None = None) -> None:
-    """Replace ``path`` whole, so that a killed bench leaves its last complete state.
-
-    Args:
-        row_per_line: key of ``result`` whose many rows take a line each.
-    """
-    text = json.dumps(result, indent=1)
-    if row_per_line is not None:
-        rows = ",\n  ".join(map(json.dumps, result[row_per_line]))
-        facts = json.dumps({key: value for key, value in result.items() if key != row_per_line}, indent=1)
-        text = f'{facts[:-2]},\n "{row_per_line}": [\n  {rows}\n ]\n}}'
+def write_json(path: Path, result: Any) -> None:
+    """Replace ``path`` whole, so that a killed bench leaves its last complete state."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".new")
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

@@ -1,8 +1,8 @@
 """Who is measured: the same random Llama (bench/workload.py) in several implementations, in the order of their turns.
 
-All share one optimizer class (`llama_pro_fast.optimizer`: fused AdamW, clipping, no host sync), one stream of tokens
-and, but for the last group, one set of trained blocks. Precisions are those of a usual run: on a GPU trained weights
-float32, frozen ones bf16, products in bf16 (ours by narrow copies, the others under autocast); on a CPU all float32.
+All share one optimizer class (`llama_pro_fast.optimizer`), one stream of tokens and, but for the last group, one set of
+trained blocks. Precisions are those of a usual run: on a GPU trained weights float32, frozen ones bf16, products in
+bf16 (ours by narrow copies, the others under autocast); on a CPU all float32.
 
     ours                llama_pro_fast's decoder; -mlp, -attention and -block make the MLP, all but attention, or the
                         whole block again in backward, and -planned what the planner chooses for the device, block by
@@ -13,15 +13,15 @@ float32, frozen ones bf16, products in bf16 (ours by narrow copies, the others u
       -liger            with Liger's kernels, its fused loss included; -liger-flash4 with FlashAttention 4 in SDPA's
                         place, which takes packed documents as they lie; SDPA takes a mask over all pairs of tokens
       -compile          decoder layers and loss through torch.compile, one graph for all layers of a class
-      …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast. Cheaper and
-                        less exact than all others, so its loss may drift from theirs
+      …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast: cheaper and
+                        less exact than all others
 
-Instead of a block expansion, on the base itself; other parameters train, so these compare methods, not implementations:
+Instead of a block expansion, on the base itself; other parameters train, so these compare methods:
 
     lora                PEFT's LoRA of rank 16 on every linear layer; adapters float32
     full                every weight trains, from float32 masters; -bf16 as above
 
-Compiling, Liger and pure bf16 are for a GPU. To add one: a function ``Workload -> Runner`` in `CONTESTANTS`.
+Compiling, Liger and pure bf16 are for a GPU.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def compile_only(out: Path | None) -> int:
         print(f"FAILED: {row['model']}, {row['case']}, {row['kernel']}, {row['target']}: {what}")
     facts = {"commit": common.commit(), "versions": common.versions(), "command": common.command()}
     if out is not None:
-        common.write_json(out, {**facts, "rows": rows}, row_per_line="rows")
+        common.write_json(out, {**facts, "rows": rows})
     spills = sum(bool(row["spills"] or row["stack"]) for row in rows)
     narrow = sum(len(row["narrow_streams"]) for row in rows)
     print(f"\ntriton {facts['versions']['triton']}, {time.monotonic() - start:.0f} s")
@@ -193,9 +193,8 @@ def show(rows: list[dict[str, Any]]) -> str:
             continue
         rate = f"{row['GBps']:,.0f} GB/s" if "GBps" in row else f"{row['TFLOPs']:,.4g} TFLOP/s"
         error = "-" if row["max_error"] is None else f"{row['max_error']:.1e}"
-        lines.append([
-            row["op"], row["contestant"], f"{row['median_us']:,.1f}", rate, f"{row['share']:.1%}", error
-        ])  # fmt: skip
+        figures = [f"{row['median_us']:,.1f}", rate, f"{row['share']:.1%}", error]
+        lines.append([row["op"], row["contestant"], *figures])
     return common.table(columns, lines)
 
 
@@ -206,28 +205,23 @@ def time_all(options: argparse.Namespace) -> int:
     else:
         from llama_pro_kernels import reference as kernels
     tokens = 16384 if cuda else 256
-    setting = Setting(
-        shape=MODELS[options.model] if cuda else TINY,
-        tokens=tokens,
-        sequence=tokens // 4,
-        dtype=torch.bfloat16 if cuda else torch.float32,
-        device=device,
-    )
+    shape, dtype = (MODELS[options.model], torch.bfloat16) if cuda else (TINY, torch.float32)
+    setting = Setting(shape=shape, tokens=tokens, sequence=tokens // 4, dtype=dtype, device=device)
     best = common.ceilings(device)
     facts = common.provenance(device) | {
         "model": options.model if cuda else "tiny",
-        "dtype": str(setting.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "tokens": tokens,
         "copy_GBps": round(best[0] / 1e9, 2),
         "product_TFLOPs": round(best[1] / 1e12, 4),
     }
-    facts["versions"] |= {name: common.version_of(name) for name in ("liger-kernel", "flash-attn", "flash-attn-4")}
+    facts["versions"]["liger-kernel"] = common.version_of("liger-kernel")
     out = options.out or common.result_file("kernels", facts["device"])
     rows: list[dict[str, Any]] = []
     for op in (*elementwise_ops(setting, kernels), *product_ops(setting)):
         if options.ops in op.name:
             rows += time_op(op, facts["model"], device, best)
-            common.write_json(out, {**facts, "rows": rows}, row_per_line="rows")
+            common.write_json(out, {**facts, "rows": rows})
     print(show(rows))
     print(f"copy {facts['copy_GBps']:,.0f} GB/s, product {facts['product_TFLOPs']:,.3g} TFLOP/s; written to {out}")
     return 0

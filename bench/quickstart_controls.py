@@ -9,9 +9,8 @@
 
 All see as many tokens in as many steps, through the same trainer (`python -m llama_pro_fast.train --config quickstart`
 with options); runs of one seed see them in the same order. What is compared is the loss on held-out code (the domain)
-and on held-out prose (the general text) after the last step. The methods are compared over learning rates, since each
-has its own best one; the two on a random base, which end far behind, have one rate. Every pair of method and rate is
-trained with three seeds, which decide the order of the text (the random base is one).
+and on held-out prose (the general text) after the last step, over learning rates, since each method has its own best
+one. Every pair of method and rate is trained with three seeds, which decide the order of the text.
 """
 
 from __future__ import annotations

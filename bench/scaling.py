@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, point in points.items():
             predicted = {f"{key}_predicted": value for key, value in predict(point).items()}
             rows.append({"axis": axis, "point": name, **measure(point), **predicted})
-            common.write_json(out, {**facts, "tolerance": TOLERANCE, "rows": rows}, row_per_line="rows")
+            common.write_json(out, {**facts, "tolerance": TOLERANCE, "rows": rows})
     cells = [
         [
             f"{row['axis']}, {row['point']}",

@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     result = common.provenance(options.device) | {"size": options.size, **length, "dtype": str(workload.dtype)}
     result |= summarise(profiled(workload, options.trace), workload)
     out = options.out or common.result_file(f"step-profile-{options.size}", result["device"])
-    common.write_json(out, result, row_per_line="kernels")
+    common.write_json(out, result)
     rows = [
         [row["kernel"][:80], f"{row['calls']:g}", f"{row['ms']:.3f}", f"{row['share']:.1%}"]
         for row in result["kernels"]

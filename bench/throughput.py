@@ -14,8 +14,8 @@ else than new blocks start from the base, which is the same function: their firs
 process of its own, one at a time (bench/child.py), so none sees another's memory or fate. With `--rounds` above 1 they
 take turns, each round in another order. Large sizes have one round, since building takes longer than measuring.
 
-Every contestant is a row, whatever became of it (`status`, and `error` if it is not `measured`): `missing`, where it
-needs a GPU or a package that is not here, or time (`--budget`) ran out; `out of memory`, of the device; `failed`.
+Every contestant is a row, whatever became of it: `measured`; `missing`, where it needs a GPU or a package that is not
+here, or time (`--budget`) ran out; `out of memory`, of the device; `failed`.
 
 FLOPs are those of `llama_pro_fast.cost`: what the frozen-aware step needs, attention causal with a backward of twice
 its forward, recomputation not counted; so TFLOP/s compares useful work, and its share is of a large product measured in
@@ -26,14 +26,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import resource
 import sys
 import time
 from datetime import UTC, datetime
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -41,7 +39,6 @@ import common
 import torch
 from child import Children
 from contestants import CONTESTANTS
-from pictures import draw_throughput
 from throughput_rows import make_row, show, validate
 from workload import OPTIM, SIZES, Workload, weights_digest
 
@@ -142,8 +139,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", default="auto", help="backend of ours")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds of a round; default: {LIMIT}")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no contestant starts")
-    parser.add_argument("--picture", type=Path, help="bars of speed and memory, as a PNG file")
-    parser.add_argument("--draw", action="store_true", help="table and picture of --out again, without measuring")
     options = parser.parse_args(argv)
     options.contestants = options.contestants.split(",") if options.contestants else list(CONTESTANTS)
     for name in options.contestants:
@@ -212,15 +207,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    if options.draw:
-        options.out = options.out or common.result_file(
-            f"throughput-{options.size}", common.device_name(options.device)
-        )
-    rows = json.loads(options.out.read_text()) if options.draw else run(options)
-    print(show(rows))
-    if options.picture:
-        draw_throughput(rows, options.picture)
-    print(f"written to {options.out}" + (f" and {options.picture}" if options.picture else ""))
+    print(show(run(options)))
+    print(f"written to {options.out}")
     return 0
 
 

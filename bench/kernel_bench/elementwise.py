@@ -73,7 +73,7 @@ def _norm_forward(s: Setting, kernels: Any, name: str, draw: Callable[[], Tensor
         contestants={
             "ours": direct(kernels.add_rms_norm_forward if add else kernels.rms_norm_forward, EPS),
             "eager": direct(plain_norm),
-            "liger": by_liger,
+            **({} if name == "qk_norm" else {"liger": by_liger}),
         },
         results=1 + add,
         # x and y, and with the residual that and the sum; weight; rstd
@@ -115,7 +115,7 @@ def _norm_backward(s: Setting, kernels: Any, name: str, draw: Callable[[], Tenso
     return Op(
         name=f"{name} backward {kind(trained)}",
         inputs=inputs,
-        contestants={"ours": ours, "eager": by_autograd, "liger": by_liger},
+        contestants={"ours": ours, "eager": by_autograd, **({} if name == "qk_norm" else {"liger": by_liger})},
         results=1 + trained,
         # dy, x, dx, and with the residual its gradient; rstd; weight, or its fp32 master and gradient
         work=s.bytes_of(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pictures
 import readme_table
-import throughput
 import throughput_rows
 
 
@@ -59,13 +56,12 @@ def test_the_readme_holds_the_table_of_the_results(tmp_path, monkeypatch):
     assert "old" in stale.read_text()
 
 
-def test_a_result_is_drawn_without_measuring_but_for_who_failed_or_is_missing(tmp_path, monkeypatch, capsys):
+def test_a_result_is_drawn_but_for_who_failed_or_is_missing(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure))
-    out = tmp_path / "rows.json"
-    out.write_text(json.dumps([*ROWS, row("hf-compile", None, status="failed", error="RuntimeError")]))
-    assert throughput.main(["--draw", "--out", str(out), "--picture", str(tmp_path / "throughput.png")]) == 0
-    assert "full: out of memory: OutOfMemoryError: CUDA" in capsys.readouterr().out
+    failed = row("hf-compile", None, status="failed", error="RuntimeError")
+    pictures.draw_throughput([*ROWS, failed], tmp_path / "throughput.png")
+    assert "full: out of memory: OutOfMemoryError: CUDA" in throughput_rows.show(ROWS)
     for axes in drawn[0].axes:
         assert len(axes.patches) == 4
         assert "out of memory" in [text.get_text() for text in axes.texts]
