@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from kernel_bench.op import EPS, Call, Op, Setting, backward_of, direct, heads_first, kind, leaf, liger
 from torch import Tensor
 from torch.nn import functional as F
-
-from kernel_bench.op import EPS, Call, Op, Setting, backward_of, direct, heads_first, kind, leaf, liger
 
 __all__ = ["elementwise_ops"]
 
