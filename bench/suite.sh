@@ -1,18 +1,8 @@
 #!/usr/bin/env bash
 # One part of what a machine with a GPU should run: bench/suite.sh PART
-#
-#   tests        the tests of the kernels and of the block, natively
-#   kernels      every op by the clock, beside eager PyTorch, and Liger where installed
-#   train        train, kill, resume, compare bit for bit
-#   throughput   ours against Hugging Face and other ways to train; on a GPU 7b, else tiny and cpu
-#   close        on a GPU the fastest of them once more, in rotated rounds, and with packed documents
-#   sizes        on a GPU a sequence of 32k, 8b and 1b
-#   memory       what a block keeps, and the plan beside what a step holds along six axes
-#   profile      a step under the profiler: kernels by time, gaps, waits; with a trace
-#   quickstart   `python -m llama_pro_fast.train` without options, by the clock
-#
-# Each part ends within 470 s, needs no network, no installation and no git (say COMMIT=... where there is none), and
-# leaves a few small files in OUT (by default bench/results). PYTHON names the interpreter.
+# docs/gpu.md says what the parts do. Each ends within 470 s, needs no network, no installation and no git (say
+# COMMIT=... where there is none), and leaves a few small files in OUT (by default bench/results). PYTHON names the
+# interpreter.
 set -euo pipefail
 
 part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart"
