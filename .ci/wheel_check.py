@@ -14,6 +14,7 @@ for package in (llama_pro_fast, llama_pro_kernels):
     folder = pathlib.Path(package.__file__).parent
     assert "site-packages" in folder.parts, f"{package.__name__} was imported from {folder}, not from the wheel"
     assert not list(folder.glob("tests")), f"{folder}: the wheel carries tests"
+assert importlib.util.find_spec("base_text") is None, "the wheel carries tools/"
 assert importlib.util.find_spec("transformers") is not None
 from transformers import LlamaForCausalLM  # noqa: E402, F401 - fails where a package named `kernels` shadows the hub's
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import math
 import multiprocessing
 import signal
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,46 +14,38 @@ import torch
 
 LIMIT = 300
 """Seconds a process may take, by default, before it is ended and written down as a failure."""
-READY = "ready"
+
+
+def context(device: str) -> Any:
+    """How processes start: on a CPU forked from one that has imported the trainer, which takes longer than a tiny run.
+
+    One of the imports might start CUDA, and that does not survive a fork.
+    """
+    made = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+    if device != "cuda":
+        made.set_forkserver_preload(["llama_pro_fast.train", "transformers.models.llama.modeling_llama"])
+    return made
 
 
 class Child:
-    """A process that imports what it will need, waits for its turn, runs ``function`` and sends its result.
+    """A process that imports what the running script does, waits for its turn, runs a function and sends its result."""
 
-    On a GPU the next contestant's process is started while another runs: imports take as long as a few steps. It does
-    not touch the GPU before its turn.
-
-    Args:
-        imports: modules to import first, beside those of the running script.
-    """
-
-    def __init__(self, device: str, function: Any, *arguments: Any, imports: Sequence[str] = ()) -> None:
-        # A forkserver has PyTorch and transformers imported already, which is most of a tiny round; but one of the
-        # imports might start CUDA, and that does not survive a fork.
-        context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
-        if device != "cuda":
-            llama = "transformers.models.llama.modeling_llama"
-            context.set_forkserver_preload(["llama_pro_fast.model", "llama_pro_fast.optimizer", llama])
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_child, args=(function, arguments, imports, theirs))
+    def __init__(self, device: str) -> None:
+        processes = context(device)
+        self._connection, theirs = processes.Pipe()
+        self._process = processes.Process(target=_serve, args=(theirs,))
         self._process.start()
         theirs.close()
 
-    def result(self, limit: float = LIMIT) -> dict[str, Any]:
-        """Its turn: what the function returns, or ``{"status": …, "error": class and message}``, even where it dies.
-
-        Args:
-            limit: seconds that getting ready, and then the function, may take.
-        """
+    def result(self, function: Callable[..., Any], *arguments: Any, limit: float = LIMIT) -> dict[str, Any]:
+        """What the function returns, or ``{"status": …, "error": class and message}``, even where the process dies."""
         try:
-            message = self._receive(limit)
-            if message == READY:
-                self._connection.send("go")
-                message = self._receive(limit)
-            self._process.join(10)  # it only tidies up
-            return message
-        except TimeoutError as error:
-            return {"status": "failed", "error": f"TimeoutError: {error}"}
+            self._connection.send((function, arguments))
+            if self._connection.poll(limit):
+                result = self._connection.recv()
+                self._process.join(10)  # it only tidies up
+                return result
+            return {"status": "failed", "error": f"TimeoutError: no result after {limit:g} s"}
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
@@ -65,11 +53,6 @@ class Child:
             return {"status": "failed", "error": how}
         finally:
             self.end()
-
-    def _receive(self, limit: float) -> Any:
-        if not self._connection.poll(limit):
-            raise TimeoutError(f"no result after {limit:g} s")
-        return self._connection.recv()
 
     def end(self) -> None:
         """End it, whatever it is doing; then its memory is free."""
@@ -79,67 +62,35 @@ class Child:
         self._connection.close()
 
 
-@dataclass(frozen=True)
-class Job:
-    """A function for a process of its own.
+class Children:
+    """One process after another: ``with Children(device) as children: children.result(function, …)``.
 
-    Attributes:
-        key: whose result it will be.
-        unless: asked before it is started, and again at its turn: whether it is left out after all.
+    On a GPU the next process imports what it needs, which takes as long as a few steps, while one runs; it does not
+    touch the GPU before its turn. A CPU would be disturbed.
     """
 
-    key: Any
-    function: Any
-    arguments: tuple
-    imports: Sequence[str] = ()
-    unless: Callable[[], bool] = lambda: False
+    def __init__(self, device: str) -> None:
+        self._device, self._next = device, None
+
+    def result(self, function: Callable[..., Any], *arguments: Any, limit: float = LIMIT) -> dict[str, Any]:
+        child = self._next or Child(self._device)
+        self._next = Child(self._device) if self._device == "cuda" else None
+        return child.result(function, *arguments, limit=limit)
+
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._next is not None:
+            self._next.end()
 
 
-def in_turn(
-    jobs: Iterator[Job], device: str, *, limit: float = LIMIT, deadline: float = math.inf
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Keys and results of ``jobs``, one at a time; after ``deadline`` (of `time.monotonic`) none but the first starts.
-
-    On a GPU a job is asked for and started while the one before it runs. A CPU would be disturbed.
-    """
-
-    def start() -> tuple[Job, Child] | None:
-        job = next((job for job in jobs if not job.unless()), None)
-        return job and (job, Child(device, job.function, *job.arguments, imports=job.imports))
-
-    waiting, first = start(), True
+def _serve(connection: Connection) -> None:
     try:
-        while waiting and (first or time.monotonic() < deadline):
-            (job, child), waiting, first = waiting, None, False
-            try:
-                if device == "cuda":
-                    waiting = start()
-                # It may have been started before the result that speaks against it.
-                result = None if job.unless() else child.result(limit)
-            finally:
-                child.end()
-            if result is not None:
-                yield job.key, result
-            waiting = waiting or start()
-    finally:
-        if waiting:
-            waiting[1].end()
-
-
-def in_child(device: str, function: Any, *arguments: Any) -> dict[str, Any]:
-    """``function``'s result from a process of its own, at once."""
-    return Child(device, function, *arguments).result()
-
-
-def _child(function: Any, arguments: tuple, imports: Sequence[str], connection: Connection) -> None:
+        function, arguments = connection.recv()
+    except EOFError:
+        return  # nobody is waiting any more
     try:
-        for name in imports:
-            importlib.import_module(name)
-        connection.send(READY)
-        try:
-            connection.recv()
-        except EOFError:
-            return  # nobody is waiting any more
         result = function(*arguments)
     except Exception as error:
         traceback.print_exc()

@@ -1,25 +1,52 @@
-"""What every bench here shares: where a figure comes from (device, versions, commit, command), its table, its JSON.
+"""What benches share: options, where a figure comes from, what the device reaches, tables and JSON.
 
-A result nobody can trace is worth nothing, so each row of a result file names all of it. Nothing here needs more than
-PyTorch, and nothing talks to the network. ``python bench/common.py`` prints the provenance of this checkout.
+A figure that nobody can trace is worth nothing, so every result file names device, commit, versions and command.
+Nothing here talks to the network. ``python bench/common.py`` prints the provenance of this checkout.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import timeit
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+
+
+def parser(doc: str, *, out: str, device: bool = True) -> argparse.ArgumentParser:
+    """The options of every bench; a device's "auto" has become "cuda" or "cpu" when they are parsed."""
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--out", type=Path, help=f"the result, as JSON; default: bench/results/{out}.json")
+    if device:
+        made.add_argument("--device", type=found_device, default="auto", choices=["cpu", "cuda"], help="default: auto")
+    return made
+
+
+def found_device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def provenance(device: str) -> dict[str, Any]:
+    return {"device": device_name(device), "commit": commit(), "versions": versions(), "command": command()}
+
+
+def result_file(name: str, device: str) -> Path:
+    """``bench/results/NAME-DEVICE.json``, of a device's full name."""
+    return RESULTS / f"{name}-{slug(device)}.json"
 
 
 def commit() -> str:
@@ -40,8 +67,6 @@ def commit() -> str:
 
 def versions() -> dict[str, str | None]:
     """Of what decides speed and rounding; None for what is not there."""
-    import torch
-
     try:
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
@@ -69,17 +94,13 @@ def command() -> str:
     return shlex.join(["python", free(str(Path(sys.argv[0]).resolve())), *map(free, sys.argv[1:])])
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def device_name(device: str) -> str:
     """``NVIDIA H200``, or ``cpu, <its model>``."""
-    import torch
-
-    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {cpu_name()}"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"cpu, {model[1] if model else platform.processor() or platform.machine()}"
 
 
 def slug(device: str) -> str:
@@ -87,20 +108,29 @@ def slug(device: str) -> str:
     return "cpu" if device.startswith("cpu") else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def write_json(path: Path, result: Any, *, row_per_line: str | None = None) -> None:
-    """Replace ``path`` whole, so that a killed bench leaves its last complete state.
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """What a call takes, the median: on a GPU by events, the L2 cache flushed before each."""
+    if device == "cuda":
+        from triton.testing import do_bench
 
-    Args:
-        row_per_line: key of ``result`` whose many rows take a line each.
-    """
-    text = json.dumps(result, indent=1)
-    if row_per_line is not None:
-        rows = ",\n  ".join(map(json.dumps, result[row_per_line]))
-        facts = json.dumps({key: value for key, value in result.items() if key != row_per_line}, indent=1)
-        text = f'{facts[:-2]},\n "{row_per_line}": [\n  {rows}\n ]\n}}'
+        return do_bench(call, warmup=50, rep=200, return_mode="median") / 1e3
+    return statistics.median(timeit.repeat(call, number=1, repeat=3))
+
+
+def ceilings(device: str) -> tuple[float, float]:
+    """Bytes a second of a large copy, read and written, and FLOPs a second of a large product."""
+    size, n, dtype = (1 << 31, 8192, torch.bfloat16) if device == "cuda" else (1 << 26, 1024, torch.float32)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size / seconds(lambda: target.copy_(source), device), 2 * n**3 / seconds(lambda: a @ b, device)
+
+
+def write_json(path: Path, result: Any) -> None:
+    """Replace ``path`` whole, so that a killed bench leaves its last complete state."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".new")
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -126,7 +156,4 @@ def version_of(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    import torch
-
-    where = device_name("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"device": where, "commit": commit(), "versions": versions()}))
+    print(json.dumps(provenance(found_device("auto"))))

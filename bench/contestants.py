@@ -1,11 +1,11 @@
 """Who is measured: the same random Llama (bench/workload.py) in several implementations, in the order of their turns.
 
-All share one optimizer class (`llama_pro_fast.optimizer`: fused AdamW, clipping, no host sync), one stream of tokens
-and, but for the last group, one set of trained blocks. Precisions are those of a usual run: on a GPU trained weights
-float32, frozen ones bf16, products in bf16 (ours by narrow copies, the others under autocast); on a CPU all float32.
+All share one optimizer class (`llama_pro_fast.optimizer`), one stream of tokens and, but for the last group, one set of
+trained blocks. Precisions are those of a usual run: on a GPU trained weights float32, frozen ones bf16, products in
+bf16 (ours by low-precision copies, the others under autocast); on a CPU all float32.
 
     ours                llama_pro_fast's decoder; -mlp, -attention and -block make the MLP, all but attention, or the
-                        whole block again in backward, and -planned what the planner chooses for the device, block by
+                        whole block recomputed in backward, and -planned what the planner chooses for the device, block by
                         block
     hf                  stock LlamaForCausalLM with SDPA (bench/hugging_face.py), and of it
       -checkpointing    every layer recomputed, by the model's own switch
@@ -13,18 +13,15 @@ float32, frozen ones bf16, products in bf16 (ours by narrow copies, the others u
       -liger            with Liger's kernels, its fused loss included; -liger-flash4 with FlashAttention 4 in SDPA's
                         place, which takes packed documents as they lie; SDPA takes a mask over all pairs of tokens
       -compile          decoder layers and loss through torch.compile, one graph for all layers of a class
-      …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast. Cheaper and
-                        less exact than all others, so its loss may drift from theirs
+      …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast: cheaper and
+                        less exact than all others
 
-    llama-factory, unsloth  the models that these trainers make of the same checkpoint (bench/other_trainers.py), in the
-                        bench's loop; unsloth's in pure bf16
-
-Instead of a block expansion, on the base itself; other parameters train, so these compare methods, not implementations:
+Instead of a block expansion, on the base itself; other parameters train, so these compare methods:
 
     lora                PEFT's LoRA of rank 16 on every linear layer; adapters float32
     full                every weight trains, from float32 masters; -bf16 as above
 
-Compiling, Liger and pure bf16 are for a GPU. To add one: a function ``Workload -> Runner`` in `CONTESTANTS`.
+Compiling, Liger and pure bf16 are for a GPU.
 """
 
 from __future__ import annotations
@@ -35,21 +32,23 @@ from functools import partial
 
 import common
 import torch
-from hugging_face import RANK, build_full, build_hf, build_lora
-from other_trainers import build_llama_factory, build_unsloth
+from hugging_face import RANK, build_hf, build_lora
 from workload import Runner, Workload
 
-from llama_pro_fast.batch import PackedBatch, padded_boundaries
-from llama_pro_fast.block import Block, Recompute, block_classes
-from llama_pro_fast.comparison import lora_estimate
-from llama_pro_fast.cost import step_cost
-from llama_pro_fast.devices import GIB, cpu, present
-from llama_pro_fast.families import BlockSpec
-from llama_pro_fast.layers import Embedding, RMSNorm
-from llama_pro_fast.memory import Job, step_memory
-from llama_pro_fast.model import EMBEDDING, FINAL_NORM, HEAD, Decoder, hf_tensors, rotary_tables
-from llama_pro_fast.model import expected_tensors as tensor_shapes
-from llama_pro_fast.planner import best_fit, flash_backward_flops, recompute_text
+from llama_pro_fast.hf.families import block_spec, hf_parts
+from llama_pro_fast.hf.loading import EMBEDDING, FINAL_NORM, HEAD, hf_tensors, rotary_tables
+from llama_pro_fast.hf.loading import expected_tensors as tensor_shapes
+from llama_pro_fast.model.batch import PackedBatch, padded_boundaries
+from llama_pro_fast.model.block import Block, Recompute
+from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.model.layers import Embedding, RMSNorm
+from llama_pro_fast.model.trained import Trained
+from llama_pro_fast.planning.alternatives import lora_estimate
+from llama_pro_fast.planning.cost import step_cost
+from llama_pro_fast.planning.devices import GIB, cpu, present
+from llama_pro_fast.planning.job import Job, Question, recompute_text
+from llama_pro_fast.planning.memory import step_memory
+from llama_pro_fast.planning.search import best_fit, flash_backward_flops
 from llama_pro_kernels import implementation_name, select_attention_backend
 
 FLASH_4 = "flash_attention_4"
@@ -86,55 +85,47 @@ class Contestant:
     def flops_per_token(self, workload: Workload) -> tuple[float, float]:
         """That its step is for, attention's backward at 2 and at 2.5 times its forward; nothing counted twice."""
         model, whole = self.model(workload), self.trains != NEW_BLOCKS
-        blocks, length = tuple(model.trained_blocks), model.document_length
-        job = Job(config=model.config, trained_blocks=blocks, train_all=whole, seq_len=length)
+        trained, length = Trained.all_of(len(model.plan.sources)) if whole else model.trained, model.document_length
+        job = Job(config=model.config, trained=trained, seq_len=length)
         if self.trains == ADAPTERS:
             cost = lora_estimate(job, rank=RANK, micro_batch_size=1, usable=1 << 62).cost
         else:
-            cost = step_cost(model.config, blocks, seq_len=length, train_all=whole)
+            cost = step_cost(model.config, trained, seq_len=length)
         return cost.total, cost.total + flash_backward_flops(job)
 
 
 def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NONE) -> Runner:
-    """Every block that has a backward makes ``recompute`` again; None leaves the choice to the planner."""
-    config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
-    spec = BlockSpec.from_config(config, 0)
+    """Every block that has a backward recomputes as ``recompute`` says; None leaves the choice to the planner."""
+    config, device, dtype, job = workload.config, torch.device(workload.device), workload.dtype, our_job(workload)
+    spec = block_spec(config, 0)
     shapes = tensor_shapes(config)
-    classes = block_classes(config.num_hidden_layers, workload.trained_blocks)
-    backend = select_attention_backend(device, dtype, requested=workload.attention, head_dim=spec.head_dim)
-    job = Job(
-        config=config,
-        trained_blocks=tuple(workload.trained_blocks),
-        dtype=dtype,
-        seq_len=workload.seq,
-        attention=backend,
-        triton=implementation_name(device, dtype).startswith("triton"),
-        document=workload.document_length,
-    )
+    classes = workload.trained.classes
     policies = planned_policies(job, workload) if recompute is None else [recompute] * len(classes)
 
     def block(index: int) -> Block:
         packed = {
             ours: torch.cat([workload.draw(f"model.layers.{index}.{name}", shape) for name, shape in parts])
-            for ours, parts in spec.tensors().items()
+            for ours, parts in hf_parts(spec).items()
         }
         return Block(spec, packed, block_class=classes[index], compute_dtype=dtype, recompute=policies[index])
 
+    def draw(name: str) -> torch.Tensor:
+        return workload.draw(name, shapes[name])
+
     def embedding(name: str) -> Embedding:
-        return Embedding(workload.draw(name, shapes[name]), trained=False, compute_dtype=dtype)
+        return Embedding(draw(name), trained=False, compute_dtype=dtype)
 
     cos, sin = rotary_tables(config, workload.seq)
     model = Decoder(
         embed_tokens=embedding(EMBEDDING),
         blocks=[block(index) for index in range(config.num_hidden_layers)],
-        norm=RMSNorm(
-            workload.draw(FINAL_NORM, shapes[FINAL_NORM]), config.rms_norm_eps, trained=False, compute_dtype=dtype
-        ),
+        norm=RMSNorm(draw(FINAL_NORM), config.rms_norm_eps, trained=False, compute_dtype=dtype),
         lm_head=None if config.tie_word_embeddings else embedding(HEAD),
         rotary_tables=(cos.to(device), sin.to(device)),
-        attention=backend,
+        attention=job.attention,
     )
     scale = torch.tensor(1.0 / workload.predictions, device=device)
+    planned = step_memory(job, policies, micro_batch_size=workload.micro_batch, accumulating=False)
 
     def prepare(tokens: torch.Tensor) -> PackedBatch:
         documents = tokens.view(-1, workload.document_length).tolist()
@@ -146,24 +137,34 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
         loss=lambda batch: model.loss(batch, scale),
         tensors=lambda: (pair for name, p in model.named_parameters() for pair in hf_tensors(config, name, p)),
         facts={
-            "attention": backend,
+            "attention": job.attention,
             "trained_dtype": "float32",
-            "recompute": recompute_text(policies, job.first),
-            "planned_gib": round(
-                step_memory(job, policies, micro_batch_size=workload.micro_batch, accumulating=False).total / GIB, 4
-            ),
+            "recompute": recompute_text(policies, job.trained.first),
+            "planned_gib": round(planned.total / GIB, 4),
         },
+    )
+
+
+def our_job(workload: Workload) -> Job:
+    """What the planner is asked about ours."""
+    config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
+    head_dim = block_spec(config, 0).head_dim
+    return Job(
+        config=config,
+        trained=workload.trained,
+        dtype=dtype,
+        seq_len=workload.seq,
+        attention=select_attention_backend(device, dtype, requested=workload.attention, head_dim=head_dim),
+        triton=implementation_name(device, dtype).startswith("triton"),
+        document=workload.document_length,
     )
 
 
 def planned_policies(job: Job, workload: Workload) -> Sequence[Recompute]:
     """What the planner would have each block recompute on this machine."""
-    found = best_fit(
-        job,
-        present() if workload.device == "cuda" else cpu(),
-        batch_size=workload.micro_batch,
-        micro_batch_size=workload.micro_batch,
-    )
+    device, sequences = present() if workload.device == "cuda" else cpu(), workload.micro_batch
+    question = Question(job=job, device=device, usable=device.usable, batch_size=sequences, micro_batch_size=sequences)
+    found = best_fit(question)
     if found is None:
         raise torch.OutOfMemoryError("the planner finds no way to fit this step")
     return found.recompute
@@ -176,17 +177,13 @@ def _ours(recompute: Recompute | None) -> Contestant:
 def _hf(*, pure: bool = False, **options: object) -> Contestant:
     packages = ("liger-kernel",) if "liger" in options else ()
     packages += ("flash-attn-4",) if "attention" in options else ()
-    return Contestant(
-        partial(build_hf, pure=pure, **options), gpu=pure or bool(packages) or "compiled" in options, packages=packages
-    )
+    trains = EVERYTHING if "everything" in options else NEW_BLOCKS
+    gpu = pure or bool(packages) or "compiled" in options
+    return Contestant(partial(build_hf, pure=pure, **options), trains=trains, gpu=gpu, packages=packages)
 
 
-def _lora(checkpointing: str = "none") -> Contestant:
-    return Contestant(partial(build_lora, checkpointing=checkpointing), trains=ADAPTERS, packages=("peft",))
-
-
-def _full(*, pure: bool = False, checkpointing: str = "none") -> Contestant:
-    return Contestant(partial(build_full, pure=pure, checkpointing=checkpointing), trains=EVERYTHING, gpu=pure)
+def _lora(**options: object) -> Contestant:
+    return Contestant(partial(build_lora, **options), trains=ADAPTERS, packages=("peft",))
 
 
 # The most telling first, for a run that is cut short.
@@ -207,12 +204,10 @@ CONTESTANTS: dict[str, Contestant] = {
     "ours-attention": _ours(Recompute.ALL_BUT_ATTENTION),
     "lora": _lora(),
     "hf-compile": _hf(compiled=True),
-    "full-bf16-checkpointing": _full(pure=True, checkpointing="all"),
-    "lora-checkpointing": _lora("all"),
+    "full-bf16-checkpointing": _hf(everything=True, pure=True, checkpointing="all"),
+    "lora-checkpointing": _lora(checkpointing="all"),
     "hf-checkpointing-trained-bf16": _hf(checkpointing="trained", pure=True),
     "hf-checkpointing-bf16": _hf(checkpointing="all", pure=True),
-    "full-checkpointing": _full(checkpointing="all"),
-    "full": _full(),
-    "llama-factory": Contestant(build_llama_factory, packages=("llamafactory",)),
-    "unsloth": Contestant(build_unsloth, gpu=True, packages=("unsloth",)),
+    "full-checkpointing": _hf(everything=True, checkpointing="all"),
+    "full": _hf(everything=True),
 }

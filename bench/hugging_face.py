@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from workload import Runner, Workload
 
-from llama_pro_fast.model import expected_tensors as tensor_shapes
+from llama_pro_fast.hf.loading import expected_tensors as tensor_shapes
 
 RANK = 16
 """Of LoRA."""
@@ -27,10 +27,12 @@ def build_hf(
     pure: bool = False,
     liger: bool = False,
     compiled: bool = False,
+    everything: bool = False,
 ) -> Runner:
     """The expanded model, of which the new blocks train.
 
     Args:
+        everything: the base in its place, of which everything trains.
         attention: transformers' name for it.
         checkpointing: of layers: ``none``; ``all``, by the model's own switch; ``trained``, those that have a trained
             parameter, which is LLaMA-Factory's way.
@@ -43,21 +45,15 @@ def build_hf(
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    trained = tuple(f"model.layers.{index}." for index in workload.trained_blocks)
+    if everything:
+        workload = replace(workload, expanded=False)
+    trained = ("",) if everything else tuple(f"model.layers.{index}." for index in workload.trained.blocks)
     model = drawn_model(workload, trained, attention=attention, pure=pure)
     _checkpoint(model, checkpointing)
     if compiled:
         for layer in model.model.layers:
             layer.compile()
         model.loss_function = torch.compile(model.loss_function)
-    return runner_of(workload, model, list(model.named_parameters()), pure=pure)
-
-
-def build_full(workload: Workload, *, checkpointing: str = "none", pure: bool = False) -> Runner:
-    """The base, of which everything trains; arguments as of :func:`build_hf`."""
-    workload = replace(workload, expanded=False)
-    model = drawn_model(workload, ("",), pure=pure)
-    _checkpoint(model, checkpointing)
     return runner_of(workload, model, list(model.named_parameters()), pure=pure)
 
 
@@ -119,16 +115,10 @@ def runner_of(
         with torch.autocast(device, dtype) if mixed else contextlib.nullcontext():
             return model(**batch).loss
 
-    return Runner(
-        model=model,
-        prepare=packed(workload, flash=model.config._attn_implementation.startswith("flash")),
-        loss=loss,
-        tensors=lambda: tensors,
-        facts={
-            "attention": model.config._attn_implementation,
-            "trained_dtype": str(dtype if pure else torch.float32).removeprefix("torch."),
-        },
-    )
+    attention, trained = model.config._attn_implementation, str(dtype if pure else torch.float32)
+    facts = {"attention": attention, "trained_dtype": trained.removeprefix("torch.")}
+    prepare = packed(workload, flash=attention.startswith("flash"))
+    return Runner(model=model, prepare=prepare, loss=loss, tensors=lambda: tensors, facts=facts)
 
 
 def packed(workload: Workload, *, flash: bool) -> Callable[[torch.Tensor], dict[str, Any]]:
@@ -141,7 +131,7 @@ def packed(workload: Workload, *, flash: bool) -> Callable[[torch.Tensor], dict[
 
     def prepare(tokens: torch.Tensor) -> dict[str, Any]:
         tokens = tokens.to(workload.device)
-        if not workload.packed:
+        if length == workload.seq:
             return {"input_ids": tokens, "labels": tokens}
         documents = tokens.reshape(-1, length)
         labels = documents.clone()

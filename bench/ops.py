@@ -11,31 +11,40 @@ has one number a token (rstd, a label, a position) or none at all (a norm's weig
 A row fails by stack or a spill on sm_90, where the kernels are at home, or by a narrow stream anywhere; exit code 1 if
 one does.
 
-Without the option the kernels are timed on the GPU: see kernel_bench/timing.py.
+Otherwise each op is timed beside the others in kernel_bench/op.py, by `triton.testing.do_bench`: CUDA events around
+single calls, the L2 cache flushed before each, the median. GB/s and TFLOP/s are of the work no kernel can avoid; their
+share is of a large copy, or of a large product, measured in the same run. Before anybody is timed its result is held
+against ours; who is wrong, missing or fails is a row that says so. `--device cpu` tries the bench: the reference in
+place of the kernels, fp32, a tiny model; it says nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-from kernel_bench import timing
+from kernel_bench.elementwise import elementwise_ops
 from kernel_bench.machine_code import MachineCode, compile_for, disassemble
-from kernel_bench.shapes import MODELS, Case, cases
+from kernel_bench.op import MODELS, TINY, Op, Setting
+from kernel_bench.products import product_ops
 
 TARGETS = (80, 90, 100)
 HOME = 90
 """The target on which nothing may spill."""
 
-TOKENS = 4096
+COMPILED = Setting(shape=TINY, tokens=4096, sequence=4096, dtype=torch.bfloat16, device="meta")
+"""The setting that is compiled for, at each model's shape."""
 
 NO_STREAM = {"rstd_ptr", "label_ptr", "position_ptr", "loss_ptr", "correct_ptr", "divergence_ptr", "scale_ptr",
              "weight_ptr", "dweight_ptr", "partial_ptr"}  # fmt: skip
@@ -44,13 +53,20 @@ NO_STREAM = {"rstd_ptr", "label_ptr", "position_ptr", "loss_ptr", "correct_ptr",
 SINGLE = {("_cross_entropy_kernel", "logits_ptr"): 1}
 """Accesses to a stream that are one number a row by nature: the logit of the label."""
 
+TOLERANCE = 2**-5
+"""Largest error relative to our largest number: a few roundings of bf16 (2⁻⁸ each), far from any mistake."""
 
-def recorded(case: Case) -> list[Any]:
-    """The launches of a case on tensors without data."""
+
+# Machine code
+
+
+def recorded(op: Op) -> list[Any]:
+    """The launches of ours, on tensors without data."""
     from llama_pro_kernels.triton_kernels.launch import recorded_launches
 
-    with torch.device("meta"), recorded_launches() as launches:
-        case.run()
+    call = op.contestants["ours"](*op.inputs())
+    with recorded_launches() as launches:
+        call()
     return launches
 
 
@@ -67,30 +83,30 @@ def narrow_streams(launch: Any, code: MachineCode) -> list[str]:
 
 
 def compile_model(model: str) -> list[dict[str, Any]]:
-    """One row for every kernel of a model's cases and every target."""
+    """One row for every kernel of a model's ops and every target."""
+    from llama_pro_kernels import triton_kernels
+
     rows = []
-    for case in cases(MODELS[model], TOKENS):
-        for launch in recorded(case):
+    for op in elementwise_ops(replace(COMPILED, shape=MODELS[model]), triton_kernels):
+        for launch in recorded(op):
             for target in TARGETS:
                 code = disassemble(compile_for(target, launch))
                 narrow = narrow_streams(launch, code)
-                rows.append(
-                    {
-                        "model": model,
-                        "case": case.name,
-                        "kernel": launch.name,
-                        "target": f"sm_{target}",
-                        "warps": launch.options["num_warps"],
-                        "registers": code.registers,
-                        "shared": code.shared,
-                        "stack": code.stack,
-                        "spills": code.spills,
-                        "accesses": {name: dict(widths) for name, widths in code.accesses.items()},
-                        "streams": streams(launch),
-                        "narrow_streams": narrow,
-                        "failed": bool(narrow) or (target == HOME and bool(code.stack or code.spills)),
-                    }
-                )
+                rows.append({
+                    "model": model,
+                    "case": op.name,
+                    "kernel": launch.name,
+                    "target": f"sm_{target}",
+                    "warps": launch.options["num_warps"],
+                    "registers": code.registers,
+                    "shared": code.shared,
+                    "stack": code.stack,
+                    "spills": code.spills,
+                    "accesses": {name: dict(widths) for name, widths in code.accesses.items()},
+                    "streams": streams(launch),
+                    "narrow_streams": narrow,
+                    "failed": bool(narrow) or (target == HOME and bool(code.stack or code.spills)),
+                })  # fmt: skip
     return rows
 
 
@@ -100,73 +116,124 @@ def compile_all() -> list[dict[str, Any]]:
         return [row for rows in pool.map(compile_model, MODELS) for row in rows]
 
 
-def print_compiled(rows: list[dict[str, Any]]) -> None:
-    """A table a model: one line a kernel, the targets side by side."""
-    for model in MODELS:
-        lines = []
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in rows:
-            if row["model"] == model:
-                groups.setdefault((row["case"], row["kernel"]), []).append(row)
-        for (case, kernel), group in groups.items():
-            widths: Counter[str] = Counter()
-            for row in group:
-                for name, counts in row["accesses"].items():
-                    if name in row["streams"]:
-                        for bits, count in counts.items():
-                            single = SINGLE.get((kernel, name)) == count
-                            widths["one number a row" if single else f"{bits}-bit"] += count
-            alone = sorted({f"{name.removesuffix('_ptr')}" for row in group for name in row["accesses"]} - {
-                name.removesuffix("_ptr") for row in group for name in row["streams"]
-            })  # fmt: skip
-            lines.append([
-                case + (" (sum)" if kernel == "_sum_rows_kernel" else ""),
-                str(group[0]["warps"]),
-                " / ".join(f"{row['registers']:3d}" for row in group),
-                " / ".join(str(row["stack"]) for row in group),
-                " / ".join(str(row["spills"]) for row in group),
-                "FAILED" if any(row["failed"] for row in group) else "ok",
-                ", ".join(f"{count // len(group)} x {width}" for width, count in sorted(widths.items())) or "-",
-                " ".join(alone),
-            ])  # fmt: skip
-        columns = ["kernel", "warps", "registers", "stack", "spills", "", "accesses to [T, .] streams", "not judged"]
-        print(f"\n{model}, bf16, " + " / ".join(f"sm_{target}" for target in TARGETS))
-        print(common.table(columns, lines))
-
-
 def compile_only(out: Path | None) -> int:
     start = time.monotonic()
     rows = compile_all()
-    print_compiled(rows)
+    shown = ("model", "case", "kernel", "target", "warps", "registers", "stack", "spills", "failed")
+    print(common.table(shown, [[str(row[key]) for key in shown] for row in rows]))
     failed = [row for row in rows if row["failed"]]
     for row in failed:
         what = f"stack {row['stack']}, spills {row['spills']}, narrow {row['narrow_streams']}"
         print(f"FAILED: {row['model']}, {row['case']}, {row['kernel']}, {row['target']}: {what}")
+    facts = {"commit": common.commit(), "versions": common.versions(), "command": common.command()}
     if out is not None:
-        facts = {"commit": common.commit(), "versions": common.versions(), "command": common.command()}
-        common.write_json(out, {**facts, "rows": rows}, row_per_line="rows")
+        common.write_json(out, {**facts, "rows": rows})
     spills = sum(bool(row["spills"] or row["stack"]) for row in rows)
     narrow = sum(len(row["narrow_streams"]) for row in rows)
-    versions = common.versions()
-    print(f"\ntriton {versions['triton']}, {time.monotonic() - start:.0f} s")
+    print(f"\ntriton {facts['versions']['triton']}, {time.monotonic() - start:.0f} s")
     print(f"rows {len(rows)}, rows with spills or stack {spills}, narrow streams {narrow}")
     return 1 if failed else 0
 
 
+# Speed
+
+
+def leading(op: Op, out: Any) -> list[torch.Tensor]:
+    """The results that all must agree on; none of a contestant that only computes."""
+    out = [] if out is None else [out] if isinstance(out, torch.Tensor) else out
+    return [tensor.detach().clone() for tensor in out[: op.results]]
+
+
+def max_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Largest difference relative to the largest number expected, over all results; NaN if one is NaN."""
+    errors = [
+        ((theirs.float() - ours.float()).abs().max() / ours.float().abs().max()).item()
+        for theirs, ours in zip(found, expected, strict=True)
+    ]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def time_op(op: Op, model: str, device: str, best: tuple[float, float]) -> Iterator[dict[str, Any]]:
+    """A row for each contestant; rates are in 10⁹ bytes (GB/s) or 10¹² FLOPs (TFLOP/s) a second."""
+    unit, scale, limit = ("GBps", 1e9, best[0]) if op.unit == "bytes" else ("TFLOPs", 1e12, best[1])
+    expected: list[torch.Tensor] = []
+    for name, setup in op.contestants.items():
+        work = op.work if name == "ours" or op.rivals_work is None else op.rivals_work
+        row = {"op": op.name, "model": model, "contestant": name, "status": "ok", op.unit: work, "max_error": None}
+        row |= dict.fromkeys(("median_us", unit, "share"))
+        try:
+            torch.manual_seed(0)  # equal inputs for all
+            call = setup(*op.inputs())
+            results = leading(op, call())
+            expected = expected or results
+            if results:
+                row["max_error"] = max_error(results, expected)
+            if results and not row["max_error"] <= TOLERANCE:
+                row |= {"status": f"wrong: differs from ours by {row['max_error']:.2g}", "max_error": None}
+            else:
+                taken = common.seconds(call, device)
+                rate = float(f"{work / taken / scale:.5g}")
+                row |= {"median_us": round(taken * 1e6, 3), unit: rate, "share": round(work / taken / limit, 4)}
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            row["status"] = f"missing: {said}" if isinstance(error, ImportError) else f"failed: {said}"
+        yield row
+        call = results = None
+        if device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    columns = ["op", "contestant", "us", "rate", "share", "max error"]
+    lines = []
+    for row in rows:
+        if row["status"] != "ok":
+            lines.append([row["op"], row["contestant"], row["status"], "-", "-", "-"])
+            continue
+        rate = f"{row['GBps']:,.0f} GB/s" if "GBps" in row else f"{row['TFLOPs']:,.4g} TFLOP/s"
+        error = "-" if row["max_error"] is None else f"{row['max_error']:.1e}"
+        figures = [f"{row['median_us']:,.1f}", rate, f"{row['share']:.1%}", error]
+        lines.append([row["op"], row["contestant"], *figures])
+    return common.table(columns, lines)
+
+
+def time_all(options: argparse.Namespace) -> int:
+    device, cuda = options.device, options.device == "cuda"
+    if cuda:
+        from llama_pro_kernels import triton_kernels as kernels
+    else:
+        from llama_pro_kernels import reference as kernels
+    tokens = 16384 if cuda else 256
+    shape, dtype = (MODELS[options.model], torch.bfloat16) if cuda else (TINY, torch.float32)
+    setting = Setting(shape=shape, tokens=tokens, sequence=tokens // 4, dtype=dtype, device=device)
+    best = common.ceilings(device)
+    facts = common.provenance(device) | {
+        "model": options.model if cuda else "tiny",
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "copy_GBps": round(best[0] / 1e9, 2),
+        "product_TFLOPs": round(best[1] / 1e12, 4),
+    }
+    facts["versions"]["liger-kernel"] = common.version_of("liger-kernel")
+    out = options.out or common.result_file("kernels", facts["device"])
+    rows: list[dict[str, Any]] = []
+    for op in (*elementwise_ops(setting, kernels), *product_ops(setting)):
+        if options.ops in op.name:
+            rows += time_op(op, facts["model"], device, best)
+            common.write_json(out, {**facts, "rows": rows})
+    print(show(rows))
+    print(f"copy {facts['copy_GBps']:,.0f} GB/s, product {facts['product_TFLOPs']:,.3g} TFLOP/s; written to {out}")
+    return 0
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[timing.options()])
-    parser.add_argument(
-        "--compile-only",
-        action="store_true",
-        help="compile and read the machine code instead; needs no GPU, takes only --out and writes nothing without it",
-    )
-    arguments = parser.parse_args()
-    if not arguments.compile_only:
-        return timing.main(sys.argv[1:])
-    for name, value in vars(timing.options().parse_args([])).items():
-        if name != "out" and getattr(arguments, name) != value:
-            parser.error("--compile-only takes only --out")
-    return compile_only(arguments.out)
+    parser = common.parser(__doc__, out="kernels-DEVICE")
+    parser.add_argument("--compile-only", action="store_true", help="read the machine code; written only with --out")
+    parser.add_argument("--model", choices=list(MODELS), default="llama-2-7b", help="whose shapes are timed on a GPU")
+    parser.add_argument("--ops", default="", metavar="PART", help="only those with this in their name")
+    options = parser.parse_args()
+    return compile_only(options.out) if options.compile_only else time_all(options)
 
 
 if __name__ == "__main__":

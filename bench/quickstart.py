@@ -10,7 +10,6 @@ machine's as well. Aimed at: 240 s on 2 CPU cores, 60 s on a GPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-import torch
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -39,29 +37,24 @@ def measure(folder: Path) -> dict[str, Any]:
     run = folder / "runs" / "quickstart"
     subprocess.run([sys.executable, str(common.ROOT / ".ci" / "quickstart_check.py"), str(run)], check=True)
     summary = json.loads((run / "report" / "summary.json").read_text())
-    losses = {
-        result["role"]: {when: result[when]["loss"] for when in ("before", "after")} for result in summary["results"]
-    }
     taken = ("seconds_of_steps", "median_tokens_per_second", "peak_memory_gib", "threads", "dtype", "attention")
+    measured = {"seconds": round(seconds, 1)} | {name: summary[name] for name in taken}
+    return measured | losses(summary) | common.provenance(summary["device"])
+
+
+def losses(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of domain and general text, before and after, from a run's report."""
     return {
-        "seconds": round(seconds, 1),
-        **{name: summary[name] for name in taken},
-        **losses,
-        "device": common.device_name(summary["device"]),
-        "commit": common.commit(),
-        "versions": common.versions(),
-        "command": common.command(),
+        result["role"]: {when: result[when]["loss"] for when in ("before", "after")} for result in summary["results"]
     }
 
 
 def main() -> int:
-    device = common.device_name("cuda" if torch.cuda.is_available() else "cpu")
-    parser = argparse.ArgumentParser(description="The quickstart, by the clock.")
-    parser.add_argument("--out", type=Path, default=common.RESULTS / f"quickstart-{common.slug(device)}.json")
-    arguments = parser.parse_args()
+    options = common.parser(__doc__, out="quickstart-DEVICE", device=False).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         row = measure(Path(folder))
-    common.write_json(arguments.out, [row])
+    out = options.out or common.result_file("quickstart", row["device"])
+    common.write_json(out, [row])
     shown = [(name, str(value)) for name, value in row.items() if name not in ("versions", "command")]
     print(common.table(("quickstart", "value"), shown))
     return 0

@@ -1,29 +1,15 @@
 #!/usr/bin/env bash
-# One part of what a machine with a GPU should run:
-# bench/suite.sh tests|kernels|train|throughput|close|sizes|memory|profile|quickstart
-#
-#   tests        the tests of the kernels and of the block, natively
-#   kernels      every op by the clock, beside eager PyTorch, torch.compile, and Liger and quack where installed
-#   train        train, kill, resume, compare bit for bit
-#   throughput   ours against Hugging Face and other ways to train; on a GPU 7b, else tiny and cpu
-#   close        on a GPU the fastest of them once more, in rotated rounds, and with packed documents
-#   sizes        on a GPU a sequence of 32k, 8b and 1b
-#   memory       what a step holds: ours and others, and the plan beside what is measured along six axes
-#   profile      a step under the profiler: kernels by time, gaps, waits; with a trace
-#   quickstart   `python -m llama_pro_fast.train` without options, by the clock
-#
-# Each part ends within 470 s, needs no network, no installation and no git (say COMMIT=... where there is none), and
-# leaves a few small files in OUT (by default bench/results). PYTHON names the interpreter.
+# One part of what a machine with a GPU should run: bench/suite.sh PART
+# docs/gpu.md says what the parts do. Each ends within 470 s, needs no network, no installation and no git (say
+# COMMIT=... where there is none), and leaves a few small files in OUT (by default bench/results). PYTHON names the
+# interpreter.
 set -euo pipefail
 
-part=${1:-}
-case $part in
-    tests | kernels | train | throughput | close | sizes | memory | profile | quickstart) ;;
-    *)
-        echo "usage: bench/suite.sh tests|kernels|train|throughput|close|sizes|memory|profile|quickstart" >&2
-        exit 2
-        ;;
-esac
+part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart"
+if [[ ! $part =~ ^($parts)$ ]]; then
+    echo "usage: bench/suite.sh $parts" >&2
+    exit 2
+fi
 
 # Once more under a limit, so that the limit is for the whole part and what it started ends with it.
 if [[ -z ${SUITE_LIMITED:-} ]]; then
@@ -61,8 +47,7 @@ case $part in
         } 2>&1 | tee "$OUT/tests-kernels.txt"
         ;;
     kernels)
-        if [[ $cuda == 1 ]]; then device=cuda; else device=cpu; fi
-        "$python" bench/ops.py --device "$device" --out "$OUT/kernels.json"
+        "$python" bench/ops.py --out "$OUT/kernels.json"
         ;;
     train)
         "$python" bench/train_resume.py --out "$OUT/train-resume.json"
@@ -85,8 +70,8 @@ case $part in
         measure 1b 1b --contestants $best,hf-liger --budget 110
         ;;
     memory)
-        "$python" bench/scaling.py --out "$OUT/scaling.json" --picture "$OUT/scaling.png"
-        "$python" bench/memory.py --out "$OUT/memory.json" --picture "$OUT/memory.png"
+        "$python" bench/scaling.py --out "$OUT/scaling.json"
+        "$python" bench/memory.py --out "$OUT/memory.json"
         ;;
     profile)
         if [[ $cuda == 1 ]]; then size=7b; else size=tiny; fi

@@ -9,60 +9,29 @@ import common
 
 CONVENTION = "frozen-aware; causal attention, its backward 2x its forward; recomputation not counted"
 STATUSES = ("measured", "missing", "out of memory", "failed")
-ALWAYS = {
-    "contestant": str,
-    "trains": str,
-    "status": str,
-    "device": str,
-    "size": str,
-    "seq": int,
-    "document": int,
-    "micro_batch": int,
-    "compute_dtype": str,
-    "steps": int,
-    "warmup": int,
-    "rounds": int,
-    "product_tflops": float,
-    "copy_tb_per_s": float,
-    "commit": str,
-    "date": str,
-    "versions": dict,
-    "command": str,
-}
+ALWAYS = (
+    dict.fromkeys(
+        ("contestant", "trains", "status", "device", "size", "compute_dtype", "commit", "date", "command"), str
+    )
+    | dict.fromkeys(("seq", "document", "micro_batch", "steps", "warmup", "rounds"), int)
+    | {"product_tflops": float, "copy_tb_per_s": float, "versions": dict}
+)
 """Keys of every row, and their types. One that is not measured has an ``error`` (str) too, else it is null."""
-MEASURED = {
-    "tokens_per_s": float,
-    "step_s": dict,
-    "round_tokens_per_s": list,
-    "peak_gib": float,
-    "first_loss": float,
-    "loss": float,
-    "attention": str,
-    "trained_dtype": str,
-    "weights_digest": str,
-    "parameters": int,
-    "trained_parameters": int,
-    "gflop_per_token": float,
-    "flop_convention": str,
-    "tflops": float,
-    "tflops_flash": float,
-    "share_of_product": float,
-    "threads": int,
-}
+MEASURED = (
+    dict.fromkeys(("tokens_per_s", "peak_gib", "first_loss", "loss", "gflop_per_token"), float)
+    | dict.fromkeys(("tflops", "tflops_flash", "share_of_product"), float)
+    | dict.fromkeys(("parameters", "trained_parameters", "threads"), int)
+    | dict.fromkeys(("attention", "trained_dtype", "weights_digest", "flop_convention"), str)
+    | {"step_s": dict, "round_tokens_per_s": list}
+)
 """Keys with a value where it was measured, and null elsewhere."""
-COUNTED = ("kept_bytes_per_token", "products_flop")
-"""On a CPU, of those who train the new blocks (bench/counts.py); else null."""
-TARGETS = {"frozen": 0.71, "trained": 0.51}
-"""Of what `hf` keeps a token in such a block, the most that ours may keep at the width of LLaMA-2-7B."""
 
 
-def make_row(
-    name: str, trains: str, results: list[dict[str, Any]], shared: dict[str, Any], counts: dict[str, Any] | None
-) -> dict[str, Any]:
+def make_row(name: str, trains: str, results: list[dict[str, Any]], shared: dict[str, Any]) -> dict[str, Any]:
     """What the rounds of a contestant come to; what is measured is null where one did not end well."""
     bad = next((result for result in results if "error" in result), None)
     row = {"contestant": name, "trains": trains, "status": "measured", **shared, "rounds": len(results), "error": None}
-    row |= dict.fromkeys((*MEASURED, *COUNTED)) | (counts or {})
+    row |= dict.fromkeys(MEASURED)
     if bad is not None:
         return row | {"status": bad["status"], "error": bad["error"]}
     tokens = shared["seq"] * shared["micro_batch"]
@@ -135,42 +104,19 @@ def show(rows: list[dict[str, Any]]) -> str:
         if row["error"]:
             by_error.setdefault(f"{row['status']}: {row['error']}", []).append(row["contestant"])
     lines += [f"{', '.join(names)}: {error}" for error, names in by_error.items()]
-    return "\n".join(lines + incomparable(rows) + against_hf(rows))
+    return "\n".join(lines + incomparable(rows))
 
 
 def incomparable(rows: list[dict[str, Any]]) -> list[str]:
-    """Who did not start where the others did.
-
-    The base and its expansion are one function, so the first loss is the same for all, but for the rounding of another
-    order of sums.
-    """
+    """Who did not start where the others did: base and expansion are one function, so the first loss is one too."""
     measured = [row for row in rows if row["status"] == "measured"]
     lines = []
-    expanded = [row for row in measured if row["trains"] == "new blocks"]
-    base = [row for row in measured if row["trains"] != "new blocks"]
-    for group in (expanded, base):
-        if len({row["weights_digest"] for row in group}) > 1:
+    for expanded in (True, False):
+        if len({row["weights_digest"] for row in measured if (row["trains"] == "new blocks") is expanded}) > 1:
             lines.append("NOT COMPARABLE: contestants started from different weights")
     for row in measured[1:]:
         first, other = measured[0]["first_loss"], row["first_loss"]
-        tolerance = 1e-5 if row["compute_dtype"] == "float32" else 2e-3
-        if abs(other / first - 1) > tolerance:
-            lines.append(
-                f"NOT COMPARABLE: the first loss of {row['contestant']} is {other:.6f}, that of "
-                f"{measured[0]['contestant']} {first:.6f}"
-            )
+        if abs(other / first - 1) > (1e-5 if row["compute_dtype"] == "float32" else 2e-3):
+            who = f"of {row['contestant']} is {other:.6f}, that of {measured[0]['contestant']} {first:.6f}"
+            lines.append(f"NOT COMPARABLE: the first loss {who}")
     return lines
-
-
-def against_hf(rows: list[dict[str, Any]]) -> list[str]:
-    """What is counted of ours beside stock Hugging Face."""
-    counted = {row["contestant"]: row for row in rows if row["products_flop"] is not None}
-    if not {"ours", "hf"} <= counted.keys():
-        return []
-    ours, hf = counted["ours"], counted["hf"]
-    said = []
-    for name, target in TARGETS.items():
-        mine, theirs = (row["kept_bytes_per_token"][name] for row in (ours, hf))
-        said.append(f"{mine:,.0f} of {theirs:,.0f} in a {name} block ({mine / theirs:.3f}; target {target})")
-    products = ours["products_flop"] / hf["products_flop"]
-    return [f"ours against hf, counted in bf16: bytes kept a token {', '.join(said)}; products {products:.4f}"]

@@ -19,15 +19,16 @@ from torch import nn
 from transformers import LlamaConfig
 
 from llama_pro_fast.config import OptimConfig
-from llama_pro_fast.expansion import ExpansionPlan
-from llama_pro_fast.shapes import SHAPES, model_shape
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.hf.known_shapes import SHAPES, model_shape
+from llama_pro_fast.model.trained import Trained
 
 OPTIM = OptimConfig(lr=1e-5, schedule="wsd", warmup_steps=0, decay_steps=0)
 STD = 0.02
 CHECKSUM_CHUNK = 1 << 20  # elements: its int64 scratch stays far below the smallest model
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Size:
     """A base model, its expansion, and what is affordable to run of it.
 
@@ -35,15 +36,13 @@ class Size:
         title: of the expanded model, for a reader.
         base: arguments of `LlamaConfig`, before expansion.
         groups: of the expansion, a new block after each.
-        after: blocks of the base that a new one follows, in the place of groups.
         seq, micro_batch: tokens per sequence and sequences per step, by default.
         steps, warmup, rounds: timed and untimed steps of each round, by default.
     """
 
-    title: str = ""
+    title: str
     base: dict[str, Any]
-    groups: int = 0
-    after: tuple[int, ...] = ()
+    groups: int
     seq: int
     micro_batch: int
     steps: int
@@ -51,68 +50,26 @@ class Size:
     rounds: int = 1
 
 
+def base_shape(*sizes: int) -> dict[str, Any]:
+    """Arguments of `LlamaConfig` from layers, hidden, intermediate, heads, key/value heads and vocabulary."""
+    return _arguments(model_shape("llama", *sizes, max_position_embeddings=131_072, rms_norm_eps=1e-5))
+
+
 def _arguments(shape: dict[str, Any]) -> dict[str, Any]:
-    """Of `LlamaConfig`."""
     return {key: value for key, value in shape.items() if key != "model_type"}
 
 
-def published(hub_id: str) -> dict[str, Any]:
-    """The shape of a well-known Llama."""
-    return _arguments(SHAPES[hub_id])
-
-
-def base_shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict:
-    longest = {"max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
-    return _arguments(model_shape("llama", layers, hidden, intermediate, heads, kv_heads, vocab, **(longest | more)))
-
-
+_1B, _7B, _8B = (_arguments(SHAPES[f"meta-llama/{name}"]) for name in ("Llama-3.2-1B", "Llama-2-7b-hf", "Llama-3.1-8B"))
+# Two layers as wide as Llama-3.2-1B's and a new one after each: a block of every class, small enough for a CPU.
+_WIDE, _TINY = _1B | {"num_hidden_layers": 2, "vocab_size": 8192}, base_shape(8, 256, 688, 8, 4, 4096)
 SIZES = {
-    "tiny": Size(
-        title="A tiny Llama + 2 new blocks",
-        base=base_shape(8, 256, 688, 8, 4, 4096),
-        groups=2,
-        seq=256,
-        micro_batch=2,
-        steps=6,
-        warmup=2,
-        rounds=3,
-    ),
-    # Two layers as wide as Llama-3.2-1B's and a new one after each: a block of every class, small enough for a CPU.
-    "cpu": Size(
-        title="2 layers of Llama-3.2-1B + 2 new blocks",
-        base=published("meta-llama/Llama-3.2-1B") | {"num_hidden_layers": 2, "vocab_size": 8192},
-        after=(0, 1),
-        seq=256,
-        micro_batch=1,
-        steps=2,
-        warmup=1,
-    ),
-    "1b": Size(
-        title="Llama-3.2-1B + 4 new blocks",
-        base=published("meta-llama/Llama-3.2-1B"),
-        groups=4,
-        seq=4096,
-        micro_batch=4,
-        steps=12,
-    ),
+    "tiny": Size("A tiny Llama + 2 new blocks", _TINY, groups=2, seq=256, micro_batch=2, steps=6, warmup=2, rounds=3),
+    "cpu": Size("2 layers of Llama-3.2-1B + 2 new blocks", _WIDE, groups=2, seq=256, micro_batch=1, steps=2, warmup=1),
+    "1b": Size("Llama-3.2-1B + 4 new blocks", _1B, groups=4, seq=4096, micro_batch=4, steps=12),
     # Two sequences, so that stock Hugging Face without checkpointing fits a card of 141 GB with room.
-    "7b": Size(
-        title="LLaMA-2-7B + 8 new blocks",
-        base=published("meta-llama/Llama-2-7b-hf"),
-        groups=8,
-        seq=4096,
-        micro_batch=2,
-        steps=8,
-    ),
-    "8b": Size(
-        title="Llama-3.1-8B + 8 new blocks",
-        base=published("meta-llama/Llama-3.1-8B"),
-        groups=8,
-        seq=4096,
-        micro_batch=2,
-        steps=8,
-    ),
-}
+    "7b": Size("LLaMA-2-7B + 8 new blocks", _7B, groups=8, seq=4096, micro_batch=2, steps=8),
+    "8b": Size("Llama-3.1-8B + 8 new blocks", _8B, groups=8, seq=4096, micro_batch=2, steps=8),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +95,6 @@ class Workload:
         return self.document or self.seq
 
     @property
-    def packed(self) -> bool:
-        """Whether a sequence holds several documents."""
-        return self.document_length < self.seq
-
-    @property
     def predictions(self) -> int:
         """Of a step: a document's last token predicts nothing."""
         return self.micro_batch * self.seq // self.document_length * (self.document_length - 1)
@@ -161,13 +113,11 @@ class Workload:
         layers = self.shape.base["num_hidden_layers"]
         if not self.expanded:
             return ExpansionPlan(tuple(range(layers)), (False,) * layers)
-        if self.shape.after:
-            return ExpansionPlan.from_after(layers, list(self.shape.after))
         return ExpansionPlan.from_groups(layers, self.shape.groups)
 
     @property
-    def trained_blocks(self) -> list[int]:
-        return [index for index, new in enumerate(self.plan.is_new) if new]
+    def trained(self) -> Trained:
+        return self.plan.trained
 
     @property
     def config(self) -> LlamaConfig:
@@ -218,7 +168,7 @@ class Runner:
 def weights_digest(runner: Runner, dtype: torch.dtype) -> str:
     """A checksum of every weight's bits, the same for whoever holds the same numbers under the same names.
 
-    Made on the device: 17 GB need not travel. Float32 masters are narrowed to ``dtype``, where they came from exactly.
+    Made on the device: 17 GB need not travel. Float32 masters are cast to ``dtype``, where they came from exactly.
     """
     names, sums = [], []
     for name, tensor in sorted(runner.tensors(), key=lambda pair: pair[0]):

@@ -12,11 +12,11 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import base_text
 import pytest
 import yaml
+from base_text import DOCUMENT, HELD_OUT, Package, Text, cleaned, download, packages, texts
 
-from llama_pro_fast import base_text
-from llama_pro_fast.base_text import DOCUMENT, HELD_OUT, Package, Text, cleaned, download, packages, texts
 from llama_pro_fast.config import DataConfig, Source
 from llama_pro_fast.data.documents import Document, is_held_out
 from llama_pro_fast.data.sources import iterate_documents, resolve_sources

@@ -24,7 +24,7 @@ def test_everything_imports_without(missing):
     subprocess.run([sys.executable, "-c", f"import sys; {blocked}import {MODULES}"], check=True)
 
 
-@pytest.mark.parametrize("folder", [".", "bench", "tests", "tests/model"])
+@pytest.mark.parametrize("folder", [".", "bench", "tools", "tests", "tests/model"])
 def test_nothing_of_ours_is_named_kernels(folder):
     """A module or package `kernels` first on the path shadows Hugging Face's wheel, and transformers does not import.
 

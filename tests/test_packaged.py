@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+import llama_pro_fast
+from llama_pro_fast.config import RunConfig, Settled
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.hf.config import resolve
-from llama_pro_fast.recipe import RECIPES, packaged_recipes, parse, to_dict
+from llama_pro_fast.recipe import RECIPES, packaged_recipes, parse, save_config, to_dict
 from llama_pro_fast.train import main as train_main
-from llama_pro_fast.training import run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +104,7 @@ def test_config_without_a_value_is_said_in_one_line():
 def test_a_builtin_model_is_a_folder_of_the_package():
     folder = resolve("builtin:prose-3m")
     assert (folder / "config.json").is_file()
-    assert folder.is_relative_to(Path(folder.__file__).parent)
+    assert folder.is_relative_to(Path(llama_pro_fast.__file__).parent)
 
 
 @pytest.mark.parametrize("name", ["prose-9b", "", ".", "../assets", str(resolve("builtin:prose-3m"))])
@@ -143,11 +145,21 @@ def test_no_options_are_the_quickstart_recipe_into_a_folder_of_its_own(here, ask
     assert "--help" in said
 
 
+def settled(config: RunConfig) -> Settled:
+    """As a run would have stored it."""
+    computation = {"device": "cpu", "dtype": "float32", "attention": "cpu_flash", "recompute": "none", "threads": 1}
+    sections = {each.name: getattr(config, each.name) for each in fields(config)} | {
+        "optim": replace(config.optim, warmup_steps=5, decay_steps=16),
+        "train": replace(config.train, memory=1.0, checkpoint_every=8, **computation),
+    }
+    return Settled(**sections)
+
+
 def test_a_second_quickstart_goes_beside_the_first(here, asked):
     train_main([])
     folder = here / "runs" / "quickstart"
     (folder / "report").mkdir(parents=True)
-    run_folder.save_config(asked[0][0], folder / "config.yaml")
+    save_config(settled(asked[0][0]), folder / "config.yaml")
     (folder / "report" / "summary.json").write_text("{}")
     train_main([])
     assert asked[1][0].output == str(here / "runs" / "quickstart-2")
@@ -157,8 +169,8 @@ def test_an_interrupted_quickstart_is_not_started_over(here, asked):
     train_main([])
     folder = here / "runs" / "quickstart"
     folder.mkdir(parents=True)
-    run_folder.save_config(asked[0][0], folder / "config.yaml")
-    with pytest.raises(UserError, match=r"go on with  python -m llama_pro_fast\.train --output runs/quickstart"):
+    save_config(settled(asked[0][0]), folder / "config.yaml")
+    with pytest.raises(UserError, match=r"go on with  llama-pro-fast train --output runs/quickstart"):
         train_main([])
     assert len(asked) == 1
 

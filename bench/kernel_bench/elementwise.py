@@ -1,180 +1,144 @@
-"""The memory-bound ops and who competes in them: RMSNorm, SwiGLU, rotary position embedding."""
+"""The memory-bound ops, one Triton kernel each (a trained norm's backward two), and who competes in them."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from kernel_bench.op import EPS, Call, Op, Setting, backward_of, direct, heads_first, kind, leaf, liger
 from torch import Tensor
 from torch.nn import functional as F
 
-import llama_pro_kernels as kernels
-from kernel_bench.ops import (
-    Inputs,
-    Op,
-    Run,
-    Setting,
-    Tensors,
-    backward_of,
-    heads_first,
-    kind,
-    leaves_of,
-    liger_ops,
-    needs_dw,
-    plain_contestants,
-)  # fmt: skip
-
 __all__ = ["elementwise_ops"]
 
-EPS = 1e-5
-ROPE_BASE = 10_000.0
+
+def elementwise_ops(s: Setting, kernels: Any) -> Iterator[Op]:
+    """Every one of a model.
+
+    Args:
+        kernels: `llama_pro_kernels.triton_kernels`, or for a CPU `llama_pro_kernels.reference`: the same functions.
+    """
+    for ops in (_norms, _norm_weights, _swiglu, _rotary, _losses):
+        yield from ops(s, kernels)
 
 
-def elementwise_ops(setting: Setting) -> Iterator[Op]:
-    for add in (False, True):
-        yield _norm_forward(setting, add=add)
-    for trained in (False, True):
-        for add in (False, True):
-            yield _norm_backward(setting, add=add, trained=trained)
-    yield _swiglu_forward(setting)
-    for trained in (False, True):
-        yield _swiglu_backward(setting, trained=trained)
-    yield _rotary_forward(setting)
-    yield _rotary_backward(setting)
+# RMSNorm, alone and with the residual sum
 
 
-# RMSNorm
-
-
-def plain_rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor]:
-    return (F.rms_norm(x, weight.shape, weight, EPS),)
-
-
-def plain_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    s = x + residual
+def plain_norm(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """x and weight -> y; or x, residual and weight -> y and the sum."""
+    *addends, weight = inputs
+    s = sum(addends[1:], addends[0])
     return F.rms_norm(s, weight.shape, weight, EPS), s
 
 
-def _norm_inputs(s: Setting, streams: Sequence[str]) -> Inputs:
-    inputs = {name: s.draw(s.tokens, s.shape.hidden) for name in streams}
-    return inputs | {"weight": s.draw(s.shape.hidden, scale=0.1).add_(1)}
+def _rstd(x: Tensor) -> Tensor:
+    return (x.float().square().mean(-1) + EPS).rsqrt()
 
 
-def _norm_forward(s: Setting, *, add: bool) -> Op:
-    addends = ("x", "residual") if add else ("x",)
-    results = 1 + add  # y, and the sum
+def _weight(s: Setting, width: int, trained: bool = False) -> Tensor:
+    return s.draw(width, scale=0.1, dtype=torch.float32 if trained else s.dtype).add_(1)
 
-    def of(inputs: Inputs, function: Callable, *more: Any, **options: Any) -> Run:
-        arguments = [*(inputs[name] for name in addends), inputs["weight"], *more]
-        return Run(call=lambda: function(*arguments, **options), result=lambda out: out[:results])
 
-    def liger(inputs: Inputs) -> Run:
+def _norms(s: Setting, kernels: Any) -> Iterator[Op]:
+    T, N, K, D = s.tokens, s.shape.N, s.shape.K, s.shape.D
+
+    def hidden() -> Tensor:
+        return s.draw(T, s.shape.H)
+
+    def query() -> Tensor:
+        """q as the projection left it, among k and v."""
+        return s.draw(T, (N + 2 * K) * D).view(T, -1, D)[:, :N]
+
+    for name, draw in {"rms_norm": hidden, "add_rms_norm": hidden, "qk_norm": query}.items():
+        if name != "qk_norm" or s.shape.qk_norm:
+            yield _norm_forward(s, kernels, name, draw)
+            for trained in (False, True):
+                yield _norm_backward(s, kernels, name, draw, trained=trained)
+
+
+def _norm_forward(s: Setting, kernels: Any, name: str, draw: Callable[[], Tensor]) -> Op:
+    add, size = name == "add_rms_norm", draw().shape
+
+    def by_liger(*inputs: Tensor) -> Call:
         if add:
-            return of(inputs, liger_ops("fused_add_rms_norm").fused_add_rms_norm_forward, EPS, 0.0, "llama")
-        return of(inputs, liger_ops("rms_norm").rms_norm_forward, EPS, 0.0, "llama", None)
+            return direct(liger("fused_add_rms_norm").fused_add_rms_norm_forward, EPS, 0.0, "llama")(*inputs)
+        return direct(liger("rms_norm").rms_norm_forward, EPS, 0.0, "llama", None)(*inputs)
 
-    def quack(inputs: Inputs) -> Run:
-        function, residual = importlib.import_module("quack.rmsnorm").rmsnorm_fwd, inputs.get("residual")
-        return Run(
-            call=lambda: function(inputs["x"], inputs["weight"], residual=residual, eps=EPS, store_rstd=True),
-            result=lambda out: out[:results],
-        )
-
-    T, H = s.tokens, s.shape.hidden
-    streams = 2 * len(addends)
     return Op(
-        name="add_rms_norm forward" if add else "rms_norm forward",
-        inputs=lambda: _norm_inputs(s, addends),
+        name=f"{name} forward",
+        inputs=lambda: [*(draw() for _ in range(1 + add)), _weight(s, size[-1])],
         contestants={
-            "ours": lambda inputs: of(
-                inputs, kernels.add_rms_norm_forward if add else kernels.rms_norm_forward, EPS
-            ),
-            **plain_contestants(lambda inputs, wrap: of(inputs, wrap(plain_add_rms_norm if add else plain_rms_norm))),
-            "liger": liger,
-            "quack": quack,
+            "ours": direct(kernels.add_rms_norm_forward if add else kernels.rms_norm_forward, EPS),
+            "eager": direct(plain_norm),
+            **({} if name == "qk_norm" else {"liger": by_liger}),
         },
-        unit="bytes",
-        work=s.bytes_of((streams, T, H), (H,), fp32=T),
-        count=("x, residual read, y, sum written: 4" if add else "x read, y written: 2") + " x [T, H]; weight; rstd",
-        yardstick="copy",
-    )  # fmt: skip
-
-
-def _norm_backward(s: Setting, *, add: bool, trained: bool) -> Op:
-    addends = ("x", "residual") if add else ("x",)
-    given = ("dy", "dresidual") if add else ("dy",)
-
-    def ours(inputs: Inputs) -> Run:
-        weight = inputs["weight"].float() if trained else inputs["weight"]
-        if add:
-            _, x, rstd = kernels.add_rms_norm_forward(inputs["x"], inputs["residual"], weight, EPS)
-        else:
-            x, (_, rstd) = inputs["x"], kernels.rms_norm_forward(inputs["x"], weight, EPS)
-        dy, dresidual = inputs["dy"], inputs.get("dresidual")
-        return Run(
-            call=lambda: kernels.rms_norm_backward(dy, x, weight, rstd, dresidual=dresidual, need_dweight=trained),
-            result=lambda out: out[: 1 + trained],
-        )
-
-    def plain(inputs: Inputs, wrap: Callable) -> Run:
-        leaves = leaves_of(*(inputs[name] for name in addends))
-        weight = inputs["weight"].detach().requires_grad_(trained)
-        outputs = wrap(plain_add_rms_norm if add else plain_rms_norm)(*leaves, weight)
-        wanted = [*leaves, weight] if trained else leaves
-        return Run(
-            call=backward_of(outputs, wanted, [inputs[name] for name in given]),
-            # Both addends have the same gradient.
-            result=lambda out: (out[0], *out[len(addends) :]),
-        )
-
-    def liger(inputs: Inputs) -> Run:
-        weight, dy = inputs["weight"], inputs["dy"]
-        if add:
-            module = liger_ops("fused_add_rms_norm")
-            _, x, rstd, *launch, mode = module.fused_add_rms_norm_forward(
-                inputs["x"], inputs["residual"], weight, EPS, 0.0, "llama"
-            )
-            backward = module.fused_add_rms_norm_backward
-            options = needs_dw(backward, trained)
-            return Run(
-                call=lambda: backward(dy, inputs["dresidual"], x, weight, rstd, 0.0, mode, *launch, False, **options),
-                result=lambda out: (out[0], out[2])[: 1 + trained],
-            )
-        module = liger_ops("rms_norm")
-        _, x, rstd, *launch, mode = module.rms_norm_forward(inputs["x"], weight, EPS, 0.0, "llama", None)
-        backward, dy = module.rms_norm_backward, dy.clone()
-        options = needs_dw(backward, trained)
-        return Run(
-            call=lambda: backward(dy, x, weight, rstd, 0.0, mode, *launch, True, None, **options),
-            result=lambda out: out[: 1 + trained],
-            overwrites=(dy,),
-            note="in place of dy, as by default",
-        )
-
-    def quack(inputs: Inputs) -> Run:
-        module, weight = importlib.import_module("quack.rmsnorm"), inputs["weight"]
-        _, x, rstd = module.rmsnorm_fwd(
-            inputs["x"], weight, residual=inputs.get("residual"), eps=EPS, store_rstd=True
-        )  # fmt: skip
-        options = {"dresidual_out": inputs["dresidual"], "has_residual": True} if add else {}
-        return Run(
-            call=lambda: module.rmsnorm_bwd(x, weight, inputs["dy"], rstd, **options),
-            result=lambda out: out[: 1 + trained],
-        )
-
-    T, H = s.tokens, s.shape.hidden
-    count = "dy, x, dresidual read, dx written: 4 x [T, H]" if add else "dy, x read, dx written: 3 x [T, H]"
-    return Op(
-        name=f"{'add_' if add else ''}rms_norm backward {kind(trained)}",
-        inputs=lambda: _norm_inputs(s, (*addends, *given)),
-        contestants={"ours": ours, **plain_contestants(plain), "liger": liger, "quack": quack},
-        unit="bytes",
-        work=s.bytes_of((3 + add, T, H), *([] if trained else [(H,)]), fp32=T + 2 * H * trained),
-        count=f"{count}; rstd; weight" + (", dweight in fp32" if trained else ""),
-        yardstick="copy",
+        results=1 + add,
+        # x and y, and with the residual that and the sum; weight; rstd
+        work=s.bytes_of((2 + 2 * add, *size), size[-1:], fp32=size[:-1].numel()),
     )
+
+
+def _norm_backward(s: Setting, kernels: Any, name: str, draw: Callable[[], Tensor], *, trained: bool) -> Op:
+    add, size = name == "add_rms_norm", draw().shape
+
+    def inputs() -> list[Tensor]:
+        x = draw()
+        dy, *dresidual = (s.draw(*size) for _ in range(1 + add))
+        return [dy, x, _weight(s, size[-1], trained), _rstd(x), *dresidual]
+
+    def ours(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None = None) -> Call:
+        return lambda: kernels.rms_norm_backward(dy, x, weight, rstd, dresidual=dresidual, need_dweight=trained)
+
+    def by_autograd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *dresidual: Tensor) -> Call:
+        x, weight = leaf(x), leaf(weight.to(s.dtype), trained)
+        # The gradient of the other addend is the same tensor.
+        outputs = plain_norm(x, *map(torch.zeros_like, dresidual), weight)
+        return backward_of(outputs[: 1 + add], [x, weight] if trained else [x], [dy, *dresidual])
+
+    def by_liger(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *dresidual: Tensor) -> Call:
+        weight = weight.to(s.dtype)
+        if add:
+            module = liger("fused_add_rms_norm")
+            forward, backward, more = module.fused_add_rms_norm_forward, module.fused_add_rms_norm_backward, (False,)
+            _, x, rstd, *launch, mode = forward(x, torch.zeros_like(x), weight, EPS, 0.0, "llama")
+        else:
+            module = liger("rms_norm")
+            forward, backward, more = module.rms_norm_forward, module.rms_norm_backward, (False, None)
+            _, x, rstd, *launch, mode = forward(x, weight, EPS, 0.0, "llama", None)
+        arguments = (dy, *dresidual, x, weight, rstd, 0.0, mode, *launch, *more)
+        # dx, with the residual once more for it, and dweight
+        return lambda: backward(*arguments, needs_dw=trained)[:: 1 + add]
+
+    return Op(
+        name=f"{name} backward {kind(trained)}",
+        inputs=inputs,
+        contestants={"ours": ours, "eager": by_autograd, **({} if name == "qk_norm" else {"liger": by_liger})},
+        results=1 + trained,
+        # dy, x, dx, and with the residual its gradient; rstd; weight, or its fp32 master and gradient
+        work=s.bytes_of(
+            (3 + add, *size), *([] if trained else [size[-1:]]), fp32=size[:-1].numel() + 2 * size[-1] * trained
+        ),
+    )
+
+
+def plain_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
+    return (weight * dweight).sum(0) / scale
+
+
+def _norm_weights(s: Setting, kernels: Any) -> Iterator[Op]:
+    """A trained norm's gradient from that of the product behind it."""
+    H = s.shape.H
+    for name, outputs in (("qkv", (s.shape.N + 2 * s.shape.K) * s.shape.D), ("gate_up", 2 * s.shape.I)):
+        yield Op(
+            name=f"linear_dscale {name}",
+            inputs=lambda rows=outputs: [
+                s.draw(rows, H), s.draw(rows, H, dtype=torch.float32), _weight(s, H, trained=True)
+            ],
+            contestants={"ours": direct(kernels.linear_dscale), "eager": direct(plain_dscale)},
+            work=s.bytes_of((outputs, H), fp32=outputs * H + 2 * H),
+        )  # fmt: skip
 
 
 # SwiGLU
@@ -185,98 +149,61 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _halves(gate_up: Tensor) -> list[Tensor]:
-    """Gate and up apart, copied."""
-    return [half.clone(memory_format=torch.contiguous_format) for half in gate_up.chunk(2, dim=-1)]
+    return [half.contiguous() for half in gate_up.chunk(2, dim=-1)]
 
 
-def _swiglu_forward(s: Setting) -> Op:
-    def plain(inputs: Inputs, wrap: Callable) -> Run:
-        function, halves = wrap(plain_swiglu), _halves(inputs["gate_up"])
-        return Run(call=lambda: function(*halves), result=lambda out: (out,))
+def _swiglu(s: Setting, kernels: Any) -> Iterator[Op]:
+    T, I = s.tokens, s.shape.I
 
-    def liger(inputs: Inputs) -> Run:
-        module = liger_ops("swiglu")
-        if hasattr(module, "swiglu_fused_gate_up_forward"):
-            packed = module.swiglu_fused_gate_up_forward
-            return Run(call=lambda: packed(inputs["gate_up"]), result=lambda out: out[1:])
-        halves = _halves(inputs["gate_up"])
-        return Run(call=lambda: module.swiglu_forward(*halves), result=lambda out: out[2:])
+    def eager(gate_up: Tensor) -> Call:
+        return direct(plain_swiglu)(*_halves(gate_up))
 
-    T, I = s.tokens, s.shape.intermediate
-    return Op(
+    def by_liger(gate_up: Tensor) -> Call:
+        module = liger("swiglu")
+        return lambda: module.swiglu_fused_gate_up_forward(gate_up)[1]
+
+    yield Op(
         name="swiglu forward",
-        inputs=lambda: {"gate_up": s.draw(T, 2 * I)},
-        contestants={
-            "ours": lambda inputs: Run(
-                call=lambda: kernels.swiglu_forward(inputs["gate_up"]), result=lambda out: (out,)
-            ),
-            **plain_contestants(plain),
-            "liger": liger,
-        },
-        unit="bytes",
-        work=s.bytes_of((3, T, I)),
-        count="gate, up read, product written: 3 x [T, I]",
-        yardstick="copy",
-    )  # fmt: skip
+        inputs=lambda: [s.draw(T, 2 * I)],
+        contestants={"ours": direct(kernels.swiglu_forward), "eager": eager, "liger": by_liger},
+        work=s.bytes_of((3, T, I)),  # gate, up, the product
+    )
+    for trained in (False, True):
+        yield _swiglu_backward(s, kernels, trained=trained)
 
 
-def _swiglu_backward(s: Setting, *, trained: bool) -> Op:
-    def ours(inputs: Inputs) -> Run:
-        gate_up = inputs["gate_up"].clone()
-        return Run(
-            call=lambda: kernels.swiglu_backward_(inputs["dy"], gate_up, need_product=trained),
-            result=lambda out: out[: 1 + trained],
-            overwrites=(gate_up,),
-            note="in place of gate_up",
-        )
+def _swiglu_backward(s: Setting, kernels: Any, *, trained: bool) -> Op:
+    """Where the down projection trains, the product is wanted again. The decoder has the same kernel write over gate
+    and up; here not, so that every call reads the same numbers."""
+    T, I = s.tokens, s.shape.I
 
-    def plain(inputs: Inputs, wrap: Callable) -> Run:
-        function, halves = wrap(plain_swiglu), _halves(inputs["gate_up"])
-        leaves = leaves_of(*halves)
-        backward = backward_of([function(*leaves)], leaves, [inputs["dy"]])
-        return Run(
-            call=(lambda: (*backward(), function(*halves))) if trained else backward,
-            result=lambda out: (torch.cat(out[:2], dim=-1), *out[2:]),
-        )
+    def ours(dy: Tensor, gate_up: Tensor) -> Call:
+        def call() -> tuple[Tensor | None, ...]:
+            gradient, product = kernels.swiglu_backward(dy, gate_up, need_product=trained)
+            return (*gradient.chunk(2, dim=-1), product)
 
-    def liger(inputs: Inputs) -> Run:
-        module = liger_ops("swiglu")
-        return (
-            liger_packed(module, inputs) if hasattr(module, "swiglu_fused_gate_up_backward") else apart(module, inputs)
-        )
+        return call
 
-    def liger_packed(module: Any, inputs: Inputs) -> Run:
-        gate_up = inputs["gate_up"].clone()
+    def by_autograd(dy: Tensor, gate_up: Tensor) -> Call:
+        leaves = [leaf(half) for half in _halves(gate_up)]
+        backward = backward_of([plain_swiglu(*leaves)], leaves, [dy])
+        return (lambda: (*backward(), plain_swiglu(*leaves).detach())) if trained else backward
 
-        def backward() -> Tensors:
+    def by_liger(dy: Tensor, gate_up: Tensor) -> Call:
+        module = liger("swiglu")
+
+        def call() -> tuple[Tensor, ...]:
             product = module.swiglu_fused_gate_up_forward(gate_up)[1:] if trained else ()
-            return (module.swiglu_fused_gate_up_backward(gate_up, inputs["dy"], in_place=True), *product)
+            return (*module.swiglu_fused_gate_up_backward(gate_up, dy).chunk(2, dim=-1), *product)
 
-        return Run(call=backward, overwrites=(gate_up,), note="in place of gate_up")
+        return call
 
-    def apart(module: Any, inputs: Inputs) -> Run:
-        halves = _halves(inputs["gate_up"])
-
-        def backward() -> Tensors:
-            product = module.swiglu_forward(*halves)[2:] if trained else ()
-            return (*module.swiglu_backward(*halves, inputs["dy"]), *product)
-
-        return Run(
-            call=backward,
-            result=lambda out: (torch.cat(out[:2], dim=-1), *out[2:]),
-            overwrites=tuple(halves),
-            note="in place of gate and up",
-        )
-
-    T, I = s.tokens, s.shape.intermediate
     return Op(
         name=f"swiglu backward {kind(trained)}",
-        inputs=lambda: {"dy": s.draw(T, I), "gate_up": s.draw(T, 2 * I)},
-        contestants={"ours": ours, **plain_contestants(plain), "liger": liger},
-        unit="bytes",
-        work=s.bytes_of((5 + trained, T, I)),
-        count="dy, gate, up read, dgate, dup written: 5 x [T, I]" + ("; product written: 1" if trained else ""),
-        yardstick="copy",
+        inputs=lambda: [s.draw(T, I), s.draw(T, 2 * I)],
+        contestants={"ours": ours, "eager": by_autograd, "liger": by_liger},
+        results=2 + trained,
+        work=s.bytes_of((5 + trained, T, I)),  # dy, gate, up, dgate, dup, and the product
     )
 
 
@@ -293,105 +220,126 @@ def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return turned(q), turned(k)
 
 
-def _rotary_tables(s: Setting) -> Tensors:
-    """cos and sin ``[sequence, D/2]`` fp32, and the tokens' positions."""
-    half = s.shape.head_dim // 2
-    frequency = ROPE_BASE ** (-torch.arange(half, device=s.device) / half)
-    angles = torch.arange(s.sequence, device=s.device)[:, None] * frequency
-    return angles.cos(), angles.sin(), torch.arange(s.tokens, device=s.device) % s.sequence
+def _rotary(s: Setting, kernels: Any) -> Iterator[Op]:
+    T, N, K, D = s.tokens, s.shape.N, s.shape.K, s.shape.D
 
+    def tables() -> list[Tensor]:
+        """cos and sin ``[sequence, D/2]`` fp32, and the tokens' positions."""
+        frequency = 10_000.0 ** (-torch.arange(D // 2, device=s.device) / (D // 2))
+        angles = torch.arange(s.sequence, device=s.device)[:, None] * frequency
+        return [angles.cos(), angles.sin(), torch.arange(T, device=s.device) % s.sequence]
 
-def _plain_tables(s: Setting) -> list[Tensor]:
-    """cos and sin of every token ``[1, T, D]`` in the activations' dtype."""
-    cos, sin, positions = _rotary_tables(s)
-    return [torch.cat((table, table), dim=-1)[positions].to(s.dtype)[None] for table in (cos, sin)]
+    def for_every_token(cos: Tensor, sin: Tensor, positions: Tensor) -> list[Tensor]:
+        """``[1, T, D]`` in the activations' dtype."""
+        return [torch.cat((table, table), dim=-1)[positions].to(s.dtype)[None] for table in (cos, sin)]
 
+    def apart(qkv: Tensor) -> list[Tensor]:
+        """q and k ``[1, heads, T, D]``, each contiguous by tokens as its own projection would leave it."""
+        return [heads_first(x.contiguous()) for x in qkv.view(T, -1, D).split([N, K, K], dim=1)[:2]]
 
-def _tokens_first(x: Tensor) -> Tensor:
-    return x[0].transpose(0, 1)
+    def tokens_first(heads: tuple[Tensor, ...]) -> list[Tensor]:
+        return [x[0].transpose(0, 1) for x in heads[:2]]
 
+    def q_and_k(packed: Tensor) -> tuple[Tensor, ...]:
+        return packed.view(T, -1, D)[:, : N + K].split([N, K], dim=1)
 
-def _query_and_key(s: Setting, qkv: Tensor) -> list[Tensor]:
-    """q and k ``[1, heads, T, D]`` apart, copied, each contiguous by tokens as its own projection would leave it."""
-    heads = qkv.view(s.tokens, -1, s.shape.head_dim).split([s.shape.heads, s.shape.kv_heads, s.shape.kv_heads], dim=1)
-    return [heads_first(x.clone(memory_format=torch.contiguous_format)) for x in heads[:2]]
+    def ours(qkv: Tensor, *tables: Tensor) -> Call:
+        return lambda: q_and_k(kernels.rotary_forward(qkv, *tables, N, K, D))
 
+    def ours_in_place(qkv: Tensor, *tables: Tensor) -> Call:
+        return lambda: (kernels.rotary_forward_(qkv, *tables, N, K, D), *q_and_k(qkv))[1:]
 
-def _rotary_work(s: Setting, heads: int) -> int:
-    tables = 2 * s.sequence * (s.shape.head_dim // 2)
-    return s.bytes_of((2, s.tokens, heads, s.shape.head_dim), fp32=tables, int64=s.tokens)
+    def eager(qkv: Tensor, *tables: Tensor) -> Call:
+        heads, cos_sin = apart(qkv), [table[:, None] for table in for_every_token(*tables)]
+        return lambda: tokens_first(plain_rotary(*heads, *cos_sin))
 
+    def by_liger(qkv: Tensor, *tables: Tensor) -> Call:
+        forward, heads, cos_sin = liger("rope").rope_forward, apart(qkv), for_every_token(*tables)
+        return lambda: tokens_first(forward(*heads, *cos_sin))  # over q and k: a rotation more each time
 
-def _rotary_forward(s: Setting) -> Op:
-    N, K, D = s.shape.heads, s.shape.kv_heads, s.shape.head_dim
-    tables = _rotary_tables(s)
+    def work(heads: int) -> int:
+        """Read and written; the tables once; positions."""
+        return s.bytes_of((2, T, heads, D), fp32=s.sequence * D, int64=T)
 
-    def plain(inputs: Inputs, wrap: Callable) -> Run:
-        function, heads = wrap(plain_rotary), _query_and_key(s, inputs["qkv"])
-        cos_sin = [table[:, None] for table in _plain_tables(s)]
-        return Run(call=lambda: function(*heads, *cos_sin), result=lambda out: tuple(map(_tokens_first, out)))
+    forward = {"inputs": lambda: [s.draw(T, (N + 2 * K) * D), *tables()], "results": 2, "work": work(N + K)}
+    rivals = {"eager": eager, "liger": by_liger}
+    yield Op(name="rotary forward", contestants={"ours": ours, **rivals}, **forward)
+    yield Op(name="rotary forward in place", contestants={"ours": ours_in_place, **rivals}, **forward)
 
-    def liger(inputs: Inputs) -> Run:
-        function, heads, cos_sin = liger_ops("rope").rope_forward, _query_and_key(s, inputs["qkv"]), _plain_tables(s)
-        return Run(
-            call=lambda: function(*heads, *cos_sin),
-            result=lambda out: tuple(map(_tokens_first, out[:2])),
-            overwrites=tuple(heads),
-            note="in place of q and k",
-        )
+    def ours_backward(dq: Tensor, dk: Tensor, dv: Tensor, *tables: Tensor) -> Call:
+        return lambda: q_and_k(kernels.rotary_backward(dq, dk, dv, *tables))
 
-    return Op(
-        name="rotary forward",
-        inputs=lambda: {"qkv": s.draw(s.tokens, (N + 2 * K) * D)},
-        contestants={
-            "ours": lambda inputs: Run(
-                call=lambda: kernels.rotary_forward(inputs["qkv"], *tables, N, K, D), result=lambda out: out[:2]
-            ),
-            **plain_contestants(plain),
-            "liger": liger,
-        },
-        unit="bytes",
-        work=_rotary_work(s, N + K),
-        count="q, k read and written: 2 x [T, N + K, D]; tables once; positions",
-        yardstick="copy",
+    def by_autograd(dq: Tensor, dk: Tensor, dv: Tensor, *tables: Tensor) -> Call:
+        gradients = [heads_first(dq), heads_first(dk)]
+        # A rotation keeps nothing of its input, so any numbers will do.
+        leaves = [leaf(x) for x in gradients]
+        outputs = plain_rotary(*leaves, *(table[:, None] for table in for_every_token(*tables)))
+        backward = backward_of(outputs, leaves, gradients)
+        return lambda: tokens_first(backward())
+
+    def liger_backward(dq: Tensor, dk: Tensor, dv: Tensor, *tables: Tensor) -> Call:
+        backward, cos_sin = liger("rope").rope_backward, for_every_token(*tables)
+        gradients = [heads_first(dq), heads_first(dk)]
+        return lambda: tokens_first(backward(*gradients, *cos_sin))  # over dq and dk
+
+    yield Op(
+        name="rotary backward",
+        inputs=lambda: [s.draw(T, N, D), s.draw(T, K, D), s.draw(T, K, D), *tables()],
+        contestants={"ours": ours_backward, "eager": by_autograd, "liger": liger_backward},
+        results=2,
+        work=work(N + 2 * K),
+        rivals_work=work(N + K),  # only ours brings dv back beside them
     )
 
 
-def _rotary_backward(s: Setting) -> Op:
-    N, K, D = s.shape.heads, s.shape.kv_heads, s.shape.head_dim
-    tables = _rotary_tables(s)
-    apart = {"work": _rotary_work(s, N + K), "note": "dv stays where it is"}
+# The row-wise halves of the losses, what happens between a chunk's products
 
-    def ours(inputs: Inputs) -> Run:
-        return Run(
-            call=lambda: kernels.rotary_backward(inputs["dq"], inputs["dk"], inputs["dv"], *tables),
-            result=lambda out: out.view(s.tokens, -1, D)[:, : N + K].split([N, K], dim=1),
-        )
 
-    def plain(inputs: Inputs, wrap: Callable) -> Run:
-        gradients = [heads_first(inputs[name]) for name in ("dq", "dk")]
-        # A rotation keeps nothing of its input, so any numbers will do.
-        leaves = leaves_of(*gradients)
-        outputs = wrap(plain_rotary)(*leaves, *(table[:, None] for table in _plain_tables(s)))
-        backward = backward_of(outputs, leaves, gradients)
-        return Run(call=backward, result=lambda out: tuple(map(_tokens_first, out)), **apart)
+def plain_cross_entropy(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    logits = leaf(logits)
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    return losses.detach(), *torch.autograd.grad(losses, logits, scale.expand_as(losses))
 
-    def liger(inputs: Inputs) -> Run:
-        function, cos_sin = liger_ops("rope").rope_backward, _plain_tables(s)
-        gradients = [heads_first(inputs[name].clone()) for name in ("dq", "dk")]
-        return Run(
-            call=lambda: function(*gradients, *cos_sin),
-            result=lambda out: tuple(map(_tokens_first, out)),
-            overwrites=tuple(gradients),
-            **apart | {"note": "in place of dq and dk; dv stays where it is"},
-        )
 
-    return Op(
-        name="rotary backward",
-        inputs=lambda: {"dq": s.draw(s.tokens, N, D), "dk": s.draw(s.tokens, K, D), "dv": s.draw(s.tokens, K, D)},
-        contestants={"ours": ours, **plain_contestants(plain), "liger": liger},
-        unit="bytes",
-        work=_rotary_work(s, N + 2 * K),
-        count="dq, dk, dv read, dqkv written: 2 x [T, N + 2K, D]; tables once; positions",
-        yardstick="copy",
+def plain_evaluation(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return F.cross_entropy(logits.float(), labels, reduction="none"), logits.argmax(-1) == labels
+
+
+def plain_kl(base: Tensor, now: Tensor) -> Tensor:
+    base, now = (x.float().log_softmax(-1) for x in (base, now))
+    return F.kl_div(now, base, log_target=True, reduction="none").sum(-1)
+
+
+def _losses(s: Setting, kernels: Any) -> Iterator[Op]:
+    T, V = s.tokens, s.shape.V
+
+    def inputs() -> list[Tensor]:
+        return [s.draw(T, V), s.labels(), torch.full((), 1 / T, device=s.device)]
+
+    def ours(logits: Tensor, labels: Tensor, scale: Tensor) -> Call:
+        """The gradient is written over the logits, so only the first call sees them; its work is the same."""
+        options = {"ignore_index": -100, "need_dlogits": True}
+        return lambda: (kernels.cross_entropy_(logits, labels, scale, **options)[0], logits)
+
+    yield Op(
+        name="cross_entropy",
+        inputs=inputs,
+        contestants={"ours": ours, "eager": direct(plain_cross_entropy)},
+        results=2,
+        work=s.bytes_of((2, T, V), fp32=T, int64=T),
+    )
+    yield Op(
+        name="cross_entropy evaluation",
+        inputs=inputs,
+        contestants={
+            "ours": direct(kernels.cross_entropy_, ignore_index=-100, need_dlogits=False, need_correct=True),
+            "eager": direct(plain_evaluation),
+        },
+        work=s.bytes_of((T, V), fp32=T, int64=T) + T,
+    )
+    yield Op(
+        name="kl_divergence",
+        inputs=lambda: [s.draw(T, V), s.draw(T, V)],
+        contestants={"ours": direct(kernels.kl_divergence), "eager": direct(plain_kl)},
+        work=s.bytes_of((2, T, V), fp32=T),
     )

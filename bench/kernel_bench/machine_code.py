@@ -24,23 +24,14 @@ WIDE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class MachineCode:
-    """One kernel for one target.
-
-    Attributes:
-        registers: per thread.
-        stack: bytes of stack per thread.
-        spills: load and store instructions on local memory.
-        shared: bytes of shared memory per program.
-        accesses: per argument name, how many global accesses of each width in bits.
-        widths: per width in bits, global accesses in the machine code.
-    """
+    """One kernel for one target: registers and bytes of stack a thread, load and store instructions on local memory,
+    bytes of shared memory a program, and for each argument how many global accesses there are of each width in bits."""
 
     registers: int
     stack: int
     spills: int
     shared: int
     accesses: dict[str, Counter[int]]
-    widths: Counter[int]
 
     def narrow(self, argument: str) -> int:
         """Accesses of ``argument`` below 128 bits."""
@@ -102,7 +93,6 @@ def disassemble(compiled: Any) -> MachineCode:
         shared=int(usage[3]),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
         accesses=accesses,
-        widths=widths,
     )
 
 

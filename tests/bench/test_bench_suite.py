@@ -1,26 +1,8 @@
 """bench/suite.sh: what it refuses. Its parts are for a machine with a GPU."""
 
-from __future__ import annotations
 
-import sys
-
-import pytest
-import torch
-
-
-@pytest.mark.parametrize("arguments", [[], ["everything"]])
-def test_an_unknown_part_is_told_the_usage(run_bench, arguments):
-    finished = run_bench("suite.sh", *arguments)
+def test_an_unknown_part_is_told_the_usage(run_bench):
+    finished = run_bench("suite.sh", "everything")
     assert finished.returncode == 2
-    assert (
-        finished.stdout
-        == "usage: bench/suite.sh tests|kernels|train|throughput|close|sizes|memory|profile|quickstart\n"
-    )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure there")
-@pytest.mark.parametrize("part", ["close", "sizes"])
-def test_large_models_are_refused_without_a_gpu(run_bench, part, tmp_path):
-    finished = run_bench("suite.sh", part, OUT=str(tmp_path), PYTHON=sys.executable)
-    assert finished.returncode == 2
-    assert finished.stdout == f"bench/suite.sh {part}: its models are for a GPU, and PyTorch finds none\n"
+    parts = "tests|kernels|train|throughput|close|sizes|memory|profile|quickstart"
+    assert finished.stdout == f"usage: bench/suite.sh {parts}\n"

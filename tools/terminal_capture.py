@@ -1,6 +1,6 @@
 """A picture of what a command shows on a terminal: the README's is made by
 
-    python bench/terminal_capture.py --columns 100 --tail 43 docs/pictures/quickstart.svg -- \\
+    python tools/terminal_capture.py --columns 100 --tail 43 docs/pictures/quickstart.svg -- \\
         python -m llama_pro_fast.train
 
 The command runs on a pseudo-terminal, its output goes through a terminal emulator (`pip install pyte`), and what stands
