@@ -53,7 +53,15 @@ def main() -> None:
         writer.start()
         writer.join()
         shards = sorted(path.stat().st_size for path in base.glob("*.safetensors"))
-        command = [sys.executable, "-m", "llama_pro_fast.expand", str(base), str(out), "--groups", str(size.groups)]
+        command = [
+            sys.executable,
+            "-m",
+            "llama_pro_fast.expand",
+            str(base),
+            str(out),
+            "--expand.groups",
+            str(size.groups),
+        ]
         seconds, peak = measure(command)
         before, after = (
             sum(entry.num_bytes for entry in PretrainedFolder(folder).entries.values()) for folder in (base, out)

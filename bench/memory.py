@@ -8,11 +8,11 @@ head at its vocabulary, through the code a run takes, on a CPU. Nothing is timed
 Bytes: every storage of an operation's result that is alive between forward and backward, whether autograd holds it, a
 context or anybody else (bench/live_storages.py), without parameters, rotary tables and the batch's layout. Two lengths
 are run and the slope between them is the bytes a token keeps, so a constant can hide nothing. The formula is
-`llama_pro_fast.cost.kept_bytes`. Hugging Face's layer with SDPA is counted in the same way, frozen in bf16, or trained
+`planning.cost.kept_bytes`. Hugging Face's layer with SDPA is counted in the same way, frozen in bf16, or trained
 in float32 under autocast.
 
 Work: PyTorch's FLOP counter over forward and backward, with the formulas of our operations. Products beside
-`llama_pro_fast.cost`; attention beside its pairs of a query and a key it sees in these ragged documents, 4·N·D a pair
+`planning.cost`; attention beside its pairs of a query and a key it sees in these ragged documents, 4·N·D a pair
 forward and 10·N·D backward.
 
 It ends with 1 unless all of ours are equal to the last byte and FLOP.

@@ -6,9 +6,9 @@ Axes: tokens of a micro-batch (more sequences), tokens of a sequence (fewer of t
 number of new blocks, where they stand, width and depth of the model. One base geometry, of which each point of an axis
 changes one extent; random weights and tokens, our decoder, one micro-batch a step, nothing recomputed.
 
-    memory   at the fullest moment of a whole optimizer step, everything allocated before it included
-             (bench/peak_bytes.py; on a GPU `torch.cuda.max_memory_allocated`), beside `llama_pro_fast.memory`
-    work     by PyTorch's FLOP counter with the formulas of our operations, beside `llama_pro_fast.cost`. Attention's
+    memory   at the fullest of a whole optimizer step, everything allocated before it included
+             (bench/peak_bytes.py; on a GPU `torch.cuda.max_memory_allocated`), beside `planning.memory`
+    work     by PyTorch's FLOP counter with the formulas of our operations, beside `planning.cost`. Attention's
              count is of what is computed: backward 2.5 times forward, and a token sees itself, so that a sequence of S
              has S(S + 1)/2 pairs; the planner's S²/2 is put into these terms
 

@@ -17,7 +17,7 @@ take turns, each round in another order. Large sizes have one round, since build
 Every contestant is a row, whatever became of it: `measured`; `missing`, where it needs a GPU or a package that is not
 here, or time (`--budget`) ran out; `out of memory`, of the device; `failed`.
 
-FLOPs are those of `llama_pro_fast.cost`: what the frozen-aware step needs, attention causal with a backward of twice
+FLOPs are those of `planning.cost`: what the frozen-aware step needs, attention causal with a backward of twice
 its forward, recomputation not counted; so TFLOP/s compares useful work, and its share is of a large product measured in
 the same run. `tflops_flash` takes the 2.5 times that flash attention's backward really does.
 """

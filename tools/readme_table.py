@@ -1,7 +1,7 @@
-"""The README's table of speeds and the picture above it, from the result they show.
+"""The tables of speeds, a few rows in the README and all in docs/results.md with a picture, from the result they show.
 
 PYTHONPATH=.:kernels python tools/readme_table.py
-PYTHONPATH=.:kernels python tools/readme_table.py --check     ends with 1 if the README's table is another
+PYTHONPATH=.:kernels python tools/readme_table.py --check     ends with 1 if a table is another
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,19 +20,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # a f
 import common
 from pictures import draw_throughput, gib, in_words, ordered, title
 
-README = common.ROOT / "README.md"
+README, PAGE = common.ROOT / "README.md", common.ROOT / "docs" / "results.md"
 RESULT = common.RESULTS / "throughput-7b-nvidia-h200.json"
 PICTURE = common.ROOT / "docs" / "pictures" / "throughput.png"
+IN_README = ("ours", "hf-liger-flash4-bf16", "hf", "hf-checkpointing-trained")
+"""What decides: ours, the fastest other way, stock transformers, and LLaMA-Factory's way."""
 PLACE = re.compile(r"(?<=<!-- throughput -->\n).*(?=<!-- /throughput -->)", re.DOTALL)
 
 
-def table(file: Path, rows: list[dict[str, Any]]) -> str:
-    """In Markdown: who ran, how many times faster ours is, and where it is from."""
+def table(rows: list[dict[str, Any]], page: Path) -> str:
+    """In Markdown: who ran, how many times faster ours is, and where it is from; linked as ``page`` must."""
     ours = next((row["tokens_per_s"] for row in rows if row["contestant"] == "ours"), None)
     step = rows[0]["warmup"] + rows[0]["steps"]
     head = f"| | tokens/s | ours / its | peak GiB | trained weights | loss of step {step} |"
     lines = [head, "|---|--:|--:|--:|---|--:|"]
     for row in itertools.chain(*ordered(rows)):
+        if page == README and row["contestant"] not in IN_README:
+            continue
         cells = [row["status"], "", "", "", ""]
         if row["status"] == "measured":
             cells = [
@@ -42,31 +47,32 @@ def table(file: Path, rows: list[dict[str, Any]]) -> str:
                 f"{row['loss']:.4f}",
             ]
         lines.append(f"| {in_words(row['contestant'])} | {' | '.join(cells)} |")
-    where = file.relative_to(common.ROOT).as_posix() if file.is_relative_to(common.ROOT) else file.name
-    picture = f"![{title(rows[0])}]({PICTURE.relative_to(common.ROOT).as_posix()})"
+    result, picture = (os.path.relpath(target, page.parent) for target in (RESULT, PICTURE))
     when = f"commit {rows[0]['commit'][:7]}, {rows[0]['date'][:10]}"
-    return "\n".join([picture, "", *lines, "", f"{title(rows[0])}, {when}:", f"[{file.name}]({where}).", ""])
+    above = [] if page == README else [f"![{title(rows[0])}]({picture})", ""]
+    return "\n".join([*above, *lines, "", f"{title(rows[0])}, {when}:", f"[{RESULT.name}]({result}).", ""])
 
 
-def with_table(text: str) -> str:
-    """The README's text with the result's table between its marks."""
+def with_table(page: Path) -> str:
+    """A page's text with the result's table between its marks."""
+    text = page.read_text(encoding="utf-8")
     if not PLACE.search(text):
-        raise ValueError("README.md has no <!-- throughput --> … <!-- /throughput -->")
-    made = table(RESULT, json.loads(RESULT.read_text()))
+        raise ValueError(f"{page.name} has no <!-- throughput --> … <!-- /throughput -->")
+    made = table(json.loads(RESULT.read_text()), page)
     return PLACE.sub(lambda _: made, text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if the table is another")
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a table is another")
     options = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
-    made = with_table(text)
+    pages = {page: with_table(page) for page in (README, PAGE)}
     if options.check:
-        return int(made != text)
-    README.write_text(made, encoding="utf-8")
+        return int(any(page.read_text(encoding="utf-8") != made for page, made in pages.items()))
+    for page, made in pages.items():
+        page.write_text(made, encoding="utf-8")
     draw_throughput(json.loads(RESULT.read_text()), PICTURE)
-    print(f"{README.name} and {PICTURE.name}: of {RESULT.name}")
+    print(f"{', '.join(page.name for page in pages)} and {PICTURE.name}: of {RESULT.name}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """A picture of what a command shows on a terminal: the README's is made by
 
     python tools/terminal_capture.py --columns 100 --tail 43 docs/pictures/quickstart.svg -- \\
-        python -m llama_pro_fast.train
+        llama-pro-fast train
 
 The command runs on a pseudo-terminal, its output goes through a terminal emulator (`pip install pyte`), and what stands
 on the screen at the end is drawn by rich. Nothing is edited; ``--tail`` leaves out all but the last lines.

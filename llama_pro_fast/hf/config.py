@@ -116,7 +116,7 @@ def find_config(path_or_id: str) -> tuple[dict[str, Any], Any]:
     """A model's config without its weights: of a folder, one in the package, a well-known shape, or from the hub.
 
     Returns:
-        As :func:`read_config`; of a well-known shape (`shapes.SHAPES`) nothing is read.
+        As :func:`read_config`; of a well-known shape (`known_shapes.SHAPES`) nothing is read.
 
     Raises:
         UserError: as :func:`resolve` and :func:`read_config`.

@@ -159,7 +159,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
 
 
 def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: int) -> int:
-    """Bytes at the fullest of an evaluation (`evaluate.evaluate`), with the base beside the model where it is
+    """Bytes at the fullest of an evaluation (`held_out.evaluate`), with the base beside the model where it is
     kept."""
     spec, element, acc = job.specs[0], job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     tokens = micro_batch_size * job.seq_len

@@ -17,7 +17,7 @@ def summarise(run: Path, references: dict[tuple[str, str], dict[str, float]]) ->
     """What the run's metrics say.
 
     Args:
-        references: by (role, source) the figures to hold the model's against (see `references.py`).
+        references: by (role, source) the figures to hold the model's against (see `evaluation.baselines`).
 
     Returns:
         Part of ``summary.json``: time and speed and memory, and for each source its first and last evaluation, with
