@@ -1,7 +1,8 @@
 """Who is measured: the same random Llama (bench/workload.py) in several implementations, in the order of their turns.
 
-All share one optimizer class (`training.optimizer`), one stream of tokens and, but for the last group, one set of trained
-blocks. Precisions are those of a usual run: on a GPU trained weights float32, frozen ones bf16, products in bf16 (ours by low-precision copies, the others under autocast); on a CPU all float32.
+All share one optimizer class (`training.optimizer`), one stream of tokens and, but for the last group, one set of
+trained blocks. Precisions are those of a usual run: on a GPU trained weights float32, frozen ones bf16, products in
+bf16 (ours by low-precision copies, the others under autocast); on a CPU all float32.
 
     ours                llama_pro_fast's decoder; with -mlp, -attention and -block the MLP, all but attention or the
                         whole block is recomputed, with -planned what the planner chooses, block by block
