@@ -41,6 +41,7 @@ TABLE = {  # family and config, the expansion, and what the blocks of the expand
 
 
 @pytest.mark.parametrize("name", TABLE)
+@pytest.mark.usefixtures("whole_end")
 def test_loads_expands_trains_exports_and_reloads(name, base_of, make_config, tmp_path):
     config, expand, windows = TABLE[name]
     base = base_of(**config)

@@ -44,6 +44,7 @@ def resumed(run: Path) -> dict:
     return train.run(parse(["--output", str(run), "--resume"]).config, resume=True)
 
 
+@pytest.mark.usefixtures("whole_end")
 def test_the_export_carries_the_tokenizer_of_the_training_text(scratch, tmp_path):
     config = scratch()
     summary = train.run(config)
@@ -57,6 +58,7 @@ def test_the_export_carries_the_tokenizer_of_the_training_text(scratch, tmp_path
     assert summary["export_check"]["compared"] > 0
 
 
+@pytest.mark.usefixtures("whole_end")
 def test_there_is_no_base_to_compare_with(scratch):
     summary = train.run(scratch())
     assert summary["trained_parameters"] == summary["parameters"]
