@@ -1,4 +1,4 @@
-"""A function or a verb in a process of its own: real signals, locks and exit codes, without seconds of imports each.
+"""A function or a command in a process of its own: real signals, locks and exit codes, without seconds of imports each.
 
 The processes are forked from a server that has imported the trainer, once for the whole session.
 """
@@ -9,12 +9,13 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from llama_pro_fast.cli import main
 from llama_pro_fast.run_folder import claimed
 
 IMPORTED = ["llama_pro_fast.train", "transformers.models.llama.modeling_llama"]
@@ -29,10 +30,19 @@ def start(function: Callable[..., Any], *arguments: Any, screen: Path) -> BasePr
     return process
 
 
-def verb(name: str, *argv: str) -> None:
-    """``python -m llama_pro_fast.NAME ARGV``, which ends in a SystemExit."""
-    sys.argv = [name, *argv]
-    runpy.run_module(f"llama_pro_fast.{name}", run_name="__main__", alter_sys=True)
+def typed(words: Sequence[str], folder: Path | str = ".", environment: Mapping[str, str] | None = None) -> None:
+    """``python -m MODULE …``, ``python -c CODE`` or ``llama-pro-fast VERB …``, typed in ``folder``."""
+    os.chdir(folder)
+    os.environ |= environment or {}
+    program, *sys.argv = words
+    if program == "llama-pro-fast":
+        sys.exit(main(sys.argv))
+    option, argument = sys.argv[:2]
+    sys.argv = sys.argv[1:]
+    if option == "-m":
+        runpy.run_module(argument, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(argument, "-c", "exec"), {"__name__": "__main__"})
 
 
 def hold(folder: str, connection: Connection) -> None:

@@ -43,7 +43,8 @@ def start(config, folder: Path) -> BaseProcess:
     """The same run as a process of its own, from a recipe; what it prints is in ``folder / "screen.txt"``."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({k: v for k, v in to_dict(config).items() if v is not None}))
-    return forked.start(forked.verb, "train", "--config", str(recipe), screen=folder / "screen.txt")
+    words = ["python", "-m", "llama_pro_fast.train", "--config", str(recipe)]
+    return forked.start(forked.typed, words, screen=folder / "screen.txt")
 
 
 def wait_for_a_checkpoint(run: Path, process: BaseProcess) -> None:
