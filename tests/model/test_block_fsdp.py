@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import forked
 import fsdp_rank
+import pytest
 import torch
 
 from llama_pro_fast.batch import PackedBatch
@@ -11,6 +12,7 @@ from llama_pro_fast.batch import PackedBatch
 CASES = [(family, dtype) for family in ("llama", "qwen3") for dtype in ("float32", "bfloat16")]
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_gradients_of_one(make_base, tmp_path):
     """In bf16 a sharded master has no shadow: it is narrowed in forward and again in backward."""
     folders = {

@@ -287,6 +287,7 @@ def test_a_window_longer_than_every_document_is_none(device):
     assert torch.equal(y, full)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the child")
 def test_the_triton_path_is_the_same_code(device):
     """The fp32 test once more in a child process, where every op is its kernel in Triton's interpreter."""

@@ -250,6 +250,7 @@ def test_through_the_kernels_it_is_the_counted_peak_to_5_percent():
     assert_counted(case, fp32, "mixture", 0.05)
 
 
+@pytest.mark.slow
 def test_through_triton_it_is_the_counted_peak_to_5_percent():
     """In a child process, where every operation is its kernel in Triton's interpreter."""
     pytest.importorskip("triton")

@@ -20,6 +20,7 @@ from llama_pro_fast import export, train
 from llama_pro_fast.batch import PackedBatch
 from llama_pro_fast.checkpoint import complete_checkpoints, load
 from llama_pro_fast.config import Source
+from llama_pro_fast.data import stdlib
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.manifest import Manifest
 from llama_pro_fast.model import load_model
@@ -131,6 +132,7 @@ def test_export_by_hand_of_a_crashed_run(make_config, tmp_path, cli):
     assert {name.split(".")[2] for name in before if before[name] != after[name]} == {"2", "5"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "dtype"), [(signal.SIGINT, "float32"), (signal.SIGKILL, "bfloat16")])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, make_config, tmp_path, base):
     """SIGINT saves at the end of the step; after SIGKILL the last complete checkpoint counts. Rows of the log fall
@@ -326,7 +328,9 @@ def test_general_text_with_a_weight_is_replayed(make_config, texts, tokenizer):
     assert "Letter" not in tokenizer.decode(without.batch(0, without.sequences_in_epoch(0)).input_ids.tolist())
 
 
-def test_without_general_text_the_built_in_prose_is_measured_and_named(make_config, tmp_path, capsys):
+def test_without_general_text_the_built_in_prose_is_measured_and_named(make_config, tmp_path, capsys, monkeypatch):
+    some = stdlib.stdlib_files("prose")[:60]
+    monkeypatch.setattr(stdlib, "stdlib_files", {"prose": some}.get)
     train.run(make_config(data={"general": None}, train={"steps": 1}))
     assert "stdlib:prose (built in, no --data.general given)" in capsys.readouterr().out
     assert {row["source"] for row in read_metrics(tmp_path / "run") if row["kind"] == "eval"} == {
