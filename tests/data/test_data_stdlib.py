@@ -59,6 +59,7 @@ def test_every_module_compiles_and_has_no_docstring(code):
         assert kept == dropped, name
 
 
+@pytest.mark.slow
 def test_comments_are_gone_and_nothing_else_has_changed():
     paths, some = dict(FILES), stripped(FILES[::15])  # all of them agree, and take half a minute
     assert len(some) > 20

@@ -94,6 +94,7 @@ def test_fp32_is_exact_to_1e_5(name, block_class):
         assert relative(got, expected) < 1e-5, tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_class", [BlockClass.TRAINED, BlockClass.FROZEN])
 @pytest.mark.parametrize("name", SPECS)
 def test_bf16_holds_the_2x_rule(name, block_class):

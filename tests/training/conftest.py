@@ -155,16 +155,17 @@ def a_run(finished, tmp_path) -> Path:
 
 
 @pytest.fixture
-def whole_end() -> None:
-    """For runs that end as a user's do; see below."""
+def read_back() -> None:
+    """For runs that read their export back; see below."""
 
 
 @pytest.fixture(autouse=True)
 def _short_end(request, monkeypatch) -> None:
-    """Without ``whole_end`` a run neither reads its export back nor draws its losses: more than half of its time."""
-    if "whole_end" not in request.fixturenames:
+    """But for ``finished``, no run draws its losses, and without ``read_back`` none reads its export back: together
+    more than half of its time."""
+    monkeypatch.setattr(report, "draw_loss", lambda *_, **__: None)
+    if "read_back" not in request.fixturenames:
         monkeypatch.setattr(generation, "available_memory", lambda: 0)
-        monkeypatch.setattr(report, "draw_loss", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ def digest(run) -> str:
     return folder_digest(PretrainedFolder(run / "export"))
 
 
+@pytest.mark.slow
 def test_the_callers_configuration_stays_and_serves_twice_and_in_a_thread(make_config, tmp_path):
     config = make_config(train=OPEN, optim={"warmup_steps": None}, eval={"every": None})
     before = copy.deepcopy(config)
@@ -100,6 +101,7 @@ def test_plan_and_train_understand_a_line_alike():
         parse([*line, "--gpu", "h100"])
 
 
+@pytest.mark.slow
 def test_a_run_is_a_model_to_every_verb(make_config, stopped_at_2, finished, tmp_path, capsys):
     """Its export; where there is none yet, what its last checkpoint would export."""
     run = finished

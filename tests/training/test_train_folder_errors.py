@@ -89,6 +89,7 @@ def test_overwrite_deletes_nothing_when_the_weights_are_wrong(cli, copy_of, base
     assert (a_run / "export" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_while_overwriting_leaves_a_run(make_config, monkeypatch, a_run):
     config = make_config(train={"steps": 1})
     rmtree = shutil.rmtree
@@ -186,6 +187,7 @@ def test_damaged_checkpoint(tmp_path, cli, a_run):
 # -- the disk, and NaN ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_space_for_a_checkpoint_keeps_the_one_before(make_config, tmp_path, cli, monkeypatch):
     config = make_config(train={"steps": 4, "checkpoint_every": 2})
     write, calls = dcp.FileSystemWriter.write_data, []

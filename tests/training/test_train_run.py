@@ -186,7 +186,7 @@ def test_a_moved_run_goes_on_where_it_is_now(make_config, stopped_at_2, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_a_finished_run_changes_nothing(a_run, whole_end):
+def test_resuming_a_finished_run_changes_nothing(a_run, read_back):
     summary = json.loads((a_run / "report" / "summary.json").read_text())
     before = digests(a_run / "export"), losses(a_run)
     again = train.run(parse(["--output", str(a_run), "--resume"]).config, resume=True)
@@ -197,6 +197,7 @@ def test_resuming_a_finished_run_changes_nothing(a_run, whole_end):
     assert (digests(a_run / "export"), losses(a_run)) == before
 
 
+@pytest.mark.slow
 def test_a_step_is_a_mean_over_its_tokens_however_they_are_spread(make_config, tmp_path):
     """The same 4 sequences, unequal in valid tokens, in micro-batches of 1, 2 or 4: one loss, one gradient."""
     seen = []
@@ -209,6 +210,7 @@ def test_a_step_is_a_mean_over_its_tokens_however_they_are_spread(make_config, t
     assert seen[2] == pytest.approx(seen[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sharded_base_is_trained_and_exported_in_its_shards(make_config, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_config().model.path)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
@@ -246,6 +248,7 @@ def test_a_failed_export_keeps_the_one_before(a_run, cli):
     assert digests(a_run / "export") == before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stopped_at_2, tmp_path, texts, capsys):
     general = tmp_path / "general.txt"
     general.write_text("\n\n".join(path.read_text() * 40 for path in sorted((texts / "general").iterdir())))
@@ -328,6 +331,7 @@ def test_general_text_with_a_weight_is_replayed(make_config, texts, tokenizer):
     assert "Letter" not in tokenizer.decode(without.batch(0, without.sequences_in_epoch(0)).input_ids.tolist())
 
 
+@pytest.mark.slow
 def test_without_general_text_the_built_in_prose_is_measured_and_named(make_config, tmp_path, capsys, monkeypatch):
     some = stdlib.stdlib_files("prose")[:60]
     monkeypatch.setattr(stdlib, "stdlib_files", {"prose": some}.get)
