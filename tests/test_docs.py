@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import torch
+import pytest
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "python.md"
 
 
+@pytest.mark.slow
 def test_the_code_of_the_python_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -19,13 +20,9 @@ def test_the_code_of_the_python_page_runs(tmp_path, monkeypatch):
     for name, shift in (("mine", 0), ("general", 500)):
         rows = (text[at + shift : at + shift + 900] for at in range(0, 100_000, 1000))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    threads, names = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    try:
-        for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
-            exec(code, names)
-    finally:
-        torch.set_num_threads(threads)
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        exec(code, names)
     new = {"2", "5", "8"}  # three groups of the packaged base's six blocks
     assert {name.split(".")[2] for name in names["names"]} == new
     assert {name.split(".")[1] for name in names["decoder"].trained_parameters()} == new

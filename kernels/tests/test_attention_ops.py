@@ -30,6 +30,7 @@ def served(device, window):
     return select_attention_backend(device, torch.float32, window=window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(window, dtype, device):
@@ -49,6 +50,7 @@ def test_results_share_no_memory(same_storage):
     assert not any(same_storage(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break_to_the_same_numbers(window, dynamic, device):

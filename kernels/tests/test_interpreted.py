@@ -27,6 +27,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the child")
 def test_every_op_through_the_interpreter(device):
     pytest.importorskip("triton")

@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import llama_pro_kernels
 
 KERNELS = Path(llama_pro_kernels.__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_imports_and_runs_without_triton_and_never_knows_the_trainer():
     program = """
 import sys

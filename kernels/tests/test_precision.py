@@ -4,6 +4,9 @@ The tolerance is a rule and not a number: at most twice the error that plain PyT
 gradient is a sum over the rows in fp32 and is held to 5e-6·√rows, in units of its terms.
 """
 
+import itertools
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -29,7 +32,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = [123, 760, 1128, 4096]
 ROWS = [0, 1, 5]
 derandomized = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10 if os.environ.get("TRITON_INTERPRET") == "1" else 25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
@@ -74,8 +80,7 @@ def rms_norm_inputs(rows, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [*WIDTHS, 16384])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "width"), [*itertools.product(ROWS, WIDTHS), (5, 16384)])
 @pytest.mark.parametrize("trained", [False, True])
 def test_add_rms_norm(rows, width, dtype, trained, assert_twice_as_good):
     x, residual, weight, dy, ds = rms_norm_inputs(rows, width, dtype)
@@ -111,13 +116,13 @@ def test_rms_norm_per_head_of_a_packed_buffer(width, dtype, assert_twice_as_good
     assert torch.equal(dx, same[0])
 
 
-@pytest.mark.parametrize("programs", [1, 130])
+@pytest.mark.parametrize("programs", [1, 70])
 def test_a_weight_gradient_over_many_tiles_and_many_sums(programs, monkeypatch):
     """As on a GPU: programs walk over several tiles each, and what they leave is more than one block of the sum."""
     rows_module = pytest.importorskip("llama_pro_kernels.triton_kernels.rms_norm")
     monkeypatch.setattr(rows_module, "_summing_programs", lambda device, num_warps: programs)
-    width = 512
-    rows = 300 * rows_module.CONFIG.cut(width)["ROWS"] - 5
+    width, tiles = 512, 2 * programs + 20
+    rows = tiles * rows_module.CONFIG.cut(width)["ROWS"] - 5
     x, dy, weight = torch.randn(rows, width), torch.randn(rows, width), torch.rand(width)
     _, rstd = rms_norm_forward(x, weight, EPS)
     dx, dweight = rms_norm_backward(dy, x, weight, rstd, need_dweight=True)

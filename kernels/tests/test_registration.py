@@ -54,6 +54,7 @@ def inputs():
     yield "attention_backward", (q, q, k, v, o, lse, cu_seqlens, T, 0.3, None, backend)
 
 
+@pytest.mark.slow
 def test_every_registered_op_passes_opcheck():
     seen = set()
     for name, arguments in inputs():
@@ -72,6 +73,7 @@ def decoder(x, weights, norm, head, labels, scale, angles, cu_seqlens, backend):
     return linear_cross_entropy(rms_norm(x, norm, 1e-5), head, labels, scale, consume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_decoder_compiles_without_a_break_and_computes_the_same(trained):
     shapes = {"qkv": ((N + 2 * K) * D, H), "o": (H, N * D), "gate_up": (4 * H, H), "down": (H, 2 * H)}

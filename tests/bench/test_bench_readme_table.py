@@ -1,8 +1,9 @@
-"""tools/readme_table.py and the picture: who is shown, in which order, and that the README is up to date."""
+"""tools/readme_table.py and the picture: who is shown, in which order, and that both pages are up to date."""
 
 from __future__ import annotations
 
 import pictures
+import pytest
 import readme_table
 import throughput_rows
 
@@ -30,28 +31,33 @@ ROWS = [
 """Of a GPU, in no order of speed."""
 
 
-def test_the_table_has_the_fastest_first_other_methods_apart_and_the_missing_left_out(tmp_path):
-    assert readme_table.table(tmp_path / "throughput-7b.json", ROWS).splitlines() == [
-        "![LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16](docs/pictures/throughput.png)",
-        "",
-        "| | tokens/s | ours / its | peak GiB | trained weights | loss of step 11 |",
-        "|---|--:|--:|--:|---|--:|",
-        "| ours | 10,000 | 1.00 | 40.1 | float32 | 10.2500 |",
-        "| HF, all bf16 | 7,500 | 1.33 | 40.1 | bfloat16 | 10.2500 |",
-        "| HF | 5,000 | 2.00 | 40.1 | float32 | 10.2500 |",
-        "| LoRA on the base (HF) | 8,000 | 1.25 | 40.1 | float32 | 10.2500 |",
-        "| full fine-tuning (HF) | out of memory |  |  |  |  |",
-        "",
-        "LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16, commit 0123456, 2026-11-01:",
-        "[throughput-7b.json](throughput-7b.json).",
-    ]
+def test_the_table_has_the_fastest_first_other_methods_apart_and_the_missing_left_out():
+    picture = "![LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16](pictures/throughput.png)"
+    head = ["| | tokens/s | ours / its | peak GiB | trained weights | loss of step 11 |", "|---|--:|--:|--:|---|--:|"]
+    rows = {
+        "ours": "| ours | 10,000 | 1.00 | 40.1 | float32 | 10.2500 |",
+        "hf-bf16": "| HF, all bf16 | 7,500 | 1.33 | 40.1 | bfloat16 | 10.2500 |",
+        "hf": "| HF | 5,000 | 2.00 | 40.1 | float32 | 10.2500 |",
+        "lora": "| LoRA on the base (HF) | 8,000 | 1.25 | 40.1 | float32 | 10.2500 |",
+        "full": "| full fine-tuning (HF) | out of memory |  |  |  |  |",
+    }
+    what = "LLaMA-2-7B + 8 new blocks on NVIDIA H200, 2 × 4,096 tokens a step, bfloat16, commit 0123456, 2026-11-01:"
+    name = "throughput-7b-nvidia-h200.json"
+    assert readme_table.table(ROWS, readme_table.PAGE).splitlines() == [
+        picture, "", *head, *rows.values(), "", what, f"[{name}](../bench/results/{name}).",
+    ]  # fmt: skip
+    assert readme_table.table(ROWS, readme_table.README).splitlines() == [
+        *head, *(line for contestant, line in rows.items() if contestant in readme_table.IN_README), "", what,
+        f"[{name}](bench/results/{name}).",
+    ]  # fmt: skip
 
 
-def test_the_readme_holds_the_table_of_the_results(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README", "PAGE"])
+def test_both_pages_hold_the_table_of_the_results(page, tmp_path, monkeypatch):
     assert readme_table.main(["--check"]) == 0, "run: python tools/readme_table.py"
-    stale = tmp_path / "README.md"
+    stale = tmp_path / "page.md"
     stale.write_text("<!-- throughput -->\nold\n<!-- /throughput -->\n")
-    monkeypatch.setattr(readme_table, "README", stale)
+    monkeypatch.setattr(readme_table, page, stale)
     assert readme_table.main(["--check"]) == 1
     assert "old" in stale.read_text()
 

@@ -230,6 +230,7 @@ def test_errors_name_the_thing_and_the_remedy(weights, seq_len, seed, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.slow
 def test_packing_needs_neither_datasets_nor_transformers():
     code = (
         "import sys, llama_pro_fast.data.packing; "

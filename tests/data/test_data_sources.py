@@ -244,7 +244,7 @@ def test_cutting_loses_nothing_and_leaves_nothing_short(tmp_path_factory, text):
 
 
 def test_a_txt_file_is_not_read_whole(tmp_path):
-    path = write(tmp_path / "large.txt", "A paragraph of some words.\n\n" * 700_000)
+    path = write(tmp_path / "large.txt", "A paragraph of some words.\n\n" * 200_000)
     (source, _) = resolve_sources(DataConfig(domain=str(path)))
     tracemalloc.start()
     try:
@@ -252,7 +252,7 @@ def test_a_txt_file_is_not_read_whole(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert number > 250
+    assert number > 70
     assert peak < path.stat().st_size / 10
 
 

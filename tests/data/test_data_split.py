@@ -150,7 +150,7 @@ def test_text_files_stay_whole(tmp_path):
 
 
 def test_one_large_text_file_without_a_split_is_split_by_paragraphs(tmp_path):
-    paragraphs = [f"Paragraph {number}. " + "Some words of it. " * 200 for number in range(400)]
+    paragraphs = [f"Paragraph {number}. " + "Some words of it. " * 200 for number in range(200)]
     (tmp_path / "large.txt").write_text("\n\n".join(paragraphs))
     source = resolve_sources(DataConfig(domain=str(tmp_path / "large.txt")))[0]
     tokenizer = train_tokenizer([source], vocab_size=258, held_out=0.2, bos=0, eos=1)

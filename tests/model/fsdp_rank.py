@@ -1,9 +1,8 @@
-"""One rank of test_block_fsdp.py: ``fsdp_rank.py FOLDER DTYPE RANK STORE OUT``, started once for each rank."""
+"""One rank of test_block_fsdp.py."""
 
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 from torch import distributed
@@ -41,11 +40,10 @@ def num_valid() -> int:
     return sum(batch.num_valid for batch in batches)
 
 
-def main(folder: str, dtype_name: str, rank: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+def gradients(folder: str, dtype: torch.dtype, rank: int) -> dict[str, torch.Tensor]:
+    """Of the trained parameters, whole, after all micro-batches."""
     mesh = init_device_mesh("cpu", (RANKS,))
-    model = load(folder, getattr(torch, dtype_name))
+    model = load(folder, dtype)
     for block in model.blocks:
         if block.block_class is BlockClass.TRAINED:
             for module in block.modules():
@@ -56,21 +54,25 @@ def main(folder: str, dtype_name: str, rank: int, store: str, out: str) -> None:
     scale = torch.tensor(RANKS / num_valid())
     for micro in range(len(MICRO_BATCHES)):
         model.loss(PackedBatch.from_documents(documents(micro, rank)), scale).backward()
-    gradients = {}
+    found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert isinstance(parameter, DTensor), name
             assert parameter.to_local().numel() < parameter.numel(), f"{name} is not sharded"
-            gradients[name] = parameter.grad.full_tensor()
+            found[name] = parameter.grad.full_tensor()
         else:
             assert parameter.grad is None, name
+    return found
+
+
+def main(rank: int, store: str, out: str, cases: list[tuple[str, str]]) -> None:
+    """One rank; the first saves the gradients of every case (folder, dtype) to ``out``."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    found = [gradients(folder, getattr(torch, dtype), rank) for folder, dtype in cases]
     if rank == 0:
-        torch.save(gradients, out)
+        torch.save(found, out)
     distributed.barrier()  # who leaves first takes the connection along
     # Taken down in order, gloo's threads now and then abort the process ("terminate called without an active
     # exception") when all is done.
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5])

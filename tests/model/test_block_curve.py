@@ -41,6 +41,7 @@ def autograd_block(block: Block, x: torch.Tensor, context: BlockContext) -> torc
     return s + linear(swiglu(linear(normed, block.gate_up_proj)), block.down_proj)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_losses_of_200_steps_are_autograds_within_rounding(family, make_base, load, tmp_path, monkeypatch):
     """The rule of every op for a whole training: against fp64, at most twice the error of autograd in that dtype."""

@@ -94,6 +94,7 @@ def test_fp32_is_exact_to_1e_5(name, block_class):
         assert relative(got, expected) < 1e-5, tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_class", [BlockClass.TRAINED, BlockClass.FROZEN])
 @pytest.mark.parametrize("name", SPECS)
 def test_bf16_holds_the_2x_rule(name, block_class):
@@ -287,6 +288,7 @@ def test_a_window_longer_than_every_document_is_none(device):
     assert torch.equal(y, full)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the child")
 def test_the_triton_path_is_the_same_code(device):
     """The fp32 test once more in a child process, where every op is its kernel in Triton's interpreter."""

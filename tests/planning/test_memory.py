@@ -150,6 +150,7 @@ FEW_TOKENS = {
     ),
 }
 WAYS = {policy.value: (policy,) * LAYERS for policy in Recompute} | {"mixture": MIXTURE}
+EACH_WAY = [way if way in ("none", "mixture") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
 
 
 def make_model(job: Job, recompute: tuple[Recompute, ...] = (NONE,) * LAYERS) -> Decoder:
@@ -214,13 +215,14 @@ def assert_counted(case: Case, dtype: torch.dtype, way: str, within: float) -> N
     assert said.total == pytest.approx(counted, rel=within), f"{said.total / counted:.4f} of the count; {said}"
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 @pytest.mark.parametrize("name", CASES)
 def test_in_fp32_it_is_the_counted_peak_to_1_percent(name, way):
     assert_counted(CASES[name], fp32, way, 0.01)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", EACH_WAY)
 @pytest.mark.parametrize("name", CASES)
 def test_in_bf16_it_is_the_counted_peak_to_5_percent(name, way):
     """With its temporaries in the accumulation dtype, which the reference makes and a kernel does not."""
@@ -252,6 +254,7 @@ def test_through_the_kernels_it_is_the_counted_peak_to_5_percent():
     assert_counted(case, fp32, "mixture", 0.05)
 
 
+@pytest.mark.slow
 def test_through_triton_it_is_the_counted_peak_to_5_percent():
     """In a child process, where every operation is its kernel in Triton's interpreter."""
     pytest.importorskip("triton")
@@ -262,7 +265,7 @@ def test_through_triton_it_is_the_counted_peak_to_5_percent():
     assert "1 passed" in done.stdout
 
 
-@pytest.mark.parametrize("way", ["none", "block"])
+@pytest.mark.parametrize("way", ["none", pytest.param("block", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [fp32, bf16])
 @pytest.mark.parametrize("name", [*(name for name, case in CASES.items() if not case.train_all), *FEW_TOKENS])
 def test_an_evaluation_with_its_base_is_the_counted_peak_to_5_percent(name, dtype, way):

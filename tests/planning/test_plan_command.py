@@ -294,6 +294,7 @@ def test_an_expanded_folder_says_itself_what_trains(said, make_base, tmp_path):
     assert "64 = " in text  # no more positions than the model has
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process_it_ends_without_a_network_or_a_gpu():
     environment = os.environ | {
         "COLUMNS": "100",

@@ -14,22 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.config import DataConfig, EvalConfig, ExpandConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from llama_pro_fast.evaluation import export_check
 from llama_pro_fast.train import main as train_main
-from llama_pro_fast.training import loop
+from llama_pro_fast.training import loop, summary
 from llama_pro_fast.training.checkpoint import complete_checkpoints
 from llama_pro_fast.training.run import run_training
 
 TEXT = "the block copies its input until training moves it away from that and only new blocks learn, others stay"
 WORDS = TEXT.replace(",", "").split()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """A CPU run repeats bit for bit at the same thread count; tiny products gain nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -95,11 +87,11 @@ def write_base(folder: Path, tokenizer, dtype: torch.dtype, *, family: str = "ll
     return folder
 
 
-@pytest.fixture
-def make_config(base, texts, tmp_path, tmp_path_factory) -> Callable[..., RunConfig]:
-    """A run of 6 steps in a second or two; ``section={"key": value}`` changes it."""
+@pytest.fixture(scope="session")
+def config_at(base, texts, tmp_path_factory) -> Callable[..., RunConfig]:
+    """``config_at(output, **sections)``: a run of 6 steps in a second; ``section={"key": value}`` changes it."""
 
-    def make(**changes) -> RunConfig:
+    def make(output: Path | str, **changes) -> RunConfig:
         sections = {
             "model": {"path": str(base)},
             "expand": {"groups": 2},
@@ -121,7 +113,6 @@ def make_config(base, texts, tmp_path, tmp_path_factory) -> Callable[..., RunCon
             },
             "eval": {"every": 3, "tokens": 256},
         }
-        output = changes.pop("output", str(tmp_path / "run"))
         for name, values in changes.items():
             sections[name] = sections[name] | values
         sections["train"].setdefault("checkpoint_every", 2)
@@ -132,25 +123,44 @@ def make_config(base, texts, tmp_path, tmp_path_factory) -> Callable[..., RunCon
             optim=OptimConfig(**sections["optim"]),
             train=TrainConfig(**sections["train"]),
             eval=EvalConfig(**sections["eval"]),
-            output=output,
+            output=str(output),
         )
 
     return make
 
 
+@pytest.fixture
+def make_config(config_at, tmp_path) -> Callable[..., RunConfig]:
+    """The same, into ``tmp_path / "run"`` unless an output is given."""
+    return lambda *, output=tmp_path / "run", **changes: config_at(output, **changes)
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """One finished run that many tests look at and none changes; made by the first."""
-    made: dict[str, Path] = {}
+def finished(config_at, tmp_path_factory) -> Path:
+    """A finished run of 6 steps that many tests look at and none changes."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    run_training(config_at(run))
+    return run
 
-    def get(make_config) -> Path:
-        if "run" not in made:
-            run = tmp_path_factory.mktemp("finished") / "run"
-            run_training(make_config(output=str(run)))
-            made["run"] = run
-        return made["run"]
 
-    return get
+@pytest.fixture
+def a_run(finished, tmp_path) -> Path:
+    """A copy of it in ``tmp_path / "run"``, which the test may damage or overwrite."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def read_back() -> None:
+    """For runs that read their export back; see below."""
+
+
+@pytest.fixture(autouse=True)
+def _short_end(request, monkeypatch) -> None:
+    """But for ``finished``, no run draws its losses, and without ``read_back`` none reads its export back: together
+    more than half of its time."""
+    monkeypatch.setattr(summary, "draw_loss", lambda *_, **__: None)
+    if "read_back" not in request.fixturenames:
+        monkeypatch.setattr(export_check, "available_memory", lambda: 0)
 
 
 @pytest.fixture

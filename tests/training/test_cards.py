@@ -24,8 +24,8 @@ from llama_pro_fast.training.summary import write_report
 
 
 @pytest.fixture
-def summary(finished, make_config) -> dict:
-    return json.loads((finished(make_config) / "report" / "summary.json").read_text())
+def summary(finished) -> dict:
+    return json.loads((finished / "report" / "summary.json").read_text())
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def command(words: str, text: str) -> list[str]:
     return shlex.split("\n".join(rest).replace("\\\n", " "))
 
 
-def test_the_summary_says_what_trained_and_on_what(summary, finished, make_config):
-    entries = PretrainedFolder(finished(make_config) / "export").entries
+def test_the_summary_says_what_trained_and_on_what(summary, finished):
+    entries = PretrainedFolder(finished / "export").entries
     sizes = {name: math.prod(entry.shape) for name, entry in entries.items()}
     assert summary["trained_blocks"] == [2, 5]
     assert summary["parameters"] == sum(sizes.values())
@@ -146,9 +146,9 @@ def test_the_commands_of_the_card_can_be_typed(summary, card, tmp_path, monkeypa
     assert command("Ctrl-C", text)[2:] == ["--output", run, "--resume"]
 
 
-def test_the_sample_in_the_report_is_a_block_of_its_own(make_config, finished, summary, tmp_path):
+def test_the_sample_in_the_report_is_a_block_of_its_own(finished, summary, tmp_path):
     """The prose it may have learned is Markdown: headings, tables and fences are to be seen, not to be taken so."""
-    (tmp_path / "metrics.jsonl").write_bytes((finished(make_config) / "metrics.jsonl").read_bytes())
+    (tmp_path / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes())
     sample = {"prompt": "# a heading", "base": None, "now": "so:\n```\n| a | b |\n\n- an item"}
     write_report(tmp_path, summary | {"sample": sample})
     lines = (tmp_path / "report" / "summary.md").read_text().splitlines()
@@ -158,8 +158,8 @@ def test_the_sample_in_the_report_is_a_block_of_its_own(make_config, finished, s
         assert lines[at - 1] == lines[at + len(wanted)] == ""
 
 
-def test_the_report_names_what_the_model_is_held_against(make_config, finished, summary):
-    text = (finished(make_config) / "report" / "summary.md").read_text()
+def test_the_report_names_what_the_model_is_held_against(finished, summary):
+    text = (finished / "report" / "summary.md").read_text()
     for row in summary["results"]:
         for key in ("unigram_bits_per_byte", "gzip_bits_per_byte"):
             assert f"{row[key]:.4f}" in text, f"{key} of {row['source']} is not in summary.md"

@@ -40,7 +40,9 @@ TABLE = {  # family and config, the expansion, and what the blocks of the expand
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
+@pytest.mark.usefixtures("read_back")
 def test_loads_expands_trains_exports_and_reloads(name, base_of, make_config, tmp_path):
     config, expand, windows = TABLE[name]
     base = base_of(**config)
@@ -93,6 +95,7 @@ def test_a_rule_on_the_blocks_number_follows_the_blocks(base_of, make_config, tm
     assert config["max_window_layers"] == 3
 
 
+@pytest.mark.slow
 def test_a_window_shorter_than_the_sequences_chooses_the_backend(base_of, make_config, tmp_path):
     base = base_of(family="mistral", sliding_window=16)
     for seq_len, attention in ((16, "cpu_flash"), (32, "reference")):

@@ -29,8 +29,8 @@ NEW = 8
 
 
 @pytest.fixture
-def export(finished, make_config) -> Path:
-    return finished(make_config) / "export"
+def export(finished) -> Path:
+    return finished / "export"
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,7 @@ def test_a_tensor_that_transformers_misses_or_does_not_know_is_named(export, pro
 # What a run says of it
 
 
+@pytest.mark.usefixtures("read_back")
 def test_a_run_reads_its_export_back_and_shows_a_held_out_document(make_config):
     config = make_config()
     summary = run_training(config)
@@ -227,6 +228,7 @@ def exporting(monkeypatch):
     return to
 
 
+@pytest.mark.usefixtures("read_back")
 def test_an_export_that_is_not_what_was_trained_is_refused(make_config, exporting, cli, tmp_path):
     """Weights from before the first step load everywhere and continue everywhere alike; their loss tells."""
     exporting(lambda run, folder: shutil.copy(run / "expanded" / "model.safetensors", folder))
@@ -234,6 +236,8 @@ def test_an_export_that_is_not_what_was_trained_is_refused(make_config, exportin
     cli.refused(code, err, tmp_path / "run" / "export", "loss of", "do not use this export")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("read_back")
 def test_an_export_that_transformers_reads_otherwise_ends_the_run_as_an_error(make_config, cli, monkeypatch, tmp_path):
     monkeypatch.setattr(export_check, "stock_greedy", lambda folder, prompts, new, *_: [[0] * new for _ in prompts])
     code, _, err = cli(lambda argv: run_training(make_config()) and 0)
@@ -257,6 +261,8 @@ def test_where_memory_is_short_it_is_said_and_nothing_is_loaded(make_config, mon
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("read_back")
 def test_where_memory_is_just_enough_it_is_read(make_config, export, monkeypatch, tmp_path):
     """The bound is on the weights in the dtype of the run, with a fifth to spare."""
     parameters = sum(tensor.numel() for tensor in load_file(export / "model.safetensors").values())
@@ -275,6 +281,8 @@ def test_a_card_that_is_full_after_all_is_no_failure_of_the_run(make_config, mon
     assert said == "not read back: no memory left on the device"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("read_back")
 def test_a_run_killed_while_its_export_is_read_back_is_resumed_into_that(make_config, monkeypatch, tmp_path):
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -291,6 +299,8 @@ def test_a_run_killed_while_its_export_is_read_back_is_resumed_into_that(make_co
     assert first_free(tmp_path / "run") == tmp_path / "run-2"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("read_back")
 def test_short_documents_are_gone_on_from_too(make_config, tmp_path):
     rows = [f'{{"text": "text {number}"}}\n' for number in range(200)]
     (tmp_path / "short.jsonl").write_text("".join(rows))
@@ -299,6 +309,8 @@ def test_short_documents_are_gone_on_from_too(make_config, tmp_path):
     assert summary["sample"]["prompt"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("read_back")
 def test_reading_back_leaves_the_export_as_it_is(make_config, exporting, tmp_path):
     before = {}
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
@@ -26,11 +26,11 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def put(here, finished, make_config):
+def put(here, finished):
     """Copy the finished run here under a name; the test may take away what makes it complete."""
 
     def copy(name: str, *, without: tuple[str, ...] = ()) -> Path:
-        folder = Path(shutil.copytree(finished(make_config), here / name))
+        folder = Path(shutil.copytree(finished, here / name))
         for part in without:
             shutil.rmtree(folder / part)
         return folder
@@ -126,20 +126,14 @@ def test_asking_changes_nothing_and_lets_go_of_the_folder(put):
         pass
 
 
-def test_a_run_that_another_process_is_writing_is_not_called_interrupted(put):
+def test_a_run_that_another_process_is_writing_is_not_called_interrupted(put, tmp_path):
     folder = put("run", without=("report",))
-    code = (
-        "import pathlib, sys\n"
-        "from llama_pro_fast.run_folder import claimed\n"
-        "with claimed(pathlib.Path(sys.argv[1]), resume=True, overwrite=False):\n"
-        "    print('held', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes) as other:
-        assert other.stdout.readline() == "held\n"
-        message = refusal(Path("run"))
-        other.communicate()
+    ours, theirs = multiprocessing.Pipe()
+    other = forked.start(forked.hold, str(folder), theirs, screen=tmp_path / "screen.txt")
+    assert ours.recv() == "held"
+    message = refusal(Path("run"))
+    ours.send("stop")
+    other.join()
     assert "another run is writing there" in message
     assert "--resume" not in message
     assert "--resume" in refusal(Path("run")), "the other process is gone: now it is interrupted"

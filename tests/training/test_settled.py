@@ -28,6 +28,7 @@ def digest(run) -> str:
     return folder_digest(PretrainedFolder(run / "export"))
 
 
+@pytest.mark.slow
 def test_the_callers_configuration_stays_and_serves_twice_and_in_a_thread(make_config, tmp_path):
     config = make_config(train=OPEN, optim={"warmup_steps": None}, eval={"every": None})
     before = copy.deepcopy(config)
@@ -43,8 +44,8 @@ def test_the_callers_configuration_stays_and_serves_twice_and_in_a_thread(make_c
     assert digest(tmp_path / "first") == digest(tmp_path / "second") == digest(tmp_path / "in a thread")
 
 
-def test_the_stored_configuration_has_nothing_open(make_config, finished):
-    stored = load_config(finished(make_config))
+def test_the_stored_configuration_has_nothing_open(finished):
+    stored = load_config(finished)
     assert isinstance(stored, Settled)
     assert {key for key, value, _ in options(stored) if value is None} <= set(MAY_STAY_OPEN)
     assert "auto" not in [value for _, value, _ in options(stored)]
@@ -54,10 +55,8 @@ def test_the_stored_configuration_has_nothing_open(make_config, finished):
     ("section", "key", "value"),
     [("optim", "lr", None), ("train", "attention", "auto"), ("train", "steps", 0), ("optim", "clip", -1)],
 )
-def test_a_stored_configuration_that_is_open_or_out_of_bounds_is_refused(
-    make_config, finished, tmp_path, section, key, value
-):
-    raw = yaml.safe_load((finished(make_config) / "config.yaml").read_text())
+def test_a_stored_configuration_that_is_open_or_out_of_bounds_is_refused(finished, tmp_path, section, key, value):
+    raw = yaml.safe_load((finished / "config.yaml").read_text())
     raw[section][key] = value
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError, match=rf"config.yaml: not readable .*{section}.{key}"):
@@ -105,9 +104,10 @@ def test_plan_and_train_understand_a_line_alike():
         parse([*line, "--gpu", "h100"])
 
 
+@pytest.mark.slow
 def test_a_run_is_a_model_to_every_verb(make_config, stopped_at_2, finished, tmp_path, capsys):
     """Its export; where there is none yet, what its last checkpoint would export."""
-    run = finished(make_config)
+    run = finished
     assert plan.main(["--model.path", str(run), "--gpu", "h100"]) == 0
     assert "..XooX" in capsys.readouterr().out
     assert expand_main([str(run), str(tmp_path / "twice"), "--expand.after", "5"]) == 0

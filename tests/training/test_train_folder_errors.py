@@ -49,13 +49,12 @@ def test_output_holds_other_files(refused, tmp_path):
     assert (tmp_path / "run" / "thesis.tex").exists()
 
 
-def test_output_holds_another_run(cli, make_config, tmp_path, base, texts):
-    run_training(make_config(train={"steps": 1}))
+def test_output_holds_another_run(cli, base, texts, a_run):
     argv = ["--model.path", base, "--data.domain", texts / "domain.jsonl", "--optim.lr", "0.1", "--expand.groups", "2"]
-    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
-    code, _, err = cli(train_main, *argv, "--output", tmp_path / "run")
-    cli.refused(code, err, tmp_path / "run", "--resume", "--overwrite")
-    assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
+    before = sorted(path.stat().st_mtime_ns for path in a_run.rglob("*"))
+    code, _, err = cli(train_main, *argv, "--output", a_run)
+    cli.refused(code, err, a_run, "--resume", "--overwrite")
+    assert before == sorted(path.stat().st_mtime_ns for path in a_run.rglob("*"))
 
 
 def test_overwrite_spares_a_folder_that_is_no_run(refused, cli, tmp_path, base, texts):
@@ -67,17 +66,15 @@ def test_overwrite_spares_a_folder_that_is_no_run(refused, cli, tmp_path, base, 
     assert (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_overwrite_spares_its_own_inputs(cli, make_config, tmp_path, texts):
-    run_training(make_config(train={"steps": 1}))
-    inside = tmp_path / "run" / "export"
+def test_overwrite_spares_its_own_inputs(cli, texts, a_run):
+    inside = a_run / "export"
     argv = ["--model.path", inside, "--data.domain", texts / "domain.jsonl", "--optim.lr", "0.1"]
-    code, _, err = cli(train_main, *argv, "--output", tmp_path / "run", "--overwrite")
+    code, _, err = cli(train_main, *argv, "--output", a_run, "--overwrite")
     cli.refused(code, err, inside, "lies inside")
     assert (inside / "config.json").exists()
 
 
-def test_overwrite_deletes_nothing_when_the_weights_are_wrong(cli, make_config, tmp_path, copy_of, base, texts):
-    run_training(make_config(train={"steps": 1}))
+def test_overwrite_deletes_nothing_when_the_weights_are_wrong(cli, copy_of, base, texts, a_run):
     folder = copy_of(base)
     edit(folder / "config.json", intermediate_size=96)
     argv = [
@@ -90,13 +87,13 @@ def test_overwrite_deletes_nothing_when_the_weights_are_wrong(cli, make_config, 
         "--expand.groups",
         "2",
     ]
-    code, _, err = cli(train_main, *argv, "--output", tmp_path / "run", "--overwrite")
+    code, _, err = cli(train_main, *argv, "--output", a_run, "--overwrite")
     cli.refused(code, err, "different models")
-    assert (tmp_path / "run" / "export" / "config.json").exists()
+    assert (a_run / "export" / "config.json").exists()
 
 
-def test_a_kill_while_overwriting_leaves_a_run(make_config, tmp_path, monkeypatch):
-    run_training(make_config(train={"steps": 1}))
+@pytest.mark.slow
+def test_a_kill_while_overwriting_leaves_a_run(make_config, monkeypatch, a_run):
     config = make_config(train={"steps": 1})
     rmtree = shutil.rmtree
 
@@ -109,7 +106,7 @@ def test_a_kill_while_overwriting_leaves_a_run(make_config, tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             run_training(config, overwrite=True)
     run_training(config, overwrite=True)
-    assert (tmp_path / "run" / "export" / "config.json").exists()
+    assert (a_run / "export" / "config.json").exists()
 
 
 def test_output_inside_a_source(refused, texts, tmp_path):
@@ -136,19 +133,17 @@ def test_output_is_a_link_to_an_empty_folder(make_config, tmp_path):
     assert (tmp_path / "disk" / "export" / "config.json").exists()
 
 
-def test_overwrite_deletes_nothing_when_the_new_run_is_refused(cli, make_config, tmp_path, base):
-    run_training(make_config(train={"steps": 1}))
+def test_overwrite_deletes_nothing_when_the_new_run_is_refused(cli, tmp_path, base, a_run):
     argv = ["--model.path", base, "--data.domain", tmp_path / "none.jsonl", "--optim.lr", "0.1", "--expand.groups", "2"]
-    code, _, err = cli(train_main, *argv, "--output", tmp_path / "run", "--overwrite")
+    code, _, err = cli(train_main, *argv, "--output", a_run, "--overwrite")
     cli.refused(code, err, "none.jsonl")
-    assert (tmp_path / "run" / "export" / "config.json").exists()
+    assert (a_run / "export" / "config.json").exists()
 
 
-def test_overwrite_starts_anew(make_config, tmp_path):
-    run_training(make_config(train={"steps": 1}))
-    (tmp_path / "run" / "metrics.jsonl").write_text("old")
+def test_overwrite_starts_anew(make_config, a_run):
+    (a_run / "metrics.jsonl").write_text("old")
     run_training(make_config(train={"steps": 1}), overwrite=True)
-    assert "old" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "old" not in (a_run / "metrics.jsonl").read_text()
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------
@@ -159,18 +154,16 @@ def test_resume_without_a_run(cli, tmp_path):
     cli.refused(code, err, tmp_path / "none", "no run there")
 
 
-def test_resume_with_another_setting(cli, make_config, tmp_path):
-    run_training(make_config(train={"steps": 1}))
-    code, _, err = cli(train_main, "--output", tmp_path / "run", "--resume", "--optim.lr", "0.5")
+def test_resume_with_another_setting(cli, a_run):
+    code, _, err = cli(train_main, "--output", a_run, "--resume", "--optim.lr", "0.5")
     cli.refused(code, err, "optim.lr", "0.5", "0.01")
 
 
-def test_resume_on_another_base(make_config, tmp_path, cli):
-    run_training(make_config(train={"steps": 1}))
-    with open(tmp_path / "run" / "expanded" / "model.safetensors", "r+b") as file:
+def test_resume_on_another_base(cli, a_run):
+    with open(a_run / "expanded" / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    code, _, err = cli(train_main, "--output", tmp_path / "run", "--resume")
+    code, _, err = cli(train_main, "--output", a_run, "--resume")
     cli.refused(code, err, "expanded", "was made on other weights")
 
 
@@ -183,14 +176,13 @@ def test_resume_on_changed_text(make_config, tmp_path, cli, texts):
     cli.refused(code, err, "text has changed")
 
 
-def test_damaged_checkpoint(make_config, tmp_path, cli):
-    run_training(make_config(train={"steps": 1}))
-    folder = complete_checkpoints(tmp_path / "run")[-1]
+def test_damaged_checkpoint(tmp_path, cli, a_run):
+    folder = complete_checkpoints(a_run)[-1]
     for path in folder.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:100])
-    code, _, err = cli(train_main, "--output", tmp_path / "run", "--resume")
+    code, _, err = cli(train_main, "--output", a_run, "--resume")
     cli.refused(code, err, folder, "delete this folder")
-    code, _, err = cli(export_main, tmp_path / "run", tmp_path / "out")
+    code, _, err = cli(export_main, a_run, tmp_path / "out")
     cli.refused(code, err, folder)
     assert not (tmp_path / "out").exists()
 
@@ -198,6 +190,7 @@ def test_damaged_checkpoint(make_config, tmp_path, cli):
 # -- the disk, and NaN ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_space_for_a_checkpoint_keeps_the_one_before(make_config, tmp_path, cli, monkeypatch):
     config = make_config(train={"steps": 4, "checkpoint_every": 2})
     write, calls = dcp.FileSystemWriter.write_data, []
@@ -248,27 +241,24 @@ def test_export_of_what_is_no_run(cli, tmp_path):
     cli.refused(code, err, tmp_path, "no run there")
 
 
-def test_export_on_another_base(cli, make_config, tmp_path):
-    run_training(make_config(train={"steps": 1}))
-    with open(tmp_path / "run" / "expanded" / "model.safetensors", "r+b") as file:
+def test_export_on_another_base(cli, tmp_path, a_run):
+    with open(a_run / "expanded" / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    code, _, err = cli(export_main, tmp_path / "run", tmp_path / "out")
+    code, _, err = cli(export_main, a_run, tmp_path / "out")
     cli.refused(code, err, "expanded", "put them back")
     assert not (tmp_path / "out").exists()
 
 
-def test_export_before_the_first_checkpoint(cli, make_config, tmp_path, monkeypatch):
-    run_training(make_config(train={"steps": 1}))
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    code, _, err = cli(export_main, tmp_path / "run", tmp_path / "out")
+def test_export_before_the_first_checkpoint(cli, tmp_path, a_run):
+    shutil.rmtree(a_run / "checkpoints")
+    code, _, err = cli(export_main, a_run, tmp_path / "out")
     cli.refused(code, err, "no complete checkpoint")
 
 
-def test_export_onto_something(cli, make_config, tmp_path):
-    run_training(make_config(train={"steps": 1}))
+def test_export_onto_something(cli, tmp_path, a_run):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
-    code, _, err = cli(export_main, tmp_path / "run", tmp_path / "out")
+    code, _, err = cli(export_main, a_run, tmp_path / "out")
     cli.refused(code, err, tmp_path / "out", "something there")
     assert (tmp_path / "out" / "precious").exists()

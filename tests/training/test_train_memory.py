@@ -21,9 +21,8 @@ from llama_pro_fast.planning import devices
 from llama_pro_fast.planning.explain import why
 from llama_pro_fast.planning.job import recompute_text
 from llama_pro_fast.recipe import load_config, parse
-from llama_pro_fast.training import loop, model_folder
+from llama_pro_fast.training import loop, model_folder, settle
 from llama_pro_fast.training.run import run_training
-from llama_pro_fast.training.settle import settle
 
 GIB = 2**30
 
@@ -63,6 +62,7 @@ def test_what_was_chosen_stands_in_the_resolved_config(make_config, tmp_path, ca
     assert f"planned {summary['planned_memory_gib']:.2f} GiB for its tensors" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recomputing_changes_nothing_of_a_run(make_config, tmp_path, dtype):
     """Nor does a mixture: weights byte for byte, and every loss; in bf16 too, where `block` keeps no copies."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_pro_fast.config import Source
+from llama_pro_fast.data import stdlib
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.expansion.manifest import Manifest
 from llama_pro_fast.export import main as export_main
@@ -41,22 +43,22 @@ def digests(folder: Path) -> dict[str, str]:
     return {name: opened.digest(name) for name in opened.entries}
 
 
-def start(config, folder: Path) -> subprocess.Popen:
-    """The same run as a process of its own, as a user starts it."""
+def start(config, folder: Path) -> BaseProcess:
+    """The same run as a process of its own, from a recipe; what it prints is in ``folder / "screen.txt"``."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({k: v for k, v in to_dict(config).items() if v is not None}))
-    command = [sys.executable, "-m", "llama_pro_fast.train", "--config", str(recipe)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    words = ["python", "-m", "llama_pro_fast.train", "--config", str(recipe)]
+    return forked.start(forked.typed, words, screen=folder / "screen.txt")
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
+def wait_for_a_checkpoint(run: Path, process: BaseProcess) -> None:
+    while not complete_checkpoints(run):
+        assert process.is_alive(), (run.parent / "screen.txt").read_text()
         time.sleep(0.01)
 
 
-def test_a_run_writes_what_the_design_names(finished, make_config):
-    run = finished(make_config)
+def test_a_run_writes_what_the_design_names(finished):
+    run = finished
     assert [f.name for f in complete_checkpoints(run)] == ["step-000004", "step-000006"]
     for name in ("config.yaml", "metrics.jsonl", "export/config.json", "expanded/config.json", "report/summary.md"):
         assert (run / name).is_file(), name
@@ -74,8 +76,8 @@ def test_a_run_writes_what_the_design_names(finished, make_config):
     assert [row["step"] for row in rows if row["kind"] == "eval" and row["role"] == "domain"] == [0, 3, 6]
 
 
-def test_the_domain_is_learned_and_only_new_blocks_change(finished, make_config, base):
-    run = finished(make_config)
+def test_the_domain_is_learned_and_only_new_blocks_change(finished, base):
+    run = finished
     domain = [row["loss"] for row in read_metrics(run) if row["kind"] == "eval" and row["role"] == "domain"]
     assert domain[-1] < domain[0] - 0.1
     before, after = digests(run / "expanded"), digests(run / "export")
@@ -86,8 +88,8 @@ def test_the_domain_is_learned_and_only_new_blocks_change(finished, make_config,
     assert changed == {name for name in before if name.startswith(("model.layers.2.", "model.layers.5."))}
 
 
-def test_the_meter_is_exactly_zero_before_the_first_step_and_then_measures(finished, make_config):
-    general = [row for row in read_metrics(finished(make_config)) if row["kind"] == "eval" and row["role"] == "general"]
+def test_the_meter_is_exactly_zero_before_the_first_step_and_then_measures(finished):
+    general = [row for row in read_metrics(finished) if row["kind"] == "eval" and row["role"] == "general"]
     assert general[0]["loss"] == general[0]["base_loss"]
     assert general[0]["kl"] == 0.0
     assert general[-1]["kl"] > 0
@@ -95,8 +97,8 @@ def test_the_meter_is_exactly_zero_before_the_first_step_and_then_measures(finis
     assert len({row["base_loss"] for row in general}) == 1, "the base's loss moved"
 
 
-def test_the_export_is_an_ordinary_checkpoint_with_our_models_greedy_tokens(finished, make_config):
-    run = finished(make_config)
+def test_the_export_is_an_ordinary_checkpoint_with_our_models_greedy_tokens(finished):
+    run = finished
     model, info = AutoModelForCausalLM.from_pretrained(run / "export", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -110,8 +112,8 @@ def test_the_export_is_an_ordinary_checkpoint_with_our_models_greedy_tokens(fini
     assert theirs[0].tolist() == ids
 
 
-def test_trained_tensors_are_narrowed_once(finished, make_config):
-    run = finished(make_config)
+def test_trained_tensors_are_narrowed_once(finished):
+    run = finished
     exported = PretrainedFolder(run / "export")
     state = {"model": {"blocks.2.o_proj.weight": torch.empty(32, 32)}}
     load(complete_checkpoints(run)[-1], state)
@@ -122,9 +124,9 @@ def test_trained_tensors_are_narrowed_once(finished, make_config):
 
 def test_export_by_hand_of_a_crashed_run(make_config, tmp_path, cli):
     process = start(make_config(train={"steps": 5000}), tmp_path)
-    wait_for(lambda: len(complete_checkpoints(tmp_path / "run")) > 0, process)
+    wait_for_a_checkpoint(tmp_path / "run", process)
     process.kill()
-    process.wait()
+    process.join()
     code, out, err = cli(export_main, tmp_path / "run", tmp_path / "by-hand")
     assert code == 0, err
     assert "by-hand" in out
@@ -133,6 +135,7 @@ def test_export_by_hand_of_a_crashed_run(make_config, tmp_path, cli):
     assert {name.split(".")[2] for name in before if before[name] != after[name]} == {"2", "5"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "dtype"), [(signal.SIGINT, "float32"), (signal.SIGKILL, "bfloat16")])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, make_config, tmp_path, base):
     """SIGINT saves at the end of the step; after SIGKILL the last complete checkpoint counts. Rows of the log fall
@@ -142,10 +145,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, m
 
     process = start(make_config(train=length, eval={"every": 10}), tmp_path)
     run = tmp_path / "run"
-    wait_for(lambda: len(complete_checkpoints(run)) > 0, process)
-    process.send_signal(number)
-    output = process.communicate()[0]
-    assert process.returncode == (130 if number == signal.SIGINT else -9), output
+    wait_for_a_checkpoint(run, process)
+    os.kill(process.pid, number)
+    process.join()
+    output = (tmp_path / "screen.txt").read_text()
+    assert process.exitcode == (130 if number == signal.SIGINT else -9), output
     assert not (run / "export").exists()
     if number == signal.SIGINT:
         assert f"llama-pro-fast train --output {run} --resume" in output
@@ -185,16 +189,18 @@ def test_a_moved_run_goes_on_where_it_is_now(make_config, stopped_at_2, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_a_finished_run_changes_nothing(make_config, tmp_path):
-    summary = run_training(make_config())
-    before = digests(tmp_path / "run" / "export"), losses(tmp_path / "run")
-    again = run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
-    # The peak is of the processes that ran, this one the second.
+def test_resuming_a_finished_run_changes_nothing(a_run, read_back):
+    summary = json.loads((a_run / "report" / "summary.json").read_text())
+    before = digests(a_run / "export"), losses(a_run)
+    again = run_training(parse(["--output", str(a_run), "--resume"]).config, resume=True)
+    # The peak is of the processes that ran, this one the second; and the run is a copy.
     assert again.pop("peak_memory_gib") >= summary.pop("peak_memory_gib")
+    assert again.pop("export") == str(a_run / "export") != summary.pop("export")
     assert again == summary
-    assert (digests(tmp_path / "run" / "export"), losses(tmp_path / "run")) == before
+    assert (digests(a_run / "export"), losses(a_run)) == before
 
 
+@pytest.mark.slow
 def test_a_step_is_a_mean_over_its_tokens_however_they_are_spread(make_config, tmp_path):
     """The same 4 sequences, unequal in valid tokens, in micro-batches of 1, 2 or 4: one loss, one gradient."""
     seen = []
@@ -207,6 +213,7 @@ def test_a_step_is_a_mean_over_its_tokens_however_they_are_spread(make_config, t
     assert seen[2] == pytest.approx(seen[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sharded_base_is_trained_and_exported_in_its_shards(make_config, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_config().model.path)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
@@ -221,7 +228,7 @@ def test_a_sharded_base_is_trained_and_exported_in_its_shards(make_config, token
 
 
 def test_after_training_everything_the_meter_no_longer_speaks_of_a_base(make_config, finished, tmp_path, capsys):
-    first = finished(make_config)
+    first = finished
     everything = {"parameters": "all", "steps": 1}
     run_training(make_config(model={"path": str(first / "export")}, expand={"groups": None}, train=everything))
     config = make_config(
@@ -235,16 +242,16 @@ def test_after_training_everything_the_meter_no_longer_speaks_of_a_base(make_con
     assert all(row.get("base_loss") is None for row in read_metrics(tmp_path / "next"))
 
 
-def test_a_failed_export_keeps_the_one_before(make_config, tmp_path, cli):
-    run_training(make_config(train={"steps": 1}))
-    before = digests(tmp_path / "run" / "export")
-    (complete_checkpoints(tmp_path / "run")[-1] / ".metadata").unlink()
-    code, _, err = cli(export_main, tmp_path / "run")
+def test_a_failed_export_keeps_the_one_before(a_run, cli):
+    before = digests(a_run / "export")
+    (complete_checkpoints(a_run)[-1] / ".metadata").unlink()
+    code, _, err = cli(export_main, a_run)
     assert code == 2
     assert len(err.splitlines()) == 1
-    assert digests(tmp_path / "run" / "export") == before
+    assert digests(a_run / "export") == before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stopped_at_2, tmp_path, texts, capsys):
     general = tmp_path / "general.txt"
     general.write_text("\n\n".join(path.read_text() * 40 for path in sorted((texts / "general").iterdir())))
@@ -271,10 +278,9 @@ def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stop
     assert (result["before"]["step"], result["after"]["step"]) == (0, 4)
 
 
-def test_metrics_of_a_run_from_before_the_text_was_noted_count_from_their_first(make_config, tmp_path):
-    run_training(make_config(train={"steps": 1}))
-    rows = read_metrics(tmp_path / "run")
-    expected = summarise(tmp_path / "run", {})
+def test_metrics_of_a_run_from_before_the_text_was_noted_count_from_their_first(finished, tmp_path):
+    rows = read_metrics(finished)
+    expected = summarise(finished, {})
     # All of an older version, or the last step of this one.
     for older in ([row for row in rows if row["step"] == 0], rows):
         for row in older:
@@ -283,19 +289,16 @@ def test_metrics_of_a_run_from_before_the_text_was_noted_count_from_their_first(
         assert summarise(tmp_path, {}) == expected
 
 
-def test_remains_of_a_save_that_died_are_not_read(make_config, tmp_path):
-    config = make_config(train={"steps": 4, "checkpoint_every": 2})
-    run_training(config)
-    run = tmp_path / "run"
-    expected = digests(run / "export")
-    last = complete_checkpoints(run)[-1]
+def test_remains_of_a_save_that_died_are_not_read(a_run):
+    expected = digests(a_run / "export")
+    last = complete_checkpoints(a_run)[-1]
     (last / "COMPLETE").unlink()
     (last / ".metadata").write_bytes(b"half")
-    (run / "checkpoints" / "step-000003").mkdir()
-    request = parse(["--output", str(run), "--resume"])
-    run_training(request.config, resume=True)
-    assert digests(run / "export") == expected
-    assert not (run / "checkpoints" / "step-000003").exists()
+    (a_run / "checkpoints" / "step-000003").mkdir()
+    shutil.rmtree(a_run / "export")
+    run_training(parse(["--output", str(a_run), "--resume"]).config, resume=True)
+    assert digests(a_run / "export") == expected
+    assert not (a_run / "checkpoints" / "step-000003").exists()
 
 
 def test_training_from_scratch_and_on_trained_everything(make_config, base, tmp_path, capsys):
@@ -313,7 +316,7 @@ def test_training_from_scratch_and_on_trained_everything(make_config, base, tmp_
 
 def test_an_expanded_model_trains_without_another_expansion(make_config, finished, tmp_path):
     """The second stage of training starts from an export; its manifest still says which blocks train."""
-    first = finished(make_config)
+    first = finished
     run_training(make_config(model={"path": str(first / "export")}, expand={"groups": None}))
     before, after = digests(first / "export"), digests(tmp_path / "run" / "export")
     assert {name.split(".")[2] for name in before if before[name] != after[name]} == {"2", "5"}
@@ -331,7 +334,10 @@ def test_general_text_with_a_weight_is_replayed(make_config, texts, tokenizer):
     assert "Letter" not in tokenizer.decode(without.batch(0, without.sequences_in_epoch(0)).input_ids.tolist())
 
 
-def test_without_general_text_the_built_in_prose_is_measured_and_named(make_config, tmp_path, capsys):
+@pytest.mark.slow
+def test_without_general_text_the_built_in_prose_is_measured_and_named(make_config, tmp_path, capsys, monkeypatch):
+    some = stdlib.stdlib_files("prose")[:60]
+    monkeypatch.setattr(stdlib, "stdlib_files", {"prose": some}.get)
     run_training(make_config(data={"general": None}, train={"steps": 1}))
     assert "stdlib:prose (built in, no --data.general given)" in capsys.readouterr().out
     assert {row["source"] for row in read_metrics(tmp_path / "run") if row["kind"] == "eval"} == {

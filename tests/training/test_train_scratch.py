@@ -46,6 +46,7 @@ def resumed(run: Path) -> dict:
     return run_training(parse(["--output", str(run), "--resume"]).config, resume=True)
 
 
+@pytest.mark.usefixtures("read_back")
 def test_the_export_carries_the_tokenizer_of_the_training_text(scratch, tmp_path):
     config = scratch()
     summary = run_training(config)
@@ -59,6 +60,7 @@ def test_the_export_carries_the_tokenizer_of_the_training_text(scratch, tmp_path
     assert summary["export_check"]["compared"] > 0
 
 
+@pytest.mark.usefixtures("read_back")
 def test_there_is_no_base_to_compare_with(scratch):
     summary = run_training(scratch())
     assert summary["trained_parameters"] == summary["parameters"]
@@ -67,6 +69,7 @@ def test_there_is_no_base_to_compare_with(scratch):
     assert summary["sample"]["now"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
 def test_weights_are_stored_in_the_configs_dtype(scratch, architecture, tmp_path, dtype):
     path = architecture / "config.json"
@@ -77,6 +80,7 @@ def test_weights_are_stored_in_the_configs_dtype(scratch, architecture, tmp_path
         assert {entry.dtype for entry in PretrainedFolder(tmp_path / "run" / name).entries.values()} == expected
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_its_tokenizer(scratch, stopped_at_2, tmp_path):
     whole = run_training(scratch(output=str(tmp_path / "whole")))
     stopped_at_2(scratch())
@@ -86,6 +90,7 @@ def test_an_interrupted_run_goes_on_with_its_tokenizer(scratch, stopped_at_2, tm
     assert folder_digest(exports[0]) == folder_digest(exports[1])
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_model_was_there_makes_the_same_tokenizer(scratch, tmp_path, monkeypatch):
     def killed(*arguments):
         raise KeyboardInterrupt
@@ -106,6 +111,7 @@ def test_a_resumed_run_needs_the_architectures_folder_no_more(scratch, stopped_a
     assert resumed(tmp_path / "run")["steps"] == 4
 
 
+@pytest.mark.slow
 def test_the_tokenizer_in_the_models_folder_is_not_used(scratch, base, tmp_path):
     run_training(scratch(train={"steps": 1}, output=str(tmp_path / "alone")))
     run_training(scratch(model={"path": str(base)}, train={"steps": 1}))

@@ -1,6 +1,6 @@
 """A run through the Triton kernels, in their interpreter, has the losses of a run through plain PyTorch, step by step.
 
-The interpreter is for a whole process, so each run is one of its own, started as a user starts it.
+The interpreter is for a whole process, so that run is one of its own, started as a user starts it.
 """
 
 import os
@@ -13,34 +13,38 @@ import yaml
 
 from llama_pro_fast.recipe import to_dict
 from llama_pro_fast.training.metrics import read_metrics
+from llama_pro_fast.training.run import run_training
 
 STEPS = 3
 TRAIN = {"steps": STEPS, "seq_len": 24, "batch_size": 2, "micro_batch_size": 1}
 
 
 @pytest.fixture
-def run(make_config, tmp_path):
-    """``run(name, TRITON_INTERPRET)`` -> (metrics, the screen), up to the last evaluation: the read-back generates."""
+def config(base_of, make_config):
+    """Blocks of every class: below the first new one, new, frozen above it."""
+    base = base_of(num_hidden_layers=2)
+    evaluation = {"every": STEPS, "tokens": 24}
+    return lambda output: make_config(output=output, model={"path": str(base)}, train=TRAIN, eval=evaluation)
 
-    def start(name, interpret):
-        config = make_config(output=str(tmp_path / name), train=TRAIN, eval={"every": STEPS, "tokens": 24})
-        recipe = tmp_path / f"{name}.yaml"
-        recipe.write_text(yaml.safe_dump({k: v for k, v in to_dict(config).items() if v is not None}))
-        command = [sys.executable, "-m", "llama_pro_fast.train", "--config", str(recipe)]
-        environment = {**os.environ, "TRITON_INTERPRET": interpret}
-        screen = tmp_path / f"{name}.txt"
-        with open(screen, "w") as file:
-            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            try:
-                while len(rows := finished_evaluation(tmp_path / name)) < 2 and process.poll() is None:
-                    time.sleep(0.2)
-            finally:
-                process.kill()
-                process.wait()
-        assert len(rows) == 2, screen.read_text()
-        return list(read_metrics(tmp_path / name)), screen.read_text()
 
-    return start
+@pytest.fixture
+def interpreted(config, tmp_path):
+    """(metrics, the screen) of such a run in Triton's interpreter, up to the last evaluation: the read-back
+    generates."""
+    run, recipe, screen = tmp_path / "triton", tmp_path / "triton.yaml", tmp_path / "triton.txt"
+    recipe.write_text(yaml.safe_dump({k: v for k, v in to_dict(config(run)).items() if v is not None}))
+    command = [sys.executable, "-m", "llama_pro_fast.train", "--config", str(recipe)]
+    with open(screen, "w") as file:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while len(rows := finished_evaluation(run)) < 2 and process.poll() is None:
+                time.sleep(0.2)
+        finally:
+            process.kill()
+            process.wait()
+    assert len(rows) == 2, screen.read_text()
+    return read_metrics(run), screen.read_text()
 
 
 def finished_evaluation(folder):
@@ -50,11 +54,13 @@ def finished_evaluation(folder):
     return [row for row in read_metrics(folder) if row["kind"] == "eval" and row["step"] == STEPS]
 
 
-def test_losses_through_triton_are_those_through_pytorch(run):
+@pytest.mark.slow
+def test_losses_through_triton_are_those_through_pytorch(config, interpreted, tmp_path, capsys):
     pytest.importorskip("triton")
-    expected, plain_screen = run("pytorch", "0")
-    got, screen = run("triton", "1")
-    assert "kernels pytorch" in plain_screen
+    run_training(config(tmp_path / "pytorch"))
+    expected = read_metrics(tmp_path / "pytorch")
+    got, screen = interpreted
+    assert "kernels pytorch" in capsys.readouterr().out
     assert ", interpreted" in screen
     assert len(got) == len(expected)
     for ours, theirs in zip(got, expected, strict=True):

@@ -1,0 +1,9 @@
+"""For every test and every process that one starts: one thread, and no network.
+
+Tiny products gain nothing from a second thread, which only waits for the first, and a CPU run repeats bit for bit at
+the same thread count.
+"""
+
+import os
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # read when PyTorch and the hub's client are imported
