@@ -31,7 +31,7 @@ from llama_pro_fast.hf.config import resolve
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.cost import step_cost
-from llama_pro_fast.recipe import load_config
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.training.model_folder import write_random_model
 
 BASE = "builtin:prose-3m"

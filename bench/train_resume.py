@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_pro_fast.config import DataConfig, EvalConfig, ExpandConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from llama_pro_fast.hf.config import resolve
 from llama_pro_fast.hf.folder import PretrainedFolder
-from llama_pro_fast.recipe import load_config
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.training.checkpoint import complete_checkpoints, read_info
 from llama_pro_fast.training.metrics import read_metrics
 from llama_pro_fast.training.run import run_training

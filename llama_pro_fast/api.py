@@ -18,7 +18,7 @@ from llama_pro_fast.hf.families import block_spec, window_within
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.decoder import Decoder
-from llama_pro_fast.recipe import load_config
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.run import run_training

@@ -21,11 +21,10 @@ from typing import Any
 import yaml
 
 from llama_pro_fast.cli import PROGRAM
-from llama_pro_fast.config import RunConfig, Settled, Source, options
+from llama_pro_fast.config import RunConfig, Source, options
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.files import first_line, sync
+from llama_pro_fast.resume import stored_config
 
-CONFIG_NAME = "config.yaml"
 RECIPES = Path(__file__).parent / "recipes"
 FLAGS = ("config", "resume", "overwrite")  # of the command line only
 OF_PLAN = ("gpu", "price", "json")  # beside all of the others
@@ -97,7 +96,7 @@ def parse(
         full = parser.instantiate(parser.parse_args(argv))
     config = absolute(RunConfig(**{f.name: full[f.name] for f in dataclasses.fields(RunConfig)}))
     if given.get("resume"):
-        config = _stored(given, config)
+        config = stored_config(config, [key for key, _ in _flatten(given.as_dict())], overwrite=full["overwrite"])
     return Request(config, bool(full["resume"]), bool(full["overwrite"]), {name: full[name] for name in own})
 
 
@@ -165,25 +164,6 @@ def _check_recipe(path: Path) -> None:
                     )
 
 
-def _stored(given: Any, asked: RunConfig) -> Settled:
-    """The stored configuration of the run to resume, with ``output`` as given (the run may have been moved)."""
-    if given.get("overwrite"):
-        raise UserError("--resume and --overwrite contradict each other; give one of them")
-    if given.get("output") is None:
-        raise UserError("--resume: say which run, --output runs/NAME")
-    run = Path(given.output).expanduser()
-    stored = load_config(run)
-    wanted, kept = ({key: value for key, value, _ in options(config)} for config in (asked, stored))
-    for key, _ in _flatten(given.as_dict()):
-        # `auto` and an empty value leave the choice to the run, which has made it.
-        if key in kept and key != "output" and wanted[key] not in ("auto", None) and wanted[key] != kept[key]:
-            raise UserError(
-                f"--resume: {key} is {wanted[key]} here and {kept[key]} in {run / CONFIG_NAME}; a resumed run keeps "
-                f"its settings, leave {key} out (or start a new run in another folder)"
-            )
-    return dataclasses.replace(stored, output=str(run.absolute()))
-
-
 def absolute(config: RunConfig) -> RunConfig:
     """The configuration with the paths that exist here made absolute, so that a run can be resumed from anywhere."""
 
@@ -210,55 +190,6 @@ def absolute(config: RunConfig) -> RunConfig:
         ),
         output=config.output and str(Path(config.output).expanduser().absolute()),
     )
-
-
-def load_config(run: Path) -> Settled:
-    """The configuration of a run's folder.
-
-    Raises:
-        UserError: there is no run, or its config.yaml is damaged.
-    """
-    path = run / CONFIG_NAME
-    if not path.is_file():
-        raise UserError(f"{run}: no run there (no {CONFIG_NAME}); start one without --resume")
-    try:
-        return from_dict(Settled, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not readable as the configuration of a run ({first_line(error)})") from error
-
-
-def save_config(config: Settled, path: Path) -> None:
-    """Write the configuration; ``path`` holds all of it or does not exist."""
-    replacement = path.with_suffix(".new")
-    replacement.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    sync(replacement)
-    replacement.replace(path)
-    sync(path.parent)
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """The dataclass from plain values; nested dataclasses are told by their defaults, sources by their key.
-
-    A plain value that is not there is its default.
-    """
-    known = {f.name for f in dataclasses.fields(cls)}
-    if not isinstance(values, dict) or not values.keys() <= known:
-        raise ValueError(f"{values!r:.60} is not of {', '.join(sorted(known))}")
-    built = {}
-    for f in dataclasses.fields(cls):
-        if f.name not in values and f.default is not dataclasses.MISSING:
-            continue
-        value = values[f.name]
-        if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(f.default_factory):
-            value = from_dict(f.default_factory, value)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            value = [Source(**row) for row in value]
-        built[f.name] = value
-    return cls(**built)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,8 @@ import llama_pro_fast
 from llama_pro_fast.config import RunConfig, Settled
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.hf.config import resolve
-from llama_pro_fast.recipe import RECIPES, packaged_recipes, parse, save_config, to_dict
+from llama_pro_fast.recipe import RECIPES, packaged_recipes, parse
+from llama_pro_fast.resume import save_config, to_dict
 from llama_pro_fast.train import main as train_main
 
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line, sync, writing_to
+from llama_pro_fast.resume import check_unchanged
 
 COMPLETE = "COMPLETE"
 
@@ -139,16 +140,7 @@ def restore(folder: Path, state: dict[str, Any], *, model_digest: str, data: str
         UserError: it is damaged, or the model or the text are not those it was made with.
     """
     info = read_info(folder)
-    if info.model_digest != model_digest:
-        raise UserError(
-            f"{folder}: was made on other weights (of {info.model}, digest {info.model_digest}) than are there now "
-            f"({model_digest}); put them back"
-        )
-    if info.data != data:
-        raise UserError(
-            f"{folder}: the training text has changed since it was written, so the order of the data is another; put "
-            "the text back, or start a new run"
-        )
+    check_unchanged(folder, model=info.model, model_digest=(info.model_digest, model_digest), data=(info.data, data))
     load(folder, state)
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"]:

@@ -22,7 +22,7 @@ from llama_pro_fast.hf.digest import folder_digest
 from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
 from llama_pro_fast.hf.loading import EMBEDDING, HEAD, hf_tensors
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, write_header
-from llama_pro_fast.recipe import load_config
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.training.checkpoint import complete_checkpoints, load, read_info
 
 

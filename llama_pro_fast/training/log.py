@@ -17,8 +17,8 @@ from llama_pro_fast.console import duration, say
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.host import peak_memory_gib
 from llama_pro_fast.training.metrics import MetricsWriter
-from llama_pro_fast.training.optimizer import learning_rate
 from llama_pro_fast.training.run_folder import resume_command
+from llama_pro_fast.training.schedule import learning_rate
 
 
 class Log:

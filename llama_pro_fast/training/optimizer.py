@@ -6,7 +6,6 @@ fused AdamW, which then leaves weights and moments untouched, and into a counter
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -15,27 +14,7 @@ from torch import nn
 from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.model.layers import refresh_low_precision_copies
-
-
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate of optimizer step ``step`` (from 0) of ``steps``.
-
-    Linear warm-up over ``warmup_steps``, reaching the peak at its last step; then `cosine`: half a cosine towards
-    ``min_lr_ratio``; `wsd`: constant, then linear over the last ``decay_steps`` (Hu et al., arXiv 2404.06395). Both
-    would reach the floor one step after the last, so that no step is spent at a rate of 0.
-    """
-    assert config.lr is not None
-    assert config.warmup_steps is not None
-    assert config.decay_steps is not None
-    floor = config.min_lr_ratio
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "cosine":
-        progress = (step - config.warmup_steps + 1) / (steps - config.warmup_steps + 1)
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        share = min(1.0, (steps - step) / (config.decay_steps + 1))
-    return config.lr * (floor + (1 - floor) * share)
+from llama_pro_fast.training.schedule import learning_rate
 
 
 class Optimizer:

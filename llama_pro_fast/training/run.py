@@ -25,10 +25,18 @@ from llama_pro_fast.planning.devices import GIB
 from llama_pro_fast.planning.explain import why
 from llama_pro_fast.planning.search import fit
 from llama_pro_fast.recipe import absolute
-from llama_pro_fast.training import model_folder, run_folder, settle
+from llama_pro_fast.training import model_folder, run_folder
 from llama_pro_fast.training.cards import show_end
 from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.loop import Run, train
+from llama_pro_fast.training.settle import (
+    check_recipe,
+    choose,
+    question_of,
+    settle,
+    settle_computation,
+    start_device,
+)
 from llama_pro_fast.training.summary import summarise, write_report
 
 
@@ -46,7 +54,7 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     """
     # What can be refused is refused before any work.
     if not resume:
-        settle.check_recipe(config)
+        check_recipe(config)
     config = absolute(config)
     output = Path(config.output)
     with run_folder.claimed(output, resume=resume, overwrite=overwrite):
@@ -57,11 +65,11 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
             base, plan = model_folder.open_base(config)
         parameters = config.train.parameters
         trained = what_trains(base.raw_config, parameters=parameters, plan=plan, name=str(base.path))
-        config = settle.settle_computation(config, base)
-        device = settle.start_device(config)
+        config = settle_computation(config, base)
+        device = start_device(config)
         if not resume:
             # Whatever the text is: with documents as long as they can be, least is needed.
-            settle.choose(settle.question_of(config, base, trained, plan, document=config.train.seq_len))
+            choose(question_of(config, base, trained, plan, document=config.train.seq_len))
 
         # Text to tokens, once; then the length of the run is known.
         with waiting("reading text ...") as update:
@@ -76,12 +84,12 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
                     f"tokenising {name}: {documents:,} documents, {amount(tokens)} tokens"
                 ),
             )
-        question = settle.question_of(config, base, trained, plan, document=corpus.train.mean_document)
+        question = question_of(config, base, trained, plan, document=corpus.train.mean_document)
         if resume:
             planned = fit(question, micro_batch_size=question.micro_batch_size, recompute=question.recompute)
         else:
-            planned = settle.choose(question)
-            config = settle.settle(config, question, planned, sequences_in_epoch=corpus.train.sequences_in_epoch(0))
+            planned = choose(question)
+            config = settle(config, question, planned, sequences_in_epoch=corpus.train.sequences_in_epoch(0))
             say(f"memory: {why(question, planned)}")
         for text in corpus.held_out:
             text.sample(config.eval.tokens)  # refuses text with nothing to predict

@@ -20,7 +20,7 @@ from llama_pro_fast.cli import PROGRAM
 from llama_pro_fast.config import Settled
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import writing_to
-from llama_pro_fast.recipe import CONFIG_NAME, load_config, save_config
+from llama_pro_fast.resume import CONFIG_NAME, load_config, save_config
 from llama_pro_fast.training.checkpoint import complete_checkpoints, read_info
 
 LOCK = ".lock"

@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from llama_pro_fast.config import OptimConfig, RunConfig, Settled, check_bounds
+from llama_pro_fast.config import RunConfig, Settled, check_bounds
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.families import block_spec, window_within
@@ -24,6 +24,7 @@ from llama_pro_fast.planning.devices import GIB, Device
 from llama_pro_fast.planning.explain import shortfall
 from llama_pro_fast.planning.job import Question, ask, recompute_text, sequence_length
 from llama_pro_fast.planning.search import Fit, best_fit
+from llama_pro_fast.training.schedule import settle_schedule
 from llama_pro_kernels import implementation_name, select_attention_backend
 
 
@@ -172,7 +173,7 @@ def settle(config: RunConfig, question: Question, found: Fit, *, sequences_in_ep
         model=config.model,
         expand=config.expand,
         data=config.data,
-        optim=_schedule(config.optim, steps),
+        optim=settle_schedule(config.optim, steps),
         train=train,
         eval=dataclasses.replace(config.eval, every=config.eval.every or interval),
         output=config.output,
@@ -196,15 +197,3 @@ def _steps(config: RunConfig, sequences_in_epoch: int) -> int:
             "give --train.steps, a smaller batch or more text"
         )
     return sequences_in_epoch // train.batch_size
-
-
-def _schedule(optim: OptimConfig, steps: int) -> OptimConfig:
-    warmup = round(0.06 * steps) if optim.warmup_steps is None else optim.warmup_steps
-    if warmup > steps:
-        raise UserError(f"--optim.warmup_steps {warmup}: longer than the run of {steps} steps; shorten it")
-    decay = min(round(0.2 * steps), steps - warmup) if optim.decay_steps is None else optim.decay_steps
-    if optim.schedule == "wsd" and warmup + decay > steps:
-        raise UserError(
-            f"--optim.decay_steps {decay}: with {warmup} of warm-up longer than the run of {steps} steps; shorten it"
-        )
-    return dataclasses.replace(optim, warmup_steps=warmup, decay_steps=decay)

@@ -20,7 +20,7 @@ from llama_pro_fast.expansion.manifest import Manifest
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.decoder import Decoder
-from llama_pro_fast.recipe import load_config
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.training import run as run_module
 from llama_pro_fast.training.run import run_training
 from llama_pro_fast.training.run_folder import first_free

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.recipe import load_config, parse
+from llama_pro_fast.recipe import parse
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.training.run import run_training
 from llama_pro_fast.training.run_folder import claimed, first_free, resume_command, shown
 

@@ -18,7 +18,8 @@ from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.digest import folder_digest
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.model.trained import Trained
-from llama_pro_fast.recipe import load_config, parse
+from llama_pro_fast.recipe import parse
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.training.run import run_training
 
 OPEN = {"device": "auto", "dtype": "auto", "micro_batch_size": None, "checkpoint_every": None, "threads": None}

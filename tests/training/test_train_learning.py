@@ -17,7 +17,8 @@ from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.decoder import Decoder
-from llama_pro_fast.training.optimizer import Optimizer, learning_rate
+from llama_pro_fast.training.optimizer import Optimizer
+from llama_pro_fast.training.schedule import learning_rate
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from llama_pro_fast.hf.safetensors import write_header
 from llama_pro_fast.planning import devices
 from llama_pro_fast.planning.explain import why
 from llama_pro_fast.planning.job import recompute_text
-from llama_pro_fast.recipe import load_config, parse
+from llama_pro_fast.recipe import parse
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.training import loop, model_folder, settle
 from llama_pro_fast.training.run import run_training
 

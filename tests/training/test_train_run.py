@@ -25,7 +25,8 @@ from llama_pro_fast.hf.digest import folder_digest
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.recipe import parse, to_dict
+from llama_pro_fast.recipe import parse
+from llama_pro_fast.resume import to_dict
 from llama_pro_fast.training.checkpoint import complete_checkpoints, load
 from llama_pro_fast.training.metrics import read_metrics
 from llama_pro_fast.training.run import run_training

@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from llama_pro_fast.recipe import to_dict
+from llama_pro_fast.resume import to_dict
 from llama_pro_fast.training.metrics import read_metrics
 from llama_pro_fast.training.run import run_training
 
