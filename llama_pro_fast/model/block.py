@@ -5,43 +5,57 @@
     s ── post_attention_layernorm ── gate_up_proj ── SwiGLU ── down_proj ──┐
     └───────────────────────────────────────────────────────────────────── + ── y
 
-Weights are packed: q, k and v in one matrix, gate and up in another, so a block is four products. A new block starts as
-an identity because `o_proj` and `down_proj` are zero (LLaMA Pro, section 3.2): both branches add 0.
+Sizes: T tokens, H hidden size, I intermediate size, N heads of q, K heads of k and of v, D elements a head, C entries
+of cu_seqlens. A product is always a matrix product; those inside attention are not counted.
+
+Weights are packed: q, k and v in one matrix, gate and up in another, so forward makes four products. A block that an
+expansion inserts starts as an identity: its `o_proj` and `down_proj` are zero (LLaMA Pro, section 3.2), so both
+branches add 0.
 
 **Classes.** Where a block lies and whether it trains decides what it does:
 
-    prefix    below the first trained block. It runs without a graph, keeps nothing and has no backward.
-    frozen    above it. Backward computes the gradient of x and no gradient of a weight: one product a matrix.
-    trained   Backward computes the gradients of x and of every weight: two products a matrix. Below the lowest trained
-              block nothing trains, so that block makes no gradient of x and saves qkv_proj's product for it.
+    prefix    below the lowest trained block. It runs without a graph, keeps nothing and has no backward.
+    frozen    above it. Backward computes the gradient of x and no gradient of a weight: four products, one a matrix.
+    trained   Backward computes the gradients of x and of every weight: eight products, two a matrix.
+
+Nothing below the lowest trained block trains, unless the embeddings do. So that block computes no gradient of x and
+skips the dX product of qkv_proj: seven products instead of eight.
 
 **Kept** from forward to backward, by a frozen and by a trained block alike, are those :class:`Activations` that the
-block's policy says (:class:`Recompute`). The others are recomputed by the code of forward in the order of forward, so
-no bit of a gradient changes.
+block's policy says (:class:`Recompute`). Backward recomputes the others by the kernels of forward on the same numbers.
+Where s was kept, rms_norm_forward of s gives the rows of add_rms_norm_forward bit for bit. So recomputing changes no
+bit of a gradient.
 
-    policy             kept                          recomputed in backward
-    none               x, rstd, qkv, o, lse,         nothing
+    policy             kept                   bytes a token                 recomputed in backward
+    none               x, rstd, qkv, o, lse,  4H + 4(N + K)D + 4N + 4I + 8  nothing
                        s, post_rstd, gate_up
-    mlp                all these but gate_up         post_attention_layernorm of s, gate_up_proj
-    all_but_attention  x, o, lse                     o_proj, s, post_attention_layernorm, gate_up_proj;
-                                                     later input_layernorm, qkv_proj, rotary
-    block              x                             all of forward up to gate_up_proj, attention too
+    mlp                all these but gate_up  4H + 4(N + K)D + 4N + 8       post_attention_layernorm of s, gate_up_proj
+    all_but_attention  x, o, lse              2H + 2ND + 4N                 before the MLP's backward: o_proj, s,
+                                                                            post_attention_layernorm, gate_up_proj;
+                                                                            after it: input_layernorm, qkv_proj, rotary
+    block              x                      2H                            all of forward up to and including
+                                                                            gate_up_proj, attention too
 
-In bf16 these are 2(2H + 4) + 4(N + K)D + 4N + 4I bytes a token; 4I less; 2H + 2ND + 4N; 2H (`cost.kept_bytes`).
+`mlp` and `block` recompute before the MLP's backward. The bytes are those of bf16 activations, with rstd, post_rstd and
+lse in float32 (`cost.kept_bytes`).
 
-No policy keeps the rows that leave a norm, or SwiGLU's product. A trained block recomputes them from x, s and gate_up,
-elementwise, for the gradients of the matrices that read them; a frozen block has no such gradients. No policy keeps
-normed q and k: where a block has q_norm and k_norm, qkv is raw, and backward norms and rotates q and k once more.
-down_proj is never recomputed: nothing in backward reads its output.
+No policy keeps the rows that leave a norm, or SwiGLU's output. Under every policy, on top of what the table says, a
+trained block recomputes them from x, s and gate_up, without a product, for the gradients of the matrices that read
+them; a frozen block has no such gradients. Nor does any policy keep normed q and k: where a block has q_norm and
+k_norm, qkv is raw, and backward norms and rotates q and k once more. down_proj is never recomputed: nothing in backward
+reads its output.
 
-**Freed.** What forward computes and does not keep is gone when forward returns. What is kept is autograd's until this
-block's backward has returned. Within backward gate_up is overwritten by its own gradient, which is why backward runs
-once. Of what is recomputed, gate_up goes with the MLP's backward, s before attention's, qkv after it, and the rest when
-backward returns.
+**Freed.** What forward computes and does not keep is gone when forward returns, but for y. What is kept is autograd's
+until this block's backward has returned. Backward writes the gradient of gate_up over gate_up. So it may run only once;
+under every policy a second call raises (`Consumed`). Of what is recomputed, gate_up goes with the MLP's backward, s
+before attention's, qkv after rotary's; rstd, post_rstd, o and lse go when backward returns. Until then backward also
+holds the gradients of all the block's weights.
 
 **Weights.** A prefix or frozen block holds each weight once, in the compute dtype. A trained block holds float32 master
 weights and, where the compute dtype is lower, low-precision copies of its four matrices for the products (layers.py).
-The policy `block` keeps none and casts a matrix for each product. Norms and biases have none. Gradients are float32.
+Under the policy `block` a trained block has no copies; it casts a matrix in forward and again in backward. Norms and
+biases never have copies. Gradients of weights are float32. Under a float64 computation masters and gradients are
+float64.
 """
 
 from __future__ import annotations
@@ -141,7 +155,7 @@ class BlockContext:
     Attributes:
         position_ids: ``[T]`` int64.
         cu_seqlens: ``[C]`` int32.
-        max_seqlen: constant over a run.
+        max_seqlen: upper bound on a document's length, constant over a run.
         cos, sin: ``[positions, D/2]`` float32.
         attention: name of the attention backend.
     """
@@ -164,7 +178,8 @@ class BlockContext:
         return self.cos, self.sin, self.position_ids
 
     def window(self, spec: BlockSpec) -> int | None:
-        """The sliding window of a block; one as long as every document is none, and needs no backend that has one."""
+        """The sliding window of a block, in keys. None if no document can be longer than the window: plain attention is
+        then the same, and a backend without windows will do."""
         return spec.window if spec.window is not None and spec.window < self.max_seqlen else None
 
 
@@ -188,8 +203,8 @@ class BlockWeights(NamedTuple):
 class _DecoderBlock(torch.autograd.Function):
     """``(x [T, H], …) -> y [T, H]``, differentiable in x and in the weights.
 
-    ``weights`` are the Parameters, in the order of :class:`BlockWeights`; ``low_precision`` maps names of those that
-    have a low-precision copy to it, and products read that instead.
+    ``weights`` are the Parameters, in the order of :class:`BlockWeights`. ``low_precision`` is name -> low-precision
+    copy, for the matrices that have one: products read the copy, the gradient goes to the Parameter.
     """
 
     @staticmethod
@@ -220,42 +235,45 @@ class _DecoderBlock(torch.autograd.Function):
         spec, context = ctx.spec, ctx.context
         x, rstd, qkv, o, lse, s, post_rstd, gate_up, *weights = ctx.saved_tensors  # Activations, then BlockWeights
         w = BlockWeights(*weights)
+        # The lowest trained block needs no dx, unless the embeddings train.
         need_dx, *need_others = ctx.needs_input_grad
-        trained = any(need_others)  # of the other inputs only weights can need a gradient
+        # Of the other inputs only weights can need a gradient, and all of a block's weights train or none.
+        trained = any(need_others)
         gradients: dict[str, Tensor | None] = {}  # of weights, by the names of BlockWeights
 
         # What the policy did not keep and the MLP's backward reads.
-        if o is None:
+        if o is None:  # under block
             rstd, qkv = _project_qkv(x, w, spec, context)
             o, lse = _attend(qkv, w, spec, context)
-        if s is None:
+        if s is None:  # under block and all_but_attention
             s, post_rstd, gate_up = _project_gate_up(x, o, w, spec)
-        elif gate_up is None:
+        elif gate_up is None:  # under mlp
             gate_up = _recompute_gate_up(s, w, spec)
 
         # y = s + down_proj(SwiGLU(gate_up)),  gate_up = gate_up_proj(post_attention_layernorm(s))
-        dproduct = linear_dx(dy, w.down_proj.to(dy.dtype))
-        dgate_up, product = swiglu_backward_(dproduct, gate_up, need_product=trained)
-        del gate_up  # overwritten
+        dswiglu = linear_dx(dy, w.down_proj.to(dy.dtype))
+        dgate_up, swiglu = swiglu_backward_(dswiglu, gate_up, need_product=trained)
+        del gate_up  # only the name: dgate_up has its storage now
         if trained:
-            gradients["down_proj"] = linear_dw(dy, product)
+            gradients["down_proj"] = linear_dw(dy, swiglu)
             gradients["down_bias"] = _dbias(dy, w.down_bias)
-        del dproduct, product
+        del dswiglu, swiglu
         gate_up_proj = w.gate_up_proj.to(dy.dtype)
         if trained:
             gradients["gate_up_proj"], gradients["gate_up_bias"], gradients["post_attention_layernorm"] = (
                 _norm_linear_dw(dgate_up, s, w.post_attention_layernorm, gate_up_proj, w.gate_up_bias, spec)
             )
         dnormed = linear_dx(dgate_up, gate_up_proj)
+        # No need_dweight in a trained block either: the norm's gradient is `_norm_linear_dw`'s.
         ds, _ = rms_norm_backward(
             dnormed, s, w.post_attention_layernorm, post_rstd, dresidual=dy, need_dweight=False
         )  # fmt: skip
         del dnormed, dgate_up, gate_up_proj
 
         # What the policy did not keep and attention's backward reads.
-        if qkv is None:
+        if qkv is None:  # under all_but_attention; under block it was made above
             rstd, qkv = _project_qkv(x, w, spec, context)
-        del s
+        del s  # the MLP's backward was the last to read it
 
         # s = x + o_proj(o),  o = attention(rotary(qkv_proj(input_layernorm(x))))
         do = linear_dx(ds, w.o_proj.to(dy.dtype)).view(o.shape)
@@ -274,6 +292,7 @@ class _DecoderBlock(torch.autograd.Function):
         del dq, dk, dv, qkv
         qkv_proj = w.qkv_proj.to(dy.dtype)
         if trained:
+            # o_proj's gradient comes only now so that attention's backward runs without it in memory.
             gradients["o_proj"] = linear_dw(ds, o.flatten(1))
             gradients["o_bias"] = _dbias(ds, w.o_bias)
             gradients["qkv_proj"], gradients["qkv_bias"], gradients["input_layernorm"] = _norm_linear_dw(
@@ -348,15 +367,16 @@ def _norm_linear_dw(
 
     So dn = colsum(W ∘ dW) / n (`linear_dscale`) needs neither the product dz W nor a sum over tokens.
 
-    Elements of n below 1e-19 (in float32) are taken for 1e-19 here, for they are divided by. Their own gradient is
-    exact all the same; their column of dW is off by at most 1e-19 · Σ |dz · x̂|, too little for a weight.
+    The division needs an n that is not 0. So elements nearer to 0 than sqrt(tiny) of their dtype (1e-19 in float32) are
+    taken for sqrt(tiny) here. Their own gradient does not depend on n and stays exact. Their column of dW is off by at
+    most 2 sqrt(tiny) · Σ_t |dz_to x̂_th|, too little for a weight.
     """
     least = torch.finfo(norm.dtype).tiny ** 0.5
-    norm = torch.where(norm.abs() < least, least, norm)
-    normed, _ = rms_norm_forward(x, norm, spec.norm_eps)
+    floored = torch.where(norm.abs() < least, least, norm)
+    normed, _ = rms_norm_forward(x, floored, spec.norm_eps)
     dweight = linear_dw(dz, normed)
     del normed
-    return dweight, _dbias(dz, bias), linear_dscale(weight, dweight, norm)
+    return dweight, _dbias(dz, bias), linear_dscale(weight, dweight, floored)
 
 
 class Block(nn.Module):
@@ -366,9 +386,9 @@ class Block(nn.Module):
         spec: its shape.
         tensors: our parameter names (:meth:`BlockSpec.tensors`) -> packed tensors of any float dtype.
         block_class: prefix, frozen or trained.
-        compute_dtype: of the activations and of frozen weights. A trained block wants the exponents of float32 (bf16,
-            fp32, fp64): float16 loses small gradients. Autocast is not for it.
-        recompute: what is recomputed in backward; ``BLOCK`` keeps no low-precision copies either.
+        compute_dtype: of the activations, ``x`` among them, and of frozen weights. A trained block needs at least
+            float32's range of exponents (bf16, fp32, fp64): float16 loses small gradients. Autocast is not for it.
+        recompute: what is recomputed in backward; under ``BLOCK`` there are no low-precision copies either.
     """
 
     def __init__(
@@ -395,7 +415,7 @@ class Block(nn.Module):
             setattr(self, name, Linear(weight, bias, **how, keep_low_precision=recompute is not Recompute.BLOCK))
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
-        """``[T, H]`` -> ``[T, H]``, in the dtype of ``x``."""
+        """``x`` ``[T, H]`` in the compute dtype -> ``[T, H]`` in the same."""
         weights = BlockWeights(
             input_layernorm=self.input_layernorm.weight,
             qkv_proj=self.qkv_proj.weight,
