@@ -6,12 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from llama_pro_fast.hf.folder import PretrainedFolder
 
 SETTLED_NS = 2 * 10**9
 """A younger file is not remembered: two writes in one tick of a file system's clock (2 s at the coarsest, FAT) have one
@@ -46,11 +41,3 @@ def combined_digest(digests: dict[str, str]) -> str:
     """One digest for a set of tensors, whatever shards they lie in: SHA-256 over sorted ``name:digest`` lines."""
     lines = "".join(f"{name}:{digests[name]}\n" for name in sorted(digests))
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
-
-
-def folder_digest(folder: PretrainedFolder) -> str:
-    """One digest for all of a folder's tensors, a few read at a time side by side."""
-    # hashlib lets go of the interpreter while it hashes.
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = dict(zip(folder.entries, pool.map(folder.digest, folder.entries), strict=True))
-    return combined_digest(digests)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import transformers
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line
 from llama_pro_fast.hf.config import COMPANION_PATTERNS, CONFIG_FILE, read_config, read_json
-from llama_pro_fast.hf.digest import remembered
+from llama_pro_fast.hf.digest import combined_digest, remembered
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, read_header
 
 CHUNK_BYTES = 8 << 20
@@ -165,6 +166,14 @@ class PretrainedFolder:
         """The files beside the weights that belong to an export too (tokenizer, generation config, licence)."""
         found = {path for pattern in COMPANION_PATTERNS for path in self.path.glob(pattern) if path.is_file()}
         return sorted(found)
+
+
+def folder_digest(folder: PretrainedFolder) -> str:
+    """One digest for all of a folder's tensors, a few read at a time side by side."""
+    # hashlib lets go of the interpreter while it hashes.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = dict(zip(folder.entries, pool.map(folder.digest, folder.entries), strict=True))
+    return combined_digest(digests)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The whole decoder: embedding, blocks, final norm, head.
 
-Which blocks train decides everything else: the embedding and the blocks below the first trained one run without a
+Which blocks train decides everything else: the embedding and the blocks below the lowest trained one run without a
 graph, the blocks above it only pass the gradient on. Skipping the new blocks of an expanded model gives back the model
 it was made from, so the base's loss can be measured at any time without a second copy of the weights.
 """

@@ -18,8 +18,7 @@ from llama_pro_fast.expansion.manifest import MANIFEST_KEY, Manifest
 from llama_pro_fast.expansion.rewrite import write_json
 from llama_pro_fast.files import first_line, new_folder
 from llama_pro_fast.hf.config import CONFIG_FILE
-from llama_pro_fast.hf.digest import folder_digest
-from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
+from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder, folder_digest
 from llama_pro_fast.hf.loading import EMBEDDING, HEAD, hf_tensors
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, write_header
 from llama_pro_fast.resume import load_config

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from llama_pro_fast.config import Settled
 from llama_pro_fast.console import say
 from llama_pro_fast.data.corpus import Corpus
-from llama_pro_fast.hf.digest import folder_digest
-from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.decoder import DTYPES, Decoder
 from llama_pro_fast.model.trained import Trained

@@ -15,8 +15,7 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.expand import main as expand_main
 from llama_pro_fast.expansion.manifest import what_trains
 from llama_pro_fast.expansion.plan import ExpansionPlan
-from llama_pro_fast.hf.digest import folder_digest
-from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import load_config

@@ -12,8 +12,7 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.expand import main as expand_main
 from llama_pro_fast.expansion.manifest import what_trains
 from llama_pro_fast.hf.config import read_config
-from llama_pro_fast.hf.digest import folder_digest
-from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.hf.known_shapes import SHAPES
 from llama_pro_fast.hf.loading import expected_tensors, load_model
 from llama_pro_fast.hf.safetensors import write_header

@@ -21,8 +21,7 @@ from llama_pro_fast.data import stdlib
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.expansion.manifest import Manifest
 from llama_pro_fast.export import main as export_main
-from llama_pro_fast.hf.digest import folder_digest
-from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.recipe import parse

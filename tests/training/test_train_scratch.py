@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_pro_fast.data.sources import resolve_sources
 from llama_pro_fast.data.tokenizer import train_tokenizer
-from llama_pro_fast.hf.digest import folder_digest
-from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.metrics import read_metrics
