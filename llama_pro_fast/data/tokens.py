@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_pro_fast.data.digests import file_digests
 from llama_pro_fast.data.documents import Document, is_held_out
 from llama_pro_fast.data.sources import ResolvedSource, iterate_documents
+from llama_pro_fast.digests import file_digests
 from llama_pro_fast.errors import UserError
 
 if TYPE_CHECKING:

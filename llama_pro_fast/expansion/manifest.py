@@ -22,7 +22,7 @@ ZEROED = ("self_attn.o_proj", "mlp.down_proj")
 
 @dataclass(frozen=True)
 class ModelId:
-    """A model an expansion started from; ``digest`` is :func:`~llama_pro_fast.hf.digest.combined_digest`."""
+    """A model an expansion started from; ``digest`` is :func:`~llama_pro_fast.digests.combined_digest`."""
 
     name: str
     digest: str

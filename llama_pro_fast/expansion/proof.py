@@ -19,13 +19,13 @@ import numpy as np
 import torch
 import transformers
 
+from llama_pro_fast.digests import combined_digest
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.manifest import Manifest
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.rewrite import Progress, block_tensor_name, split_name, write_expanded
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.hf.config import CONFIG_FILE
-from llama_pro_fast.hf.digest import combined_digest
 from llama_pro_fast.hf.families import block_spec, window_within
 from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import EMBEDDING, load_block, load_embedding, rotary_tables

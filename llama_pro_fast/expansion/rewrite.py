@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_pro_fast.digests import combined_digest
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.manifest import MANIFEST_KEY, ZEROED, Manifest, ModelId
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.config import CONFIG_FILE
-from llama_pro_fast.hf.digest import combined_digest
 from llama_pro_fast.hf.folder import CHUNK_BYTES, INDEX_FILE, SINGLE_FILE, PretrainedFolder
 from llama_pro_fast.hf.loading import check_tensors
 from llama_pro_fast.hf.safetensors import TensorEntry, write_header

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import transformers
 
+from llama_pro_fast.digests import combined_digest, tensor_digest
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line
 from llama_pro_fast.hf.config import COMPANION_PATTERNS, CONFIG_FILE, read_config, read_json
-from llama_pro_fast.hf.digest import combined_digest, remembered
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, read_header
 
 CHUNK_BYTES = 8 << 20
@@ -122,7 +122,7 @@ class PretrainedFolder:
 
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, which are read once a process as long as their file does not change."""
-        return remembered(self.path / self.entries[name].file, name, lambda: self.read_bytes(name))
+        return tensor_digest(self.path / self.entries[name].file, name, lambda: self.read_bytes(name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in the stored dtype.

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_pro_fast.digests import combined_digest
 from llama_pro_fast.expansion.manifest import Manifest
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import prove_identity
 from llama_pro_fast.expansion.rewrite import block_tensor_name, split_name
-from llama_pro_fast.hf.digest import combined_digest
 from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
 
 from .conftest import save_tokenizer, tensor_bytes

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_pro_fast.data import digests
-from llama_pro_fast.data.digests import file_digests
+from llama_pro_fast import digests
+from llama_pro_fast.digests import file_digests
 from llama_pro_fast.errors import UserError
 
 

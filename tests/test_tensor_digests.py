@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llama_pro_fast.hf.digest import remembered
+from llama_pro_fast.digests import tensor_digest
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def asked(tmp_path):
             read.append(1)
             yield memoryview(file.read_bytes())
 
-        return remembered(file, tensor, content), bool(read)
+        return tensor_digest(file, tensor, content), bool(read)
 
     return ask
 

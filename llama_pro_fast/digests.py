@@ -1,8 +1,8 @@
-"""Digests of files' contents, remembered between runs.
+"""Digests of what files hold, remembered as long as the files do not change.
 
-The key of a token store hangs on the contents of its source, and to read tens of GB at every start and resume takes
-minutes. So a file's digest is noted beside the stores, and holds for as long as the file's size, time of modification
-and inode are those of then:
+To read tens of GB again takes minutes. So a digest holds for as long as its file's size, time of modification and inode
+are those of then. A tensor's is remembered within the process (:func:`tensor_digest`). A text file's, which the key of
+a token store hangs on, is noted between runs, beside the stores (:func:`file_digests`):
 
     CACHE/digests.json  {absolute path: [size, mtime_ns, inode, digest]}
 
@@ -17,15 +17,18 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from llama_pro_fast.errors import UserError
 
 SETTLED_NS = 2 * 10**9
-"""A younger file is not noted: two writes in one tick of a file system's clock (2 s at the coarsest, FAT) have one
+"""A younger file is not remembered: two writes in one tick of a file system's clock (2 s at the coarsest, FAT) have one
 time of modification."""
+
+
+_TENSORS: dict[tuple[int | str, ...], str] = {}
 
 
 def file_digests(paths: Iterable[Path], cache: Path) -> list[str]:
@@ -47,17 +50,47 @@ def file_digests(paths: Iterable[Path], cache: Path) -> list[str]:
                 found.append(known[3])
                 continue
             with open(path, "rb") as file:
-                before = _state(os.fstat(file.fileno()))
+                before = os.fstat(file.fileno())
                 found.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
-                after = _state(os.fstat(file.fileno()))
+                after = os.fstat(file.fileno())
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
-        if before == after and time.time_ns() - after[1] > SETTLED_NS:
-            new[name] = [*after, found[-1]]
+        if _state(before) == _state(after) and _settled(after):
+            new[name] = [*_state(after), found[-1]]
     if new:
         with contextlib.suppress(OSError):
             _write(cache / "digests.json", notes | new)
     return found
+
+
+def tensor_digest(file: Path, name: str, read: Callable[[], Iterable[memoryview]]) -> str:
+    """SHA-256 of what ``read`` gives, the bytes of tensor ``name`` in ``file``; read again only if the file changes.
+
+    A rename leaves the file what it is.
+    """
+    try:
+        before = os.stat(file)
+    except OSError:  # reading says what is wrong
+        before = None
+    key = before and (before.st_dev, *_state(before), name)
+    if key in _TENSORS:
+        return _TENSORS[key]
+    digest = hashlib.sha256()
+    for piece in read():
+        digest.update(piece)
+    if before and _state(before) == _state(os.stat(file)) and _settled(before):
+        _TENSORS[key] = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def combined_digest(digests: dict[str, str]) -> str:
+    """One digest for a set of tensors, whatever shards they lie in: SHA-256 over sorted ``name:digest`` lines."""
+    lines = "".join(f"{name}:{digests[name]}\n" for name in sorted(digests))
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _settled(stat: os.stat_result) -> bool:
+    return time.time_ns() - stat.st_mtime_ns > SETTLED_NS
 
 
 def _state(stat: os.stat_result) -> list[int]:
