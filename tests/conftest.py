@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_pro_fast.pretrained import PretrainedFolder
 
-
 BENCHES = Path(__file__).parent / "bench"
 
 

@@ -16,7 +16,7 @@ from llama_pro_fast.recipe import to_dict
 from llama_pro_fast.report import read_metrics
 
 STEPS = 3
-TRAIN = {"steps": STEPS, "seq_len": 24, "batch_size": 2, "micro_batch_size": 2}
+TRAIN = {"steps": STEPS, "seq_len": 24, "batch_size": 2, "micro_batch_size": 1}
 
 
 @pytest.fixture
