@@ -11,6 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_pro_fast.hf.folder import PretrainedFolder
 
+BENCHES = Path(__file__).parent / "bench"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The benches are for maintainers, and many of their tests start one as a process: all count as slow."""
+    for item in items:
+        if item.path.is_relative_to(BENCHES):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_progress_bars() -> None:

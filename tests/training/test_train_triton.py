@@ -11,20 +11,25 @@ import time
 import pytest
 import yaml
 
+from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.proof import expand_and_prove
+from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.resume import to_dict
 from llama_pro_fast.training.metrics import read_metrics
 from llama_pro_fast.training.run import run_training
 
-STEPS = 3
-TRAIN = {"steps": STEPS, "seq_len": 24, "batch_size": 2, "micro_batch_size": 1}
+STEPS, SEQ_LEN = 3, 12
+TRAIN = {"steps": STEPS, "seq_len": SEQ_LEN, "batch_size": 2, "micro_batch_size": 1}
 
 
 @pytest.fixture
-def config(base_of, make_config):
+def config(base_of, make_config, tmp_path):
     """Blocks of every class: below the first new one, new, frozen above it."""
-    base = base_of(num_hidden_layers=2)
-    evaluation = {"every": STEPS, "tokens": 24}
-    return lambda output: make_config(output=output, model={"path": str(base)}, train=TRAIN, eval=evaluation)
+    expand_and_prove(
+        PretrainedFolder(base_of(num_hidden_layers=2)), tmp_path / "model", ExpansionPlan.from_groups(2, 2)
+    )
+    model, evaluation = {"path": str(tmp_path / "model")}, {"every": STEPS, "tokens": SEQ_LEN}
+    return lambda output: make_config(output=output, model=model, expand={"groups": None}, train=TRAIN, eval=evaluation)
 
 
 @pytest.fixture
