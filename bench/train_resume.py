@@ -7,7 +7,7 @@ of the same recipe is ended with SIGKILL at an arbitrary moment after its first 
 process. Then every logged training and evaluation figure that is not a time or a memory must be equal, step for step,
 and every exported tensor byte for byte. Exit code 0 if so, else 1, with the first differences.
 
-Both run `llama_pro_fast.train.run` under `train.deterministic` (without it a GPU's flash attention may reorder the sums
+Both run `run_training` under `train.deterministic` (without it a GPU's flash attention may reorder the sums
 of its backward), from a `RunConfig`: neither `datasets` nor `jsonargparse` is needed.
 
 Not shown by this: resuming on another device, thread count or version (not promised), a crash of the whole machine (a

@@ -2,7 +2,9 @@
 
     from llama_pro_fast import expand, load, train, export, freeze_to_new_blocks
 
-Each is loaded when it is first asked for (:mod:`llama_pro_fast.api`), so that a command line answers at once.
+Each is loaded when it is first asked for (:mod:`llama_pro_fast.api`), so that a command line answers at once. The
+command lines are modules of the same names: ``python -m llama_pro_fast.train``, or ``from llama_pro_fast.train import
+main``.
 """
 
 import sys

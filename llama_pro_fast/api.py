@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from llama_pro_fast.config import ExpandConfig, RunConfig
+from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.manifest import what_trains
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
@@ -87,7 +88,9 @@ def load(
     )
     return load_model(
         folder,
-        trained=what_trains(folder.raw_config, parameters=parameters, name=str(folder.path)),
+        trained=what_trains(
+            folder.raw_config, folder.config.num_hidden_layers, parameters=parameters, name=str(folder.path)
+        ),
         dtype=dtype,
         device=device,
         max_length=length,
@@ -110,7 +113,9 @@ def train(config: RunConfig | str | os.PathLike[str], *, overwrite: bool = False
     """
     if isinstance(config, RunConfig):
         return run_training(config, overwrite=overwrite)
-    folder = os.path.abspath(config)
+    if overwrite:
+        raise UserError("overwrite: the folder of a run goes on; to delete it give the new run's RunConfig")
+    folder = os.path.abspath(os.path.expanduser(config))
     return run_training(dataclasses.replace(load_config(Path(folder)), output=folder), resume=True)
 
 
@@ -144,7 +149,9 @@ def freeze_to_new_blocks(model: torch.nn.Module) -> list[str]:
         UserError: the model's config names no new blocks.
     """
     config = model.config.to_dict()
-    trained = what_trains(config, parameters="new_blocks", name=model.config.name_or_path or "the model")
+    trained = what_trains(
+        config, model.config.num_hidden_layers, parameters="new_blocks", name=model.config.name_or_path or "the model"
+    )
     layers = model.get_decoder().layers
     new = {id(parameter) for index in trained.blocks for parameter in layers[index].parameters()}
     names = []

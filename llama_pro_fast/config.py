@@ -26,7 +26,7 @@ ABOVE_0 = Bounds(lambda value: 0 < value < math.inf, "is not a number above 0")
 NOT_BELOW_0 = Bounds(lambda value: 0 <= value < math.inf, "is not a number from 0 up")
 BELOW_1 = Bounds(lambda value: 0 <= value < 1, "is not between 0 and 1 (1 excluded)")
 RATIO = Bounds(lambda value: 0 <= value <= 1, "is not between 0 and 1")
-SHARE = Bounds(lambda value: 0 < value < 1, "is not between 0 and 1; 0.02 keeps every 50th document")
+BETWEEN_0_AND_1 = Bounds(lambda value: 0 < value < 1, "is not between 0 and 1; 0.02 keeps every 50th document")
 
 
 def number(default: Any, bounds: Bounds) -> Any:
@@ -100,7 +100,7 @@ class DataConfig:
     general: str | list[Source] | None = None
     """What not to forget: a path, or a list of sources. Without one the built-in prose (`stdlib:prose`) is measured."""
 
-    held_out: float = number(0.02, SHARE)
+    held_out: float = number(0.02, BETWEEN_0_AND_1)
     """Share of the documents kept out of training for evaluation, chosen by a hash of the document."""
 
     cache: str | None = None

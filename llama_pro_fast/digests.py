@@ -66,13 +66,13 @@ def file_digests(paths: Iterable[Path], cache: Path) -> list[str]:
 def tensor_digest(file: Path, name: str, read: Callable[[], Iterable[memoryview]]) -> str:
     """SHA-256 of what ``read`` gives, the bytes of tensor ``name`` in ``file``; read again only if the file changes.
 
-    A rename leaves the file what it is.
+    Moving its folder leaves the file what it is.
     """
     try:
         before = os.stat(file)
     except OSError:  # reading says what is wrong
         before = None
-    key = before and (before.st_dev, *_state(before), name)
+    key = before and (before.st_dev, before.st_ctime_ns, *_state(before), name)
     if key in _TENSORS:
         return _TENSORS[key]
     digest = hashlib.sha256()

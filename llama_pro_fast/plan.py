@@ -24,7 +24,8 @@ from llama_pro_fast.planning.search import best_fit
 from llama_pro_fast.planning.show import as_dict, show
 from llama_pro_fast.recipe import Request, parse
 from llama_pro_fast.training import model_folder
-from llama_pro_fast.training.settle import check_model
+from llama_pro_fast.training.schedule import settle_schedule
+from llama_pro_fast.training.settle import check_model, start_device
 
 OWN = {
     "gpu": {
@@ -70,12 +71,20 @@ def question_of(request: Request) -> Question:
     raw, base = find_config(model_folder.config_of(config.model.path))
     expansion = ExpansionPlan.from_config(base.num_hidden_layers, config.expand) if config.expand.wanted else None
     trained = what_trains(
-        raw, parameters=config.train.parameters, plan=expansion, name=f"--model.path {config.model.path}"
+        raw,
+        base.num_hidden_layers,
+        parameters=config.train.parameters,
+        plan=expansion,
+        name=f"--model.path {config.model.path}",
     )
     name = request.own["gpu"]
-    device = devices.present() if name == "auto" else devices.cpu() if name == "cpu" else DEVICES[name]
-    config = assume(config, base, device, here=name == "auto")
-    return ask(config, base, trained, expansion, device, triton=not device.is_cpu, price=price)
+    if name == "auto":
+        name = start_device(config).type
+    device = devices.present() if name == "cuda" else devices.cpu() if name == "cpu" else DEVICES[name]
+    config, assumed = assume(config, base, device, here=name in ("cuda", "cpu"))
+    if config.train.steps is not None:
+        settle_schedule(config.optim, config.train.steps)
+    return ask(config, base, trained, expansion, device, triton=not device.is_cpu, price=price, assumed=assumed)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def test_the_names_from_python_are_functions_whatever_else_is_imported():
     code = (
         "import llama_pro_fast.train, llama_pro_fast.expand, llama_pro_fast.export, types\n"
         "from llama_pro_fast import expand, export, freeze_to_new_blocks, load, train\n"
-        "import llama_pro_fast.train as module\n"
+        "import llama_pro_fast.train as same\n"
+        "assert same is train\n"
         "assert all(isinstance(f, types.FunctionType) for f in (expand, export, freeze_to_new_blocks, load, train))\n"
         "from llama_pro_fast.train import main"
     )

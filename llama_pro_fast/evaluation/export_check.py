@@ -32,7 +32,7 @@ from llama_pro_fast.model.decoder import DTYPES, Decoder
 TIE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far apart, as a share of the largest logit, two candidates may be and still trade places by rounding."""
 
-NARROWED = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-3, "BF16": 2e-2}
+ROUNDED = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-3, "BF16": 2e-2}
 """How much, in nats per token, a loss may change when trained float32 weights are stored in a dtype. In float32 only
 the order of sums differs; a bf16 weight is off by up to 2⁻⁹ of itself, in either direction."""
 
@@ -122,7 +122,7 @@ def read_export_back(
 
 
 def _check_loss(folder: Path, loss: float, trained: float, dtypes: Collection[str]) -> None:
-    if not abs(loss - trained) <= max(NARROWED[dtype] for dtype in dtypes):
+    if not abs(loss - trained) <= max(ROUNDED[dtype] for dtype in dtypes):
         raise UserError(
             f"{folder}: has a loss of {loss:.4f} on the held-out text, the trained model had {trained:.4f}; do not use "
             "this export, and please report it with config.json"

@@ -79,7 +79,8 @@ def evaluate(
     )
 
 
-def _described(result: Evaluation) -> str:
+def described(result: Evaluation) -> str:
+    """An evaluation in half a line."""
     text = f"loss {result.loss:.4f}"
     if result.bits_per_byte is not None:
         text += f"  {result.bits_per_byte:.4f} bits/byte"

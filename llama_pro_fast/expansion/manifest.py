@@ -143,12 +143,13 @@ class Manifest:
 
 
 def what_trains(
-    raw_config: dict[str, Any], *, parameters: str, plan: ExpansionPlan | None = None, name: str
+    raw_config: dict[str, Any], num_layers: int, *, parameters: str, plan: ExpansionPlan | None = None, name: str
 ) -> Trained:
     """What of a model trains, by the recipe and by its manifest, or by the expansion it is about to get.
 
     Args:
         raw_config: ``config.json``'s content.
+        num_layers: blocks of that model.
         parameters: the recipe's `train.parameters`.
         plan: how the model will be expanded first.
         name: of the model, for the error.
@@ -156,7 +157,7 @@ def what_trains(
     Raises:
         UserError: new blocks are to train and there are none, or are to come and there are some already.
     """
-    manifest, num_layers = Manifest.from_config(raw_config), raw_config["num_hidden_layers"]
+    manifest = Manifest.from_config(raw_config)
     if plan is not None and manifest is not None:
         raise UserError(
             f"--expand.*: {name} is expanded already; leave the option out to train its new blocks, or add a "

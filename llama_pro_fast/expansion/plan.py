@@ -10,8 +10,6 @@ from llama_pro_fast.config import ExpandConfig
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.model.trained import Trained
 
-# -- the plan ------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class ExpansionPlan:

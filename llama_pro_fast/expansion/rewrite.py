@@ -48,9 +48,6 @@ def block_tensor_name(index: int, rest: str) -> str:
     return f"model.layers.{index}.{rest}"
 
 
-# -- the rewrite ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Row:
     """One tensor of the expanded checkpoint: its name, the base's tensor it is or copies, and how."""

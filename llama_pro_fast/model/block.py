@@ -384,7 +384,7 @@ class Block(nn.Module):
 
     Args:
         spec: its shape.
-        tensors: our parameter names (:meth:`BlockSpec.tensors`) -> packed tensors of any float dtype.
+        tensors: our parameter names (:meth:`BlockSpec.shapes`) -> packed tensors of any float dtype.
         block_class: prefix, frozen or trained.
         compute_dtype: of the activations, ``x`` among them, and of frozen weights. A trained block needs at least
             float32's range of exponents (bf16, fp32, fp64): float16 loses small gradients. Autocast is not for it.

@@ -65,7 +65,7 @@ def _way(question: Question, name: str, job: Job, found: Fit | None = None) -> W
         gflop=(found.cost.total + found.cost.recomputed) / 1e9,
         peak=found.peak,
         fits=fits,
-        how=f"{found.micro_batch_size}, {how if how.isalpha() and len(how) < len(job.specs) else 'mixed'}",
+        how=f"{found.micro_batch_size}, {how if how in {policy.value for policy in Recompute} else 'mixed'}",
         seconds=found.seconds,
     )
 

@@ -28,6 +28,7 @@ from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.cost import num_trained_parameters
 from llama_pro_fast.planning.devices import GIB, Device
 from llama_pro_kernels import select_attention_backend
+from llama_pro_kernels.attention_selection import BACKENDS
 
 DOCUMENT = 512
 """Tokens of a document on average, until the text is known."""
@@ -92,6 +93,7 @@ class Question:
         base, expansion: the config before the expansion, and how; None where the run makes none.
         tokens: length of the run.
         price: of an hour of the device, in the reader's currency; None leaves costs out.
+        assumed: in words, what only a run can know.
     """
 
     job: Job
@@ -105,6 +107,7 @@ class Question:
     expansion: ExpansionPlan | None = None
     tokens: float = TOKENS
     price: float | None = None
+    assumed: str = ""
 
 
 def ask(
@@ -117,6 +120,7 @@ def ask(
     triton: bool,
     document: float | None = None,
     price: float | None = None,
+    assumed: str = "",
 ) -> Question:
     """The question that a run puts, or a command line of `plan`.
 
@@ -152,30 +156,55 @@ def ask(
         expansion=expansion,
         tokens=train.tokens or (train.steps or 0) * per_step or TOKENS,
         price=price,
+        assumed=assumed,
     )
 
 
-def assume(config: RunConfig, model: Any, device: Device, *, here: bool) -> RunConfig:
+def assume(config: RunConfig, model: Any, device: Device, *, here: bool) -> tuple[RunConfig, str]:
     """``config`` with what a run on ``device`` would settle: sequence length, dtype and attention backend.
 
-    By default bfloat16, and on a CPU float32; the backend is the one a run would take, or where the device is not
-    here PyTorch's flash attention.
+    By default bfloat16, and on a CPU float32. The backend is the one a run would take, or where the device is not here
+    PyTorch's flash attention.
+
+    Returns:
+        The configuration, and in words what of it only a run can know.
 
     Raises:
-        UserError: the sequence is longer than the model allows.
+        UserError: the sequence is longer than the model allows, or the backend asked for is not of this device.
     """
     train, seq_len = config.train, sequence_length(config, model)
     dtype = train.dtype if train.dtype != "auto" else "float32" if device.is_cpu else "bfloat16"
-    attention = train.attention
-    if attention == "auto" and (here or device.is_cpu):
-        kind, head_dim = "cpu" if device.is_cpu else "cuda", block_spec(model, 0).head_dim
-        window = window_within(model, seq_len)
-        attention = select_attention_backend(kind, DTYPES[dtype], window=window, head_dim=head_dim)
+    attention, kind, assumed = train.attention, "cpu" if device.is_cpu else "cuda", []
+    if here or device.is_cpu:
+        attention = attention_backend(config, model, torch.device(kind), dtype, seq_len)
     elif attention == "auto":
         attention = "reference" if dtype == "float32" else "flash"
-    return dataclasses.replace(
-        config, train=dataclasses.replace(train, seq_len=seq_len, dtype=dtype, attention=attention)
-    )
+        assumed.append(f"attention {attention}")
+    elif attention not in BACKENDS or BACKENDS[attention].device not in (kind, None):
+        served = [name for name, backend in BACKENDS.items() if backend.device in (kind, None)]
+        raise UserError(f"--train.attention {attention}: is not for {device.title}; give auto, {', '.join(served)}")
+    train = dataclasses.replace(train, seq_len=seq_len, dtype=dtype, attention=attention)
+    assumed.append(f"documents of {DOCUMENT} tokens on average")
+    return dataclasses.replace(config, train=train), ", ".join(assumed)
+
+
+def attention_backend(config: RunConfig, model: Any, device: torch.device, dtype: str, seq_len: int) -> str:
+    """The attention backend of a run on a device that is here.
+
+    Raises:
+        UserError: the one asked for is not there, or cannot do what the model or the run needs.
+    """
+    try:
+        return select_attention_backend(
+            device,
+            DTYPES[dtype],
+            requested=config.train.attention,
+            window=window_within(model, seq_len),
+            head_dim=block_spec(model, 0).head_dim,
+            deterministic=config.train.deterministic,
+        )
+    except ValueError as error:
+        raise UserError(f"--train.attention: {error}") from error
 
 
 def sequence_length(config: RunConfig, model: Any) -> int:

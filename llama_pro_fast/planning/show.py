@@ -36,11 +36,7 @@ def show(question: Question, found: Fit | None) -> None:
             f"{amount(parameters)}, of which {amount(job.num_trained)} train ({job.num_trained / parameters:.1%}): "
             f"{which}",
         ),
-        (
-            "assumed",
-            f"attention {job.attention}, documents of {job.document:g} tokens on average; a run finds both out and "
-            "plans with them",
-        ),
+        ("assumed", f"{question.assumed}; a run finds out and plans anew"),
     ]
     if found is None:
         title = f"{question.model}{new} on one {device.title}: does not fit"

@@ -52,7 +52,7 @@ def export_run(run: Path, out: Path | None = None) -> tuple[Path, int]:
                 write_header(target, [(e.name, e.dtype, e.shape, e.num_bytes) for e in entries])
                 for entry in entries:
                     if entry.name in trained.names:
-                        target.write(trained.narrowed(entry).view(torch.uint8).numpy().data)
+                        target.write(trained.cast(entry).view(torch.uint8).numpy().data)
                     else:
                         for piece in base.read_bytes(entry.name):
                             target.write(piece)
@@ -106,7 +106,7 @@ class _TrainedTensors:
             self.names[HEAD] = self.names[EMBEDDING]
         self.held: tuple[str, torch.Tensor] | None = None
 
-    def narrowed(self, entry: TensorEntry) -> torch.Tensor:
+    def cast(self, entry: TensorEntry) -> torch.Tensor:
         """A trained tensor in the dtype the base stores it in.
 
         Raises:

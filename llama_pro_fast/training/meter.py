@@ -9,7 +9,7 @@ from llama_pro_fast.config import RunConfig
 from llama_pro_fast.console import say
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.evaluation.held_out import _described, evaluate
+from llama_pro_fast.evaluation.held_out import described, evaluate
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.training.metrics import MetricsWriter
 
@@ -42,10 +42,10 @@ class Meter:
             figures = [result.loss, *(value for value in (result.base_loss, result.kl) if value is not None)]
             if not all(map(math.isfinite, figures)):
                 raise UserError(
-                    f"step {step}: the loss on {source.name} is not finite ({_described(result)}); nothing was "
+                    f"step {step}: the loss on {source.name} is not finite ({described(result)}); nothing was "
                     "saved since the last checkpoint. Lower --optim.lr and start again, or resume from that checkpoint"
                 )
             self.metrics.write(
                 "eval", step, source=source.name, role=source.role, measured=self.corpus.measured, **asdict(result)
             )
-            say(f"  eval {step:>7}  {source.role:<7} {source.name:<16} {_described(result)}")
+            say(f"  eval {step:>7}  {source.role:<7} {source.name:<16} {described(result)}")

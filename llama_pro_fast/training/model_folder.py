@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import progress_bars
+from llama_pro_fast.console import progress_bars, say
 from llama_pro_fast.data.sources import resolve_sources
 from llama_pro_fast.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
 from llama_pro_fast.files import new_folder
-from llama_pro_fast.hf.config import resolve
+from llama_pro_fast.hf.config import CONFIG_FILE, resolve
 from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import check_tensors
 from llama_pro_fast.training import run_folder
@@ -24,24 +24,31 @@ from llama_pro_fast.training.export import export_run, trained_folder
 
 
 def find(path_or_id: str) -> Path:
-    """The folder of a model: as :func:`resolve`, or of a run its export, which is made of its last checkpoint where
-    there is none.
+    """The folder of a model: as :func:`resolve`, or of a run the export of its last checkpoint, which is made unless
+    the run is complete and so has it.
 
     Raises:
         UserError: there is no such model, or the run has no checkpoint yet.
     """
-    run = Path(path_or_id)
-    if not run_folder.is_run(run):
+    if (run := _run(path_or_id)) is None:
         return resolve(path_or_id)
-    return run / "export" if (run / "export").is_dir() else export_run(run)[0]
+    if run_folder.is_complete(run) and (run / "export").is_dir():
+        return run / "export"
+    folder, step = export_run(run)
+    say(f"exported step {step} of {run_folder.shown(run)} to {run_folder.shown(folder)}")
+    return folder
 
 
 def config_of(path_or_id: str) -> str:
     """What a plan reads in place of ``path_or_id``: of a run the folder of its model, which need not be exported."""
-    run = Path(path_or_id)
-    if not run_folder.is_run(run):
-        return path_or_id
-    return str(run / "export") if (run / "export").is_dir() else str(trained_folder(run).path)
+    run = _run(path_or_id)
+    return path_or_id if run is None else str(trained_folder(run).path)
+
+
+def _run(path_or_id: str) -> Path | None:
+    """The folder of a run; a model's folder may have a config.yaml too."""
+    folder = Path(path_or_id).expanduser()
+    return folder if run_folder.is_run(folder) and not (folder / CONFIG_FILE).exists() else None
 
 
 def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None]:

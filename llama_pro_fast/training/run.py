@@ -64,9 +64,11 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
         if base is None:
             base, plan = model_folder.open_base(config)
         parameters = config.train.parameters
-        trained = what_trains(base.raw_config, parameters=parameters, plan=plan, name=str(base.path))
-        config = settle_computation(config, base)
+        trained = what_trains(
+            base.raw_config, base.config.num_hidden_layers, parameters=parameters, plan=plan, name=str(base.path)
+        )
         device = start_device(config)
+        config = settle_computation(config, base, device)
         if not resume:
             # Whatever the text is: with documents as long as they can be, least is needed.
             choose(question_of(config, base, trained, plan, document=config.train.seq_len))
@@ -107,7 +109,9 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
             config=config,
             output=output,
             folder=folder,
-            trained=what_trains(folder.raw_config, parameters=parameters, name=str(folder.path)),
+            trained=what_trains(
+                folder.raw_config, folder.config.num_hidden_layers, parameters=parameters, name=str(folder.path)
+            ),
             corpus=corpus,
             tokenizer=tokenizer,
             device=device,

@@ -69,6 +69,11 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file()
 
 
+def is_complete(run: Path) -> bool:
+    """Whether a run has come to its end, and so cannot go on."""
+    return (run / SUMMARY).exists()
+
+
 def first_free(folder: Path) -> Path:
     """``folder``, or where that holds a complete run ``folder-2``, and so on.
 
@@ -77,7 +82,7 @@ def first_free(folder: Path) -> Path:
     """
     number, candidate = 1, folder
     while is_run(candidate):
-        if not (candidate / SUMMARY).exists():
+        if not is_complete(candidate):
             with claimed(candidate, resume=True, overwrite=False):
                 complete, steps = complete_checkpoints(candidate), load_config(candidate).train.steps
                 done = read_info(complete[-1]).progress.step if complete else 0

@@ -15,17 +15,16 @@ import torch
 from llama_pro_fast.config import RunConfig, Settled, check_bounds
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.plan import ExpansionPlan
-from llama_pro_fast.hf.families import block_spec, window_within
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.model.decoder import DTYPES
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning import devices
 from llama_pro_fast.planning.devices import GIB, Device
 from llama_pro_fast.planning.explain import shortfall
-from llama_pro_fast.planning.job import Question, ask, recompute_text, sequence_length
+from llama_pro_fast.planning.job import Question, ask, attention_backend, recompute_text, sequence_length
 from llama_pro_fast.planning.search import Fit, best_fit
 from llama_pro_fast.training.schedule import settle_schedule
-from llama_pro_kernels import implementation_name, select_attention_backend
+from llama_pro_kernels import implementation_name
 
 
 def check_recipe(config: RunConfig) -> None:
@@ -34,19 +33,16 @@ def check_recipe(config: RunConfig) -> None:
     Raises:
         UserError: naming the key and the remedy.
     """
-    train, optim = config.train, config.optim
     if not config.output:
         raise UserError("--output: say where the run goes, for example --output runs/mine")
     check_model(config)
     if not config.data.domain:
         raise UserError("--data.domain: say what to learn: a .jsonl, .txt or .parquet file or folder, or stdlib:code")
-    if optim.lr is None:
+    if config.optim.lr is None:
         raise UserError(
             "--optim.lr: there is no default, it depends on the base; the paper took 2e-4 for LLaMA-2-7B and 2e-5 for "
             "Mistral-7B, 5e-5 is a careful start for other bases, 1e-3 for a small model from scratch"
         )
-    if train.steps is not None and train.tokens is not None:
-        raise UserError("--train.steps and --train.tokens both set the length; give one of them")
 
 
 def check_model(config: RunConfig) -> None:
@@ -67,56 +63,56 @@ def check_model(config: RunConfig) -> None:
     if config.model.init == "random" and train.parameters != "all":
         raise UserError("--model.init random: every weight is new, so say --train.parameters all")
     check_bounds(config)
+    if train.steps is not None and train.tokens is not None:
+        raise UserError("--train.steps and --train.tokens both set the length; give one of them")
     if train.micro_batch_size is not None and train.batch_size % train.micro_batch_size:
         raise UserError(
             f"--train.micro_batch_size: {train.micro_batch_size} does not divide --train.batch_size {train.batch_size}"
         )
 
 
-def settle_computation(config: RunConfig, base: PretrainedFolder) -> RunConfig:
-    """``config`` with sequence length, device, dtype, attention backend and threads filled in.
+def start_device(config: RunConfig) -> torch.device:
+    """The device of a run, and the process set up for it: threads, allocator, what `deterministic` needs.
 
     Raises:
-        UserError: a device or backend asked for is not there, or the sequence is longer than the model allows.
+        UserError: a GPU is asked for and PyTorch sees none.
     """
-    train, seq_len = config.train, sequence_length(config, base.config)
+    train = config.train
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--train.device cuda: PyTorch sees no GPU here; install its CUDA build or use --train.device cpu"
+        )
     device = train.device if train.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "--train.device cuda: PyTorch sees no GPU here; install its CUDA build or use --train.device cpu"
-            )
         devices.expandable_segments()
-    name = train.dtype if train.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+        if train.deterministic:
+            # cuBLAS reads this when it is first used; a workspace of its own per stream is what makes it repeat.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    return torch.device(device)
+
+
+def settle_computation(config: RunConfig, base: PretrainedFolder, device: torch.device) -> RunConfig:
+    """``config`` with sequence length, device, dtype, attention backend and threads filled in.
+
+    Args:
+        device: as :func:`start_device` gave it; a backend may be deterministic only once the process is set up.
+
+    Raises:
+        UserError: a backend asked for is not there, or the sequence is longer than the model allows.
+    """
+    train, seq_len = config.train, sequence_length(config, base.config)
+    name = train.dtype if train.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    attention = attention_backend(config, base.config, device, name, seq_len)
     try:
-        attention = select_attention_backend(
-            torch.device(device),
-            DTYPES[name],
-            requested=train.attention,
-            window=window_within(base.config, seq_len),
-            head_dim=block_spec(base.config, 0).head_dim,
-            deterministic=train.deterministic,
-        )
-    except ValueError as error:
-        raise UserError(f"--train.attention: {error}") from error
-    try:
-        implementation_name(torch.device(device), DTYPES[name])
+        implementation_name(device, DTYPES[name])
     except ImportError as error:
-        raise UserError(f"--train.device {device}: {error}") from error
-    settled = {"seq_len": seq_len, "device": device, "dtype": name, "attention": attention}
-    settled["threads"] = train.threads or torch.get_num_threads()
+        raise UserError(f"--train.device {device.type}: {error}") from error
+    settled = {"seq_len": seq_len, "device": device.type, "dtype": name, "attention": attention}
+    settled["threads"] = torch.get_num_threads()
     return dataclasses.replace(config, train=dataclasses.replace(train, **settled))
-
-
-def start_device(config: RunConfig) -> torch.device:
-    """Set the process up for a settled computation: threads, and what `deterministic` needs."""
-    train = config.train
-    torch.set_num_threads(train.threads)
-    if train.deterministic and train.device == "cuda":
-        # cuBLAS reads this when it is first used; a workspace of its own per stream is what makes it repeat.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return torch.device(train.device)
 
 
 def question_of(
@@ -165,7 +161,7 @@ def settle(config: RunConfig, question: Question, found: Fit, *, sequences_in_ep
         config.train,
         steps=steps,
         micro_batch_size=found.micro_batch_size,
-        memory=round(question.usable / GIB, 2),
+        memory=max(0.01, round(question.usable / GIB, 2)) if config.train.memory == "auto" else config.train.memory,
         recompute=recompute_text(found.recompute, question.job.trained.first),
         checkpoint_every=config.train.checkpoint_every or interval,
     )

@@ -6,6 +6,7 @@ import pytest
 from planner_cases import CARD, job_of
 
 from llama_pro_fast import plan
+from llama_pro_fast.model.block import Recompute
 from llama_pro_fast.planning import alternatives
 from llama_pro_fast.planning.devices import SHARE
 from llama_pro_fast.planning.search import best_fit
@@ -24,6 +25,12 @@ def test_the_first_way_is_the_plan_with_all_that_was_asked_for():
     first, *others = alternatives.ways(question, found)
     assert (first.name, first.peak, first.seconds, first.how) == ("this plan", found.peak, found.seconds, "1, block")
     assert [way.name for way in others] == ["8 in the upper half", "full fine-tuning", "LoRA, rank 16"]
+
+
+@pytest.mark.parametrize("policy", list(Recompute))
+def test_a_policy_of_all_blocks_is_named(policy):
+    first = next(alternatives.ways(*asked("--expand.groups", "8", "--train.recompute", policy.value)))
+    assert first.how.endswith(f", {policy.value}")
 
 
 @pytest.mark.parametrize(

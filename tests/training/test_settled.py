@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 import threading
 
 import pytest
+import torch
 import yaml
 
 from llama_pro_fast import plan
@@ -17,15 +19,20 @@ from llama_pro_fast.expansion.manifest import what_trains
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.model.trained import Trained
-from llama_pro_fast.recipe import parse
+from llama_pro_fast.recipe import OF_PLAN, parse
 from llama_pro_fast.resume import load_config
+from llama_pro_fast.training import model_folder, settle
 from llama_pro_fast.training.run import run_training
 
 OPEN = {"device": "auto", "dtype": "auto", "micro_batch_size": None, "checkpoint_every": None, "threads": None}
 
 
+def digest_of(folder) -> str:
+    return folder_digest(PretrainedFolder(folder))
+
+
 def digest(run) -> str:
-    return folder_digest(PretrainedFolder(run / "export"))
+    return digest_of(run / "export")
 
 
 @pytest.mark.slow
@@ -68,6 +75,31 @@ def test_a_configuration_cannot_be_changed():
         OptimConfig(lr=1.0).lr = 2.0
 
 
+def test_the_process_is_made_deterministic_before_a_backend_is_chosen(make_config, monkeypatch):
+    """On a GPU flash attention's backward repeats only under PyTorch's switch, and is refused without it."""
+    seen = []
+
+    def chosen(*_):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        raise UserError("enough")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(settle, "attention_backend", chosen)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+    try:
+        with pytest.raises(UserError, match="enough"):
+            run_training(make_config(train={"device": "cuda", "deterministic": True}))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [True]
+
+
+def test_a_limit_of_memory_is_stored_as_it_was_given(make_config, tmp_path):
+    run_training(make_config(train={"memory": 0.004, "steps": 1}))
+    assert load_config(tmp_path / "run").train.memory == 0.004
+
+
 # -- what trains ---------------------------------------------------------------------------------------------------
 
 
@@ -75,10 +107,14 @@ def test_what_trains_is_the_same_before_and_after_the_expansion(base, tmp_path):
     assert expand_main([str(base), str(tmp_path / "expanded"), "--expand.groups", "2"]) == 0
     folder, new = PretrainedFolder(base), ExpansionPlan.from_groups(4, 2)
     expanded = PretrainedFolder(tmp_path / "expanded").raw_config
-    after = what_trains(expanded, parameters="new_blocks", name="")
-    assert after == what_trains(folder.raw_config, parameters="new_blocks", plan=new, name="") == Trained(6, (2, 5))
+    after = what_trains(expanded, 6, parameters="new_blocks", name="")
+    assert (
+        after
+        == what_trains(folder.raw_config, folder.config.num_hidden_layers, parameters="new_blocks", plan=new, name="")
+        == Trained(6, (2, 5))
+    )
     assert (after.strip, after.skip_for_base) == ("..XooX", (2, 5))
-    everything = what_trains(expanded, parameters="all", name="")
+    everything = what_trains(expanded, 6, parameters="all", name="")
     assert (everything.strip, everything.skip_for_base) == ("XXXXXX", ())
 
 
@@ -86,7 +122,7 @@ def test_where_the_base_has_trained_too_nothing_is_skipped_for_it(base, tmp_path
     assert expand_main([str(base), str(tmp_path / "expanded"), "--expand.groups", "2"]) == 0
     raw = PretrainedFolder(tmp_path / "expanded").raw_config
     raw = raw | {"block_expansion": raw["block_expansion"] | {"base_intact": False}}
-    found = what_trains(raw, parameters="new_blocks", name="")
+    found = what_trains(raw, 6, parameters="new_blocks", name="")
     assert (found.blocks, found.skip_for_base) == ((2, 5), ())
 
 
@@ -100,18 +136,60 @@ def test_plan_and_train_understand_a_line_alike():
     question = plan.question_of(asked)
     assert question.job.trained.blocks == (8, 17, 26, 35)
     assert (question.device.title, question.job.seq_len) == ("H100 80 GB", 2048)
+    assert set(plan.OWN) == set(OF_PLAN)
     with pytest.raises(UserError, match="no option gpu here, only in `llama-pro-fast plan`"):
         parse([*line, "--gpu", "h100"])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train.device", "cuda"], "PyTorch sees no GPU here"),
+        (["--train.attention", "magic", "--gpu", "h100"], "--train.attention magic: is not for H100"),
+        (["--train.attention", "cpu_flash", "--gpu", "h100"], "--train.attention cpu_flash: is not for H100"),
+        (["--train.attention", "flash", "--gpu", "cpu"], "--train.attention: "),
+        (["--train.steps", "5", "--train.tokens", "1e6"], "both set the length"),
+        (["--train.steps", "3", "--optim.warmup_steps", "9"], "longer than the run"),
+    ],
+)
+def test_plan_refuses_what_train_would(base, options, message):
+    if torch.cuda.is_available():
+        return
+    line = ["--model.path", str(base), "--expand.groups", "2", *options]
+    with pytest.raises(UserError, match=message):
+        plan.question_of(parse(line, verb="plan", own=plan.OWN))
+
+
+def test_a_model_with_a_config_yaml_of_its_own_is_no_run(base, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    (folder / "config.yaml").write_text("foo: 1\n")
+    assert model_folder.find(str(folder)) == folder
+    assert model_folder.config_of(str(folder)) == str(folder)
+
+
+def test_a_run_that_went_on_is_exported_anew(make_config, stopped_at_2, tmp_path, capsys):
+    stopped_at_2(make_config(train={"steps": 4}))
+    first = digest_of(model_folder.find(str(tmp_path / "run")))
+    assert "exported step 2" in capsys.readouterr().out
+    run_training(load_config(tmp_path / "run"), resume=True)
+    assert digest_of(model_folder.find(str(tmp_path / "run"))) != first
+    assert "exported step" not in capsys.readouterr().out, "a complete run has its export"
+
+
 def test_a_run_is_a_model_to_every_verb(make_config, stopped_at_2, finished, tmp_path, capsys):
     """Its export; where there is none yet, what its last checkpoint would export."""
     run = finished
     assert plan.main(["--model.path", str(run), "--gpu", "h100"]) == 0
     assert "..XooX" in capsys.readouterr().out
     assert expand_main([str(run), str(tmp_path / "twice"), "--expand.after", "5"]) == 0
-    assert what_trains(PretrainedFolder(tmp_path / "twice").raw_config, parameters="new_blocks", name="").blocks == (6,)
+    assert what_trains(
+        PretrainedFolder(tmp_path / "twice").raw_config,
+        PretrainedFolder(tmp_path / "twice").config.num_hidden_layers,
+        parameters="new_blocks",
+        name="",
+    ).blocks == (6,)
 
     stopped_at_2(make_config())
     assert not (tmp_path / "run" / "export").exists()

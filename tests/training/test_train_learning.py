@@ -34,7 +34,7 @@ def batch() -> PackedBatch:
 
 
 def load(folder: PretrainedFolder, dtype=torch.float32) -> Decoder:
-    trained = what_trains(folder.raw_config, parameters="new_blocks", name="")
+    trained = what_trains(folder.raw_config, folder.config.num_hidden_layers, parameters="new_blocks", name="")
     return load_model(folder, trained=trained, dtype=dtype, attention="cpu_flash")
 
 

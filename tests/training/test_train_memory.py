@@ -41,7 +41,7 @@ def ask(make_config, base_of, tmp_path):
     def settled(usable: float | None = None, **changes):
         settings = {"micro_batch_size": None, "attention": "cpu_flash", "dtype": "float32"} | changes
         config = make_config(train=settings | ({} if usable is None else {"memory": usable / GIB}))
-        trained = what_trains(folder.raw_config, parameters="new_blocks", name="")
+        trained = what_trains(folder.raw_config, folder.config.num_hidden_layers, parameters="new_blocks", name="")
         question = settle.question_of(config, folder, trained, None, document=20)
         found = settle.choose(question)
         return recompute_text(found.recompute, trained.first), why(question, found), found.peak
