@@ -1,4 +1,4 @@
-"""The quickstart by the clock: `python -m llama_pro_fast.train` in an empty folder.
+"""The quickstart by the clock: `llama-pro-fast train` in an empty folder.
 
     python bench/quickstart.py
 

@@ -7,7 +7,7 @@
     random      the quickstart on a base of the same shape whose weights are random: what new blocks alone can learn
     scratch     the random base, every parameter trained: what the text alone teaches in this budget
 
-All see as many tokens in as many steps, through the same trainer (`python -m llama_pro_fast.train --config quickstart`
+All see as many tokens in as many steps, through the same trainer (`llama-pro-fast train --config quickstart`
 with options); runs of one seed see them in the same order. What is compared is the loss on held-out code (the domain)
 and on held-out prose (the general text) after the last step, over learning rates, since each method has its own best
 one. Every pair of method and rate is trained with three seeds, which decide the order of the text.

@@ -1,7 +1,7 @@
 """What a step is said to hold is what it holds: counted allocation by allocation, over whole optimizer steps.
 
 The count is PyTorch's own record (`bench/peak_bytes.py`) plus the tensors that are there at entry. Nothing of it is
-known to `memory.py`, so a term that is dropped, doubled or of the wrong moment shows, where that moment is the fullest.
+known to `memory.py`, so a term that is dropped, doubled or of the wrong phase shows, where that phase is the fullest.
 Each case below says which one is.
 """
 
@@ -46,7 +46,7 @@ TINY = {"hidden_size": 16, "head_dim": 8, "intermediate_size": 48, "vocab_size":
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model of four blocks and the step it makes; ``fullest`` is the step's moment with nothing recomputed."""
+    """A model of four blocks and the step it makes; ``fullest`` is the step's phase with nothing recomputed."""
 
     fullest: str
     trained: tuple[int, ...] = (1, 3)
@@ -238,7 +238,7 @@ def test_with_few_tokens_it_is_the_counted_peak_to_a_thousandth(name, way):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_fullest_moment_is_the_one_the_case_is_for(name):
-    """Else a moment that none of the cases reaches would go uncounted."""
+    """Else a phase that none of the cases reaches would go uncounted."""
     case = CASES[name]
     said = step_memory(
         case.job(fp32), WAYS["none"], micro_batch_size=case.micro_batch_size, accumulating=case.micro_batches > 1

@@ -150,7 +150,7 @@ def test_just_short_of_that_a_mixture_fits_and_its_last_change_was_needed(name):
     rungs = list(policies(job))
     usable = peak(job, rungs[0]) - 1
     found = best_fit(question_of(job, batch_size=2, micro_batch_size=1, usable=usable))
-    if least(job) > usable:  # weights' gradients, or logits, are all there is at the fullest moment
+    if least(job) > usable:  # weights' gradients, or logits, are all there is in the fullest phase
         assert found is None
         return
     assert found.peak <= usable
