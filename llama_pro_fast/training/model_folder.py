@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,14 @@ def find(path_or_id: str) -> Path:
     return folder
 
 
+def with_export(config: RunConfig) -> RunConfig:
+    """``config`` with its export in place of a run as the model: what is trained stays what it is should that run go
+    on."""
+    if config.model.path is None or _run(config.model.path) is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(find(config.model.path))))
+
+
 def config_of(path_or_id: str) -> str:
     """What a plan reads in place of ``path_or_id``: of a run the folder of its model, which need not be exported."""
     run = _run(path_or_id)
@@ -57,7 +66,7 @@ def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None
     Raises:
         UserError: there is none, its files do not fit each other, or the expansion does not fit it.
     """
-    base = PretrainedFolder(find(config.model.path))
+    base = PretrainedFolder(resolve(config.model.path))
     run_folder.check_not_inside("model.path", base.path, Path(config.output))
     if config.model.init == "random":
         return base, None

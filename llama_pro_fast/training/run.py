@@ -62,6 +62,7 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
         folder, plan = model_folder.existing(output) if resume else None, None
         base = folder
         if base is None:
+            config = config if resume else model_folder.with_export(config)
             base, plan = model_folder.open_base(config)
         parameters = config.train.parameters
         trained = what_trains(

@@ -196,5 +196,8 @@ def test_a_run_is_a_model_to_every_verb(make_config, stopped_at_2, finished, tmp
     assert plan.main(["--model.path", str(tmp_path / "run"), "--gpu", "h100"]) == 0
     assert not (tmp_path / "run" / "export").exists(), "a plan needs no weights"
     config = make_config(model={"path": str(tmp_path / "run")}, expand={"groups": None}, output=str(tmp_path / "on"))
-    assert run_training(config)["trained_blocks"] == [2, 5]
+    stopped_at_2(config)
     assert (tmp_path / "run" / "export").is_dir()
+    # The first run goes on, and leaves the second's model alone until it is exported anew.
+    assert load_config(tmp_path / "on").model.path == str(tmp_path / "run" / "export")
+    assert run_training(load_config(tmp_path / "on"), resume=True)["trained_blocks"] == [2, 5]
