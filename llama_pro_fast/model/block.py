@@ -18,13 +18,13 @@ branches add 0.
     frozen    above it. Backward computes the gradient of x and no gradient of a weight: four products, one a matrix.
     trained   Backward computes the gradients of x and of every weight: eight products, two a matrix.
 
-Nothing below the lowest trained block trains, unless the embeddings do. So that block computes no gradient of x and
-skips the dX product of qkv_proj: seven products instead of eight.
+Nothing below the lowest trained block trains. So that block computes no gradient of x and skips the dX product of
+qkv_proj: seven products instead of eight. Where everything trains it is block 0, and the embeddings want the gradient.
 
 **Kept** from forward to backward, by a frozen and by a trained block alike, are those :class:`Activations` that the
 block's policy says (:class:`Recompute`). Backward recomputes the others by the kernels of forward on the same numbers.
-Where s was kept, rms_norm_forward of s gives the rows of add_rms_norm_forward bit for bit. So recomputing changes no
-bit of a gradient.
+Where s was kept, rms_norm_forward of s gives the rows of add_rms_norm_forward bit for bit. So no bit of a gradient
+depends on the policy.
 
     policy             kept                   bytes a token                 recomputed in backward
     none               x, rstd, qkv, o, lse,  4H + 4(N + K)D + 4N + 4I + 8  nothing
@@ -46,10 +46,10 @@ k_norm, qkv is raw, and backward norms and rotates q and k once more. down_proj 
 reads its output.
 
 **Freed.** What forward computes and does not keep is gone when forward returns, but for y. What is kept is autograd's
-until this block's backward has returned. Backward writes the gradient of gate_up over gate_up. So it may run only once;
-under every policy a second call raises (`Consumed`). Of what is recomputed, gate_up goes with the MLP's backward, s
-before attention's, qkv after rotary's; rstd, post_rstd, o and lse go when backward returns. Until then backward also
-holds the gradients of all the block's weights.
+until this block's backward has returned. Backward writes the gradient of gate_up over gate_up, so it may run only once.
+A second call raises (`Consumed`), and does so under the other policies too, for one rule. Of what is recomputed,
+gate_up goes with the MLP's backward, s before attention's, qkv after rotary's; rstd, post_rstd, o and lse go when
+backward returns. Until then backward also holds the gradients of all the block's weights.
 
 **Weights.** A prefix or frozen block holds each weight once, in the compute dtype. A trained block holds float32 master
 weights and, where the compute dtype is lower, low-precision copies of its four matrices for the products (layers.py).
