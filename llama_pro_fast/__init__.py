@@ -23,6 +23,10 @@ def __getattr__(name: str) -> Any:
     return getattr(api, name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         # The command lines are modules of the same names; importing one must not hide the function.

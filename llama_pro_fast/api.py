@@ -12,7 +12,7 @@ import torch
 
 from llama_pro_fast.config import ExpandConfig, RunConfig
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion.manifest import what_trains
+from llama_pro_fast.expansion.manifest import MANIFEST_KEY, what_trains
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
 from llama_pro_fast.hf.families import block_spec, window_within
@@ -148,7 +148,13 @@ def freeze_to_new_blocks(model: torch.nn.Module) -> list[str]:
     Raises:
         UserError: the model's config names no new blocks.
     """
+    if type(model).__module__.startswith("peft"):
+        raise UserError("a PEFT model: freeze the transformers model first, then add adapters")
+    if not hasattr(model, "config") or not hasattr(model, "get_decoder"):
+        raise UserError(f"{type(model).__name__}: not a transformers language model; unwrap it first")
     config = model.config.to_dict()
+    if MANIFEST_KEY not in config:
+        raise UserError(f"{model.config.name_or_path or 'the model'}: has no new blocks; expand it first")
     trained = what_trains(
         config, model.config.num_hidden_layers, parameters="new_blocks", name=model.config.name_or_path or "the model"
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from llama_pro_fast.errors import UserError
 
@@ -23,6 +24,10 @@ class Bounds:
 
 
 ABOVE_0 = Bounds(lambda value: 0 < value < math.inf, "is not a number above 0")
+SEED = Bounds(lambda value: 0 <= value < 2**63, "is not a number from 0 up to 2^63")
+SEQUENCES = Bounds(lambda value: 0 < value <= 2**20, "is not a number above 0, and at most 2^20")
+THREADS = Bounds(lambda value: 0 < value <= 1024, "is not a number above 0, and at most 1024")
+GIBIBYTES = Bounds(lambda value: 0 < value < 2**30, "is not a number of GiB above 0")
 NOT_BELOW_0 = Bounds(lambda value: 0 <= value < math.inf, "is not a number from 0 up")
 BELOW_1 = Bounds(lambda value: 0 <= value < 1, "is not between 0 and 1 (1 excluded)")
 RATIO = Bounds(lambda value: 0 <= value <= 1, "is not between 0 and 1")
@@ -154,21 +159,21 @@ class TrainConfig:
     seq_len: int | None = number(None, ABOVE_0)
     """Tokens per sequence; by default the model's positions, at most 4096."""
 
-    batch_size: int = number(16, ABOVE_0)
+    batch_size: int = number(16, SEQUENCES)
     """Sequences per optimizer step."""
 
-    micro_batch_size: int | None = number(None, ABOVE_0)
+    micro_batch_size: int | None = number(None, SEQUENCES)
     """Sequences per forward and backward; divides `batch_size`. By default what fits `memory` and should be fastest."""
 
     recompute: str = "auto"
     """What blocks recompute in backward instead of keeping: `none`, `mlp`, `all_but_attention` or `block` for all, or a
     letter for each block (`.`, `m`, `a`, `b`). `auto`: as little as fits `memory`."""
 
-    memory: float | Literal["auto"] = number("auto", ABOVE_0)
+    memory: float | Literal["auto"] = number("auto", GIBIBYTES)
     """GiB the run may take on its device; `auto` is what is free there, with something to spare. A run that needs more
     is refused before it loads anything."""
 
-    seed: int = number(0, NOT_BELOW_0)
+    seed: int = number(0, SEED)
     """Seeds the order of the data and random initial weights."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -182,7 +187,7 @@ class TrainConfig:
     deterministic: bool = False
     """Bit-equal repeats on a GPU, at some cost in speed. A CPU repeats bit for bit anyway."""
 
-    threads: int | None = number(None, ABOVE_0)
+    threads: int | None = number(None, THREADS)
     """CPU threads; by default what PyTorch chooses."""
 
     log_every: int = number(10, ABOVE_0)
@@ -238,7 +243,13 @@ class Settled(RunConfig):
         for key, value, _ in options(self):
             if value in (None, "auto") and key not in MAY_STAY_OPEN:
                 raise UserError(f"{key} is not settled; give it a value")
-        check_bounds(self)
+        check_values(self)
+        train = self.train
+        if train.batch_size % train.micro_batch_size:
+            raise UserError(
+                f"--train.micro_batch_size: {train.micro_batch_size} does not divide --train.batch_size "
+                f"{train.batch_size}"
+            )
 
 
 def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -251,13 +262,46 @@ def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield key, value, each
 
 
-def check_bounds(config: Any, prefix: str = "") -> None:
-    """Every number of a configuration, or of its section ``prefix``, within the bounds of its field.
+def check_values(config: Any, prefix: str = "") -> None:
+    """Every value of a configuration, or of its section ``prefix``, of its field's type and within its bounds.
 
     Raises:
         UserError: naming the option.
     """
-    for key, value, each in options(config, prefix):
+    hints = get_type_hints(type(config))
+    for each in fields(config):
+        value, key = getattr(config, each.name), prefix + each.name
+        if is_dataclass(hints[each.name]):
+            if not isinstance(value, hints[each.name]):
+                raise UserError(f"{key}: {value!r:.60} is no section; give its keys")
+            check_values(value, f"{key}.")
+            continue
+        if not _is_of(value, hints[each.name]):
+            hint = "; in YAML a number with an exponent needs a point, 1.0e-3" if isinstance(value, str) else ""
+            raise UserError(f"--{key}: {value!r:.60} is not {_in_words(hints[each.name])}{hint}")
         bounds = each.metadata.get("bounds")
         if bounds is not None and value not in (None, "auto") and not bounds.holds(value):
             raise UserError(f"--{key}: {value} {bounds.otherwise}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of(part, get_args(hint)[0]) for part in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_in_words(part) for part in get_args(hint) if part is not NoneType)
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list ({_in_words(get_args(hint)[0])})"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Source: "a Source"}
+    return words[hint]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from llama_pro_fast.cli import PROGRAM, run_entry_point
-from llama_pro_fast.config import ExpandConfig, check_bounds
+from llama_pro_fast.config import ExpandConfig, check_values
 from llama_pro_fast.console import amount, box, duration, progress_bars, say
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
@@ -62,7 +62,7 @@ def _parse(argv: list[str]) -> Any:
     parser.add_class_arguments(ExpandConfig, "expand")
     with one_line_errors([f"expand.{each.name}" for each in fields(ExpandConfig)]):
         options = parser.instantiate(parser.parse_args(argv))
-    check_bounds(options.expand, "expand.")
+    check_values(options.expand, "expand.")
     return options
 
 

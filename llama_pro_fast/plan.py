@@ -25,7 +25,7 @@ from llama_pro_fast.planning.show import as_dict, show
 from llama_pro_fast.recipe import Request, parse
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.schedule import settle_schedule
-from llama_pro_fast.training.settle import check_model, start_device
+from llama_pro_fast.training.settle import check_model, count_steps, start_device
 
 OWN = {
     "gpu": {
@@ -82,8 +82,8 @@ def question_of(request: Request) -> Question:
         name = start_device(config).type
     device = devices.present() if name == "cuda" else devices.cpu() if name == "cpu" else DEVICES[name]
     config, assumed = assume(config, base, device, here=name in ("cuda", "cpu"))
-    if config.train.steps is not None:
-        settle_schedule(config.optim, config.train.steps)
+    if config.train.steps is not None or config.train.tokens is not None:
+        settle_schedule(config.optim, count_steps(config, sequences_in_epoch=0))
     return ask(config, base, trained, expansion, device, triton=not device.is_cpu, price=price, assumed=assumed)
 
 

@@ -212,6 +212,9 @@ def _one_line(message: str, known: Sequence[str] = ()) -> str:
         return _unknown(unknown[1].lstrip("-").split("=")[0], known)
     if unknown := re.search(r"[Kk]ey [\"']([\w.]+)[\"'] is not expected|No action for key \"([\w.]+)\"", message):
         return _unknown(unknown[1] or unknown[2], known)
+    if section := re.search(r'Parser key "(\w+)": Unable to load config', message):
+        keys = [name for name in known if name.startswith(f"{section[1]}.")]
+        return f"--{section[1]} is a section; give one of its keys: {', '.join(f'--{name}' for name in keys)}"
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Given value: (.*)|[Gg]ot value: (.*)|File does not exist: (.*)", message)
     if key and given:
@@ -226,7 +229,11 @@ def _one_line(message: str, known: Sequence[str] = ()) -> str:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     if key in OF_PLAN:
-        return f"there is no option {key} here, only in `{PROGRAM} plan`; leave it out"
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        return f"there is no option {key} here, only on the command line of `{PROGRAM} plan`; leave it out"
+    last = key.rpartition(".")[2].replace("-", "_")
+    close = [name for name in known if name.rpartition(".")[2] == last]
+    close += [name for name in known if name.rpartition(".")[2].startswith(last)]
+    close += difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close.sort(key=lambda name: not name.startswith("train."))  # of several, what most mean
     hint = f"did you mean {close[0]}?" if close else "`--help` lists them"
     return f"there is no option or recipe key {key}; {hint}"

@@ -79,7 +79,7 @@ def load_config(run: Path) -> Settled:
     """
     path = run / CONFIG_NAME
     if not path.is_file():
-        raise UserError(f"{run}: no run there (no {CONFIG_NAME}); start one without --resume")
+        raise UserError(f"{run}: no run there (no {CONFIG_NAME}); give the folder of a run")
     try:
         return from_dict(Settled, yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:

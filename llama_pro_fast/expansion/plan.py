@@ -84,7 +84,7 @@ class ExpansionPlan:
         if (config.groups is None) == (config.after is None):
             given = "none" if config.groups is None else "each"
             raise UserError(
-                f"--expand.groups and --expand.after: {given} of them is given; give one, such as --expand.groups 8"
+                f"--expand.groups and --expand.after: {given} of them is given; give one (null takes a recipe's back)"
             )
         if config.groups is not None:
             return cls.from_groups(num_layers, config.groups, config.copies)

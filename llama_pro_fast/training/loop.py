@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from llama_pro_fast.config import Settled
 from llama_pro_fast.console import say
 from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.errors import UserError
 from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.decoder import DTYPES, Decoder
@@ -87,6 +88,11 @@ def train(run: Run, *, resume: bool) -> bool:
             say("the held-out text has changed since: what is gained and forgotten counts from this step on")
             info = replace(info, measured=corpus.measured)
             measured_anew = True
+        if info.progress.step > steps:
+            raise UserError(
+                f"{complete[-1]}: is at step {info.progress.step}, and the run's config.yaml says train.steps {steps}; "
+                "put it back"
+            )
     elif resume:
         say("no complete checkpoint yet: starting from the first step")
     done = info.progress

@@ -43,8 +43,9 @@ def find(path_or_id: str) -> Path:
 def with_export(config: RunConfig) -> RunConfig:
     """``config`` with its export in place of a run as the model: what is trained stays what it is should that run go
     on."""
-    if config.model.path is None or _run(config.model.path) is None:
+    if _run(config.model.path) is None:
         return config
+    run_folder.check_not_inside("model.path", config.model.path, Path(config.output))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(find(config.model.path))))
 
 

@@ -5,6 +5,7 @@ Each line that is more than a step of the story lives in a module of its own.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ from llama_pro_fast.training.settle import (
 )
 from llama_pro_fast.training.summary import summarise, write_report
 
+_ONE_AT_A_TIME = threading.Lock()
+
 
 def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
-    """A whole run.
+    """A whole run, in any thread; threads, determinism and device are the process', so one at a time.
 
     Args:
         config: with ``resume``, the run's stored configuration.
@@ -52,6 +55,17 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
     Raises:
         UserError: bad input, a full disk, or gradients that are not finite.
     """
+    if not _ONE_AT_A_TIME.acquire(blocking=False):
+        raise UserError(
+            "another run is going on in this process; wait for it, or start this one in a process of its own"
+        )
+    try:
+        return _run(config, resume=resume, overwrite=overwrite)
+    finally:
+        _ONE_AT_A_TIME.release()
+
+
+def _run(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     # What can be refused is refused before any work.
     if not resume:
         check_recipe(config)

@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from llama_pro_fast.config import RunConfig, Settled, check_bounds
+from llama_pro_fast.config import RunConfig, Settled, check_values
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.folder import PretrainedFolder
@@ -62,7 +62,7 @@ def check_model(config: RunConfig) -> None:
         raise UserError("--expand.*: a random model has nothing to keep; train a base first (train.parameters all)")
     if config.model.init == "random" and train.parameters != "all":
         raise UserError("--model.init random: every weight is new, so say --train.parameters all")
-    check_bounds(config)
+    check_values(config)
     if train.steps is not None and train.tokens is not None:
         raise UserError("--train.steps and --train.tokens both set the length; give one of them")
     if train.micro_batch_size is not None and train.batch_size % train.micro_batch_size:
@@ -155,7 +155,7 @@ def settle(config: RunConfig, question: Question, found: Fit, *, sequences_in_ep
     Raises:
         UserError: the run is shorter than one step, or than its warm-up.
     """
-    steps = _steps(config, sequences_in_epoch)
+    steps = count_steps(config, sequences_in_epoch)
     interval = max(1, min(500, steps // 10))
     train = dataclasses.replace(
         config.train,
@@ -176,7 +176,12 @@ def settle(config: RunConfig, question: Question, found: Fit, *, sequences_in_ep
     )
 
 
-def _steps(config: RunConfig, sequences_in_epoch: int) -> int:
+def count_steps(config: RunConfig, sequences_in_epoch: int) -> int:
+    """Optimizer steps of a run with a settled sequence length.
+
+    Raises:
+        UserError: it is shorter than one.
+    """
     train = config.train
     if train.steps is not None:
         return train.steps

@@ -9,9 +9,10 @@ import threading
 
 import pytest
 import torch
+import transformers
 import yaml
 
-from llama_pro_fast import plan
+from llama_pro_fast import freeze_to_new_blocks, plan
 from llama_pro_fast.config import MAY_STAY_OPEN, OptimConfig, Settled, options
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expand import main as expand_main
@@ -21,6 +22,7 @@ from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.recipe import OF_PLAN, parse
 from llama_pro_fast.resume import load_config
+from llama_pro_fast.train import main as train_main
 from llama_pro_fast.training import model_folder, settle
 from llama_pro_fast.training.run import run_training
 
@@ -137,7 +139,7 @@ def test_plan_and_train_understand_a_line_alike():
     assert question.job.trained.blocks == (8, 17, 26, 35)
     assert (question.device.title, question.job.seq_len) == ("H100 80 GB", 2048)
     assert set(plan.OWN) == set(OF_PLAN)
-    with pytest.raises(UserError, match="no option gpu here, only in `llama-pro-fast plan`"):
+    with pytest.raises(UserError, match="no option gpu here, only on the command line of `llama-pro-fast plan`"):
         parse([*line, "--gpu", "h100"])
 
 
@@ -201,3 +203,83 @@ def test_a_run_is_a_model_to_every_verb(make_config, stopped_at_2, finished, tmp
     # The first run goes on, and leaves the second's model alone until it is exported anew.
     assert load_config(tmp_path / "on").model.path == str(tmp_path / "run" / "export")
     assert run_training(load_config(tmp_path / "on"), resume=True)["trained_blocks"] == [2, 5]
+
+
+# -- values of another type, from Python or from a file ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("optim", "lr", "1e-3", "--optim.lr: '1e-3' is not a number; in YAML"),
+        ("optim", "lr", True, "--optim.lr: True is not a number"),
+        ("optim", "schedule", "foo", "--optim.schedule: 'foo' is not cosine or wsd"),
+        ("train", "steps", 1.5, "--train.steps: 1.5 is not a whole number"),
+        ("train", "device", "tpu", "--train.device: 'tpu' is not auto or cpu or cuda"),
+        ("train", "dtype", None, "--train.dtype: None is not auto or float32 or bfloat16"),
+        ("train", "seed", 10**30, "--train.seed: 1000000000000000000000000000000 is not a number from 0 up to"),
+        ("train", "memory", 1e300, r"--train.memory: 1e\+300 is not a number of GiB"),
+        ("train", "deterministic", "x", "--train.deterministic: 'x' is not true or false"),
+        ("train", "threads", 100_000, "--train.threads: 100000 .* at most 1024"),
+        ("data", "domain", [{"path": "a"}], "--data.domain: .* is not a text or a list"),
+    ],
+)
+def test_a_value_of_another_type_is_named(make_config, section, key, value, message):
+    config = make_config()
+    config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+    with pytest.raises(UserError, match=message):
+        run_training(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("micro_batch_size", 3, "does not divide"),
+        ("steps", 2, "is at step 6, and the run's config.yaml says train.steps 2"),
+        ("parameters", "foo", "'foo' is not new_blocks or all"),
+    ],
+)
+def test_an_edited_configuration_is_refused_on_resume(a_run, cli, key, value, message):
+    raw = yaml.safe_load((a_run / "config.yaml").read_text())
+    raw["train"][key] = value
+    (a_run / "config.yaml").write_text(yaml.safe_dump(raw))
+    cli.refused(*cli(train_main, "--output", a_run, "--resume")[::2], message)
+
+
+def test_a_second_run_in_the_same_process_waits_its_turn(make_config, monkeypatch):
+    from llama_pro_fast.training import run as run_module
+
+    def one_more(*_, **__):
+        with pytest.raises(UserError, match="another run is going on in this process"):
+            run_training(make_config())
+        raise UserError("enough")
+
+    monkeypatch.setattr(run_module, "start_device", one_more)
+    for _ in range(2):  # and it is free again after one that failed
+        with pytest.raises(UserError, match="enough"):
+            run_training(make_config())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seq", "64"], "did you mean train.seq_len"),
+        (["--lr", "1"], "did you mean optim.lr"),
+        (["--tokens", "1"], "did you mean train.tokens"),
+        (["--batch", "1"], "did you mean train.batch_size"),
+        (["--groups", "1"], "did you mean expand.groups"),
+        (["--model", "folder"], "--model is a section; give one of its keys: --model.path"),
+    ],
+)
+def test_an_older_option_is_told_its_name(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(argv)
+
+
+def test_freezing_what_has_no_new_blocks_or_is_no_model_is_refused(base):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(UserError, match="has no new blocks; expand it first"):
+        freeze_to_new_blocks(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UserError, match="Linear: not a transformers language model"):
+        freeze_to_new_blocks(torch.nn.Linear(2, 2))
