@@ -244,12 +244,7 @@ class Settled(RunConfig):
             if value in (None, "auto") and key not in MAY_STAY_OPEN:
                 raise UserError(f"{key} is not settled; give it a value")
         check_values(self)
-        train = self.train
-        if train.batch_size % train.micro_batch_size:
-            raise UserError(
-                f"--train.micro_batch_size: {train.micro_batch_size} does not divide --train.batch_size "
-                f"{train.batch_size}"
-            )
+        check_micro_batch(self.train)
 
 
 def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -277,11 +272,24 @@ def check_values(config: Any, prefix: str = "") -> None:
             check_values(value, f"{key}.")
             continue
         if not _is_of(value, hints[each.name]):
-            hint = "; in YAML a number with an exponent needs a point, 1.0e-3" if isinstance(value, str) else ""
-            raise UserError(f"--{key}: {value!r:.60} is not {_in_words(hints[each.name])}{hint}")
+            wanted = _in_words(hints[each.name])
+            hint = "; in YAML one with an exponent needs a point, 1.0e-3" if "number" in wanted else ""
+            raise UserError(f"--{key}: {value!r:.60} is not {wanted}{hint if isinstance(value, str) else ''}")
         bounds = each.metadata.get("bounds")
         if bounds is not None and value not in (None, "auto") and not bounds.holds(value):
             raise UserError(f"--{key}: {value} {bounds.otherwise}")
+
+
+def check_micro_batch(train: TrainConfig) -> None:
+    """A step is whole micro-batches.
+
+    Raises:
+        UserError: it is not.
+    """
+    if train.micro_batch_size is not None and train.batch_size % train.micro_batch_size:
+        raise UserError(
+            f"--train.micro_batch_size: {train.micro_batch_size} does not divide --train.batch_size {train.batch_size}"
+        )
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from llama_pro_fast.config import RunConfig, Settled, check_values
+from llama_pro_fast.config import RunConfig, Settled, check_micro_batch, check_values
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.folder import PretrainedFolder
@@ -65,10 +65,7 @@ def check_model(config: RunConfig) -> None:
     check_values(config)
     if train.steps is not None and train.tokens is not None:
         raise UserError("--train.steps and --train.tokens both set the length; give one of them")
-    if train.micro_batch_size is not None and train.batch_size % train.micro_batch_size:
-        raise UserError(
-            f"--train.micro_batch_size: {train.micro_batch_size} does not divide --train.batch_size {train.batch_size}"
-        )
+    check_micro_batch(train)
 
 
 def start_device(config: RunConfig) -> torch.device:
