@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(BENCHES):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def nothing_old_to_collect() -> None:
+    """For modules that collect garbage before each count: what there is by now is looked through once and not again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -92,6 +92,7 @@ def test_the_library_has_no_circle():
     TopologicalSorter({name: {m for m in needed if m in graph} for name, needed in graph.items()}).prepare()
 
 
+@pytest.mark.slow
 def test_the_names_from_python_are_functions_whatever_else_is_imported():
     code = (
         "import llama_pro_fast.train, llama_pro_fast.expand, llama_pro_fast.export, types\n"

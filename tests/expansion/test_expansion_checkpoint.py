@@ -30,6 +30,7 @@ def stock_logits(folder: PretrainedFolder) -> torch.Tensor:
         return model.eval()(input_ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("shard_size", "config"),

@@ -20,6 +20,8 @@ from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.cost import attention_flops, kept_bytes, matrices, recomputed_flops, step_cost
 from llama_pro_kernels import select_attention_backend
 
+pytestmark = pytest.mark.usefixtures("nothing_old_to_collect")
+
 TOKENS = (24, 56)
 
 
@@ -179,6 +181,7 @@ class TestLiveStorages:
         assert row["bytes"] == row["bytes_formula"] + 2 * SPECS["gqa"].intermediate_size
 
 
+@pytest.mark.slow
 class TestCommand:
     @pytest.fixture
     def run(self, monkeypatch, tmp_path, capsys):

@@ -123,6 +123,7 @@ def test_a_document_does_not_see_its_neighbours(make_base, load, documents):
     assert torch.equal(before[first:], after[first:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["gqa", "tied", "biases", "mistral", "qwen2 with windows", "qwen3 with windows"])
 def test_expanded_logits_equal_the_bases_bit_for_bit(

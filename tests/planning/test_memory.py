@@ -35,6 +35,8 @@ from llama_pro_fast.planning.search import policies
 from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_kernels import implementation_name
 
+pytestmark = pytest.mark.usefixtures("nothing_old_to_collect")
+
 fp32, bf16 = torch.float32, torch.bfloat16
 CHILD = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -127,6 +127,7 @@ def test_asking_changes_nothing_and_lets_go_of_the_folder(put):
         pass
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_is_writing_is_not_called_interrupted(put, tmp_path):
     folder = put("run", without=("report",))
     ours, theirs = multiprocessing.Pipe()

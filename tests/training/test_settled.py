@@ -180,6 +180,7 @@ def test_a_run_that_went_on_is_exported_anew(make_config, stopped_at_2, tmp_path
     assert "exported step" not in capsys.readouterr().out, "a complete run has its export"
 
 
+@pytest.mark.slow
 def test_a_run_is_a_model_to_every_verb(make_config, stopped_at_2, finished, tmp_path, capsys):
     """Its export; where there is none yet, what its last checkpoint would export."""
     run = finished

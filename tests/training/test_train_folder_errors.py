@@ -217,6 +217,7 @@ def test_no_space_for_the_expansion(refused, monkeypatch, tmp_path):
     assert not (tmp_path / "run" / "expanded").exists()
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_shown(make_config, tmp_path, cli, monkeypatch):
     loss, calls = Decoder.loss, []
 
