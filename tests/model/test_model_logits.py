@@ -148,3 +148,12 @@ def test_an_expanded_model_without_its_new_blocks_is_its_base(make_base, load, b
         without = model.hidden_states(batch, skip=model.trained_blocks)
         assert torch.equal(without, load(base).hidden_states(batch))
     assert not torch.equal(with_them, without)
+
+
+def test_the_model_and_its_base_together_are_the_two_alone(make_base, load, batch):
+    model = load(make_base(), trained_blocks=[2])
+    with torch.no_grad():
+        now, base = model.hidden_states_and_base(batch, skip=[2])
+        assert torch.equal(now, model.hidden_states(batch))
+        assert torch.equal(base, model.hidden_states(batch, skip=[2]))
+    assert not torch.equal(now, base)
