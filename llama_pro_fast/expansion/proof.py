@@ -25,7 +25,7 @@ from llama_pro_fast.expansion.manifest import Manifest
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.rewrite import Progress, block_tensor_name, split_name, write_expanded
 from llama_pro_fast.files import new_folder
-from llama_pro_fast.hf.config import CONFIG_FILE
+from llama_pro_fast.hf.config import CONFIG_FILE, ROPE_KEYS, rope_of
 from llama_pro_fast.hf.families import block_spec, window_within
 from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import EMBEDDING, load_block, load_embedding, rotary_tables
@@ -149,10 +149,11 @@ def _prove_files(
     base: PretrainedFolder, expanded: PretrainedFolder, manifest: Manifest, progress: Progress | None
 ) -> tuple[int, int, int]:
     for key, value in base.raw_config.items():
-        if "layer" not in key and key not in ("_name_or_path", "block_expansion"):
+        if "layer" not in key and key not in ("_name_or_path", "block_expansion", *ROPE_KEYS):
             _require(expanded.raw_config.get(key) == value, expanded, CONFIG_FILE, f"{key} is not the base's")
-    same_angles = expanded.config.rope_parameters == base.config.rope_parameters
-    _require(same_angles, expanded, CONFIG_FILE, "rope_parameters are not the base's")
+    # One rotation may be written in several ways; what counts is what transformers reads.
+    same_angles = rope_of(expanded.config) == rope_of(base.config)
+    _require(same_angles, expanded, CONFIG_FILE, "its rotation (rope_theta, rope_scaling, …) is not the base's")
 
     new = {row.index: row for row in manifest.new_blocks if row.index in manifest.trained_blocks}
     old_indices = [index for index in range(expanded.config.num_hidden_layers) if index not in new]

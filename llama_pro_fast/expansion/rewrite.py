@@ -26,7 +26,7 @@ from llama_pro_fast.digests import combined_digest
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.manifest import MANIFEST_KEY, ZEROED, Manifest, ModelId
 from llama_pro_fast.expansion.plan import ExpansionPlan
-from llama_pro_fast.hf.config import CONFIG_FILE
+from llama_pro_fast.hf.config import CONFIG_FILE, with_older_rope_keys
 from llama_pro_fast.hf.folder import CHUNK_BYTES, INDEX_FILE, SINGLE_FILE, PretrainedFolder
 from llama_pro_fast.hf.loading import check_tensors
 from llama_pro_fast.hf.safetensors import TensorEntry, write_header
@@ -125,12 +125,14 @@ def expanded_config(raw_config: dict[str, Any], plan: ExpansionPlan, manifest: M
 
 
 def _explicit_config(base: PretrainedFolder) -> dict[str, Any]:
-    """The base's ``config.json`` with its ``layer_types`` written out, where its family has such.
+    """The base's ``config.json`` with its rotation as older readers know it and its ``layer_types`` written out, where
+    its family has such.
 
     Older ones leave them to a rule on a block's number, which is another number after an expansion.
     """
     layer_types = getattr(base.config, "layer_types", None)
-    return base.raw_config if layer_types is None else base.raw_config | {"layer_types": list(layer_types)}
+    config = with_older_rope_keys(base.raw_config, base.config)
+    return config if layer_types is None else config | {"layer_types": list(layer_types)}
 
 
 def _rows(entry: TensorEntry, plan: ExpansionPlan) -> Iterator[_Row]:

@@ -112,6 +112,37 @@ def read_config(path: Path) -> tuple[dict[str, Any], Any]:
     return raw, config
 
 
+ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
+
+
+def with_older_rope_keys(raw_config: dict[str, Any], config: Any) -> dict[str, Any]:
+    """``raw_config`` with the rotation in the layout from before transformers 5 too.
+
+    Many readers (MLX-LM, Ollama's converter, transformers 4) know only ``rope_theta`` and ``rope_scaling`` and take
+    Llama's first rotation where these are missing. What is there stays unless it contradicts ``config``, which is what
+    transformers makes of it: `rope_scaling` goes before `rope_parameters`, and what is in either before `rope_theta`.
+    """
+    rope = rope_of(config)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    result = dict(raw_config)
+    if raw_config.get("rope_theta") != rope["rope_theta"]:
+        result["rope_theta"] = rope["rope_theta"]
+    if raw_config.get("rope_scaling"):
+        if raw_config.get("rope_parameters"):
+            result["rope_parameters"] = rope
+    elif rope["rope_type"] != "default":
+        # Some readers look for the one key, some for the other.
+        result["rope_scaling"] = scaling | {"type": rope["rope_type"]}
+    if rope["rope_type"] == "longrope":  # transformers 4 looks for it here and nowhere else
+        result["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    return result
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    """What transformers takes a config's rotation for, without the old name of its type."""
+    return {key: value for key, value in config.rope_parameters.items() if key != "type"}
+
+
 def find_config(path_or_id: str) -> tuple[dict[str, Any], Any]:
     """A model's config without its weights: of a folder, one in the package, a well-known shape, or from the hub.
 

@@ -16,8 +16,9 @@ from llama_pro_fast.data.sources import resolve_sources
 from llama_pro_fast.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
+from llama_pro_fast.expansion.rewrite import write_json
 from llama_pro_fast.files import new_folder
-from llama_pro_fast.hf.config import CONFIG_FILE, resolve
+from llama_pro_fast.hf.config import CONFIG_FILE, read_config, resolve, with_older_rope_keys
 from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import check_tensors
 from llama_pro_fast.training import run_folder
@@ -134,6 +135,8 @@ def write_random_model(
     with new_folder(folder) as partial:
         with no_progress_bars():
             model.save_pretrained(partial)
+        raw_config, config = read_config(partial / CONFIG_FILE)
+        write_json(partial / CONFIG_FILE, with_older_rope_keys(raw_config, config))
         for path in base.companions():
             # Files of the other tokenizer would be read before those of the new one.
             if tokenizer is None or path.match("generation_config.json") or path.match("[A-Z]*"):

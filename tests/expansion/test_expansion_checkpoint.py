@@ -140,7 +140,7 @@ def test_config_lists_grow_and_everything_else_stays(make_base, expand):
     assert Manifest.from_config(expanded.raw_config).base.name == "base"
     for key, value in base.raw_config.items():
         assert key in changed or expanded.raw_config[key] == value
-    assert expanded.raw_config.keys() - base.raw_config.keys() == {"block_expansion"}
+    assert expanded.raw_config.keys() - base.raw_config.keys() == {"block_expansion", "rope_theta"}
 
 
 def test_companions_come_along_and_the_proof_reads_text(make_base, expand):

@@ -152,7 +152,7 @@ def test_a_block_that_attends_to_something_else_is_caught(family, changes, make_
         base = PretrainedFolder(base.path)
     expanded = expand(base, name="another expanded")
     edit_config(expanded.path, **changes)
-    with pytest.raises(IdentityError, match=r"is not described as the base.s|rope_parameters are not the base.s"):
+    with pytest.raises(IdentityError, match=r"is not described as the base.s|rotation .* is not the base.s"):
         prove_identity(base, PretrainedFolder(expanded.path))
 
 
