@@ -6,6 +6,7 @@ from nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -56,7 +57,8 @@ class Manifest:
         generations: the model each generation was made from; the first is ``base``.
         new_blocks: the new blocks of all generations, by index.
         base_intact: whether the newest generation's base is still in the model unchanged. Training all parameters ends
-            that: without its new blocks the model is then no model that was there before.
+            that: without its new blocks the model is then no model that was there before. Believed only where no
+            weights are read; the trainer asks the digests (`expansion.lineage`), whatever is said here.
     """
 
     base: ModelId
@@ -68,6 +70,32 @@ class Manifest:
     def trained_blocks(self) -> tuple[int, ...]:
         """Indices of the newest generation's blocks: each generation freezes all that was there before it."""
         return tuple(block.index for block in self.new_blocks if block.generation == len(self.generations))
+
+    def base_gone(self, intact: Sequence[bool] | None) -> str:
+        """Why the model without its newest blocks is not what they were put into; empty where it is.
+
+        Args:
+            intact: as in :func:`what_trains`.
+        """
+        if self.base_intact if intact is None else intact[-1]:
+            return ""
+        made_from = self.generations[-1]
+        if not self.base_intact:
+            return f"all parameters were trained since the expansion, {made_from.name} is no longer in the model"
+        return self._not_in_there(made_from, "its new blocks", self.trained_blocks)
+
+    def first_base_gone(self, intact: Sequence[bool] | None) -> str:
+        """The same of the model before the first expansion, without all new blocks."""
+        if intact is None or intact[0]:
+            return ""
+        return self._not_in_there(self.base, "all new blocks", tuple(row.index for row in self.new_blocks))
+
+    @staticmethod
+    def _not_in_there(model: ModelId, what: str, blocks: tuple[int, ...]) -> str:
+        return (
+            f"without {what} ({', '.join(map(str, blocks))}) the model is not {model.name}, which the manifest says it "
+            "was made from: weights or block numbers were changed since"
+        )
 
     @classmethod
     def of_expansion(cls, previous: Manifest | None, made_from: ModelId, plan: ExpansionPlan) -> Manifest:
@@ -119,6 +147,11 @@ class Manifest:
         numbers += [model.num_hidden_layers for model in (self.base, *self.generations)]
         if not all(type(number) is int for number in numbers):
             raise _bad_manifest("has a block number or layer count that is no whole number")
+        words = [word for model in (self.base, *self.generations) for word in (model.name, model.digest)]
+        if not all(isinstance(word, str) for word in words):
+            raise _bad_manifest("has a name or digest of a model that is no text")
+        if not isinstance(self.base_intact, bool):
+            raise _bad_manifest(f"says base_intact {self.base_intact!r:.40}, which is neither true nor false")
         if not rows or not self.generations:
             raise _bad_manifest("names no new block")
         for row in rows:
@@ -143,7 +176,13 @@ class Manifest:
 
 
 def what_trains(
-    raw_config: dict[str, Any], num_layers: int, *, parameters: str, plan: ExpansionPlan | None = None, name: str
+    raw_config: dict[str, Any],
+    num_layers: int,
+    *,
+    parameters: str,
+    plan: ExpansionPlan | None = None,
+    name: str,
+    intact: Sequence[bool] | None = None,
 ) -> Trained:
     """What of a model trains, by the recipe and by its manifest, or by the expansion it is about to get.
 
@@ -153,6 +192,8 @@ def what_trains(
         parameters: the recipe's `train.parameters`.
         plan: how the model will be expanded first.
         name: of the model, for the error.
+        intact: of each generation, whether its base is still in the model (:func:`lineage.intact_bases`); without it
+            the manifest is believed.
 
     Raises:
         UserError: new blocks are to train and there are none, or are to come and there are some already.
@@ -172,7 +213,13 @@ def what_trains(
             f"{name}: has no new blocks to train; say where they go, for example --expand.groups "
             f"{max(1, num_layers // 4)} (or train everything with --train.parameters all)"
         )
-    return Trained(num_layers, manifest.trained_blocks, base_intact=manifest.base_intact)
+    return Trained(
+        num_layers,
+        manifest.trained_blocks,
+        base_gone=manifest.base_gone(intact),
+        older_blocks=tuple(row.index for row in manifest.new_blocks if row.index not in manifest.trained_blocks),
+        first_base_gone=manifest.first_base_gone(intact),
+    )
 
 
 def _bad_manifest(what: str) -> UserError:

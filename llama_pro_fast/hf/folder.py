@@ -168,12 +168,16 @@ class PretrainedFolder:
         return sorted(found)
 
 
-def folder_digest(folder: PretrainedFolder) -> str:
-    """One digest for all of a folder's tensors, a few read at a time side by side."""
+def tensor_digests(folder: PretrainedFolder) -> dict[str, str]:
+    """The digest of each of a folder's tensors, a few read at a time side by side."""
     # hashlib lets go of the interpreter while it hashes.
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = dict(zip(folder.entries, pool.map(folder.digest, folder.entries), strict=True))
-    return combined_digest(digests)
+        return dict(zip(folder.entries, pool.map(folder.digest, folder.entries), strict=True))
+
+
+def folder_digest(folder: PretrainedFolder) -> str:
+    """One digest for all of a folder's tensors."""
+    return combined_digest(tensor_digests(folder))
 
 
 @contextlib.contextmanager

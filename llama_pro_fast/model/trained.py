@@ -20,18 +20,25 @@ class Trained:
         num_layers: how many blocks the model has.
         blocks: indices of those that train, rising.
         everything: all blocks train, and the embeddings, the final norm and the head too.
-        base_intact: without ``blocks`` the model is the one they were put into, and stays it.
+        base_gone: why the model without ``blocks`` is not the one they were put into, or does not stay it, in words;
+            empty where it is.
+        older_blocks: indices of the new blocks of earlier expansions, rising: without these too the model is the one
+            before the first.
+        first_base_gone: why it is not; empty where it is.
     """
 
     num_layers: int
     blocks: tuple[int, ...]
     everything: bool = False
-    base_intact: bool = True
+    base_gone: str = ""
+    older_blocks: tuple[int, ...] = ()
+    first_base_gone: str = ""
 
     @classmethod
     def all_of(cls, num_layers: int) -> Trained:
         """Every parameter of a model."""
-        return cls(num_layers, tuple(range(num_layers)), everything=True, base_intact=False)
+        gone = "all parameters train, the base is not kept"
+        return cls(num_layers, tuple(range(num_layers)), everything=True, base_gone=gone)
 
     @functools.cached_property
     def classes(self) -> list[BlockClass]:
@@ -53,7 +60,13 @@ class Trained:
     @property
     def skip_for_base(self) -> tuple[int, ...]:
         """The blocks without which the model is its base; none where it is not in there."""
-        return self.blocks if self.base_intact else ()
+        return () if self.base_gone else self.blocks
+
+    @property
+    def skip_for_first_base(self) -> tuple[int, ...]:
+        """The blocks without which the model is the one before the first of several expansions; none where there was
+        one only, or it is not in there."""
+        return () if self.first_base_gone or not self.older_blocks else tuple(sorted(self.blocks + self.older_blocks))
 
     @property
     def strip(self) -> str:

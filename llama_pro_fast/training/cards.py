@@ -29,16 +29,23 @@ def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, pl
     """
     train = config.train
     parameters, count = num_parameters(model), num_trained_parameters(model, trained)
-    if trained.everything:
-        meter = "off: all parameters train, the base is not kept"
-    elif not trained.base_intact:
-        meter = "off: all parameters were trained since the expansion, the base is no longer in the model"
+    general = ", ".join(
+        f"{text.source.name}{' (built in, no --data.general given)' if config.data.general is None else ''}"
+        for text in corpus.held_out
+        if text.source.role == "general"
+    )
+    if not trained.skip_for_base and not trained.skip_for_first_base:
+        meter = f"off: {trained.base_gone}"
+    elif trained.base_gone:
+        meter = f"{general}; against the first base only: {trained.base_gone}"
+    elif trained.first_base_gone and trained.older_blocks:
+        meter = f"{general}; against the last base only: {trained.first_base_gone}"
     else:
-        meter = ", ".join(
-            f"{text.source.name}{' (built in, no --data.general given)' if config.data.general is None else ''}"
-            for text in corpus.held_out
-            if text.source.role == "general"
-        )
+        meter = general + ("; against the last base and the first" if trained.older_blocks else "")
+    if not trained.everything and (gone := trained.base_gone or trained.first_base_gone):
+        what = "is off" if meter.startswith("off") else "leaves that base out"
+        named = ", ".join(map(str, trained.blocks))
+        say(f"{config.model.path}: {gone}; the forgetting meter {what}, and blocks {named} train, as the manifest says")
     device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads"
     process = " for tensors, the process comes on top" if train.device == "cpu" else ""
     kernels = implementation_name(train.device, DTYPES[train.dtype])

@@ -14,10 +14,11 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.expansion.lineage import intact_bases
 from llama_pro_fast.expansion.manifest import MANIFEST_KEY, Manifest
 from llama_pro_fast.expansion.rewrite import write_json
 from llama_pro_fast.files import first_line, new_folder
-from llama_pro_fast.hf.config import CONFIG_FILE
+from llama_pro_fast.hf.config import CONFIG_FILE, with_older_rope_keys
 from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder, folder_digest
 from llama_pro_fast.hf.loading import EMBEDDING, HEAD, hf_tensors
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, write_header
@@ -59,10 +60,10 @@ def export_run(run: Path, out: Path | None = None) -> tuple[Path, int]:
         index = [] if base.files == [SINGLE_FILE] else [base.path / INDEX_FILE]
         for path in [*index, *base.companions()]:
             shutil.copyfile(path, partial / path.name)
-        raw_config = dict(base.raw_config)
-        manifest = Manifest.from_config(raw_config)
-        if manifest is not None and config.train.parameters == "all":
-            raw_config[MANIFEST_KEY] = dataclasses.replace(manifest, base_intact=False).to_config()
+        raw_config = with_older_rope_keys(base.raw_config, base.config)
+        if (manifest := Manifest.from_config(raw_config)) is not None:
+            intact = config.train.parameters != "all" and intact_bases(base)[-1]
+            raw_config[MANIFEST_KEY] = dataclasses.replace(manifest, base_intact=intact).to_config()
         write_json(partial / CONFIG_FILE, raw_config)
     return out or run / "export", info.progress.step
 

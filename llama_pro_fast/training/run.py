@@ -19,6 +19,7 @@ from llama_pro_fast.data.tokens import default_cache
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation.baselines import references
 from llama_pro_fast.evaluation.export_check import read_export_back, unchecked
+from llama_pro_fast.expansion.lineage import intact_bases
 from llama_pro_fast.expansion.manifest import what_trains
 from llama_pro_fast.host import peak_memory_gib
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
@@ -125,7 +126,11 @@ def _run(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] 
             output=output,
             folder=folder,
             trained=what_trains(
-                folder.raw_config, folder.config.num_hidden_layers, parameters=parameters, name=str(folder.path)
+                folder.raw_config,
+                folder.config.num_hidden_layers,
+                parameters=parameters,
+                name=str(folder.path),
+                intact=intact_bases(folder),
             ),
             corpus=corpus,
             tokenizer=tokenizer,

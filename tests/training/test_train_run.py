@@ -21,6 +21,7 @@ from llama_pro_fast.data import stdlib
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.expansion.manifest import Manifest
 from llama_pro_fast.export import main as export_main
+from llama_pro_fast.hf.config import rope_of
 from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.batch import PackedBatch
@@ -309,9 +310,24 @@ def test_training_from_scratch_and_on_trained_everything(make_config, base, tmp_
     summary = run_training(config)
     assert "off: all parameters train" in capsys.readouterr().out
     assert summary["trained_parameters"] == summary["parameters"]
+    for name in ("initial", "export"):
+        config = PretrainedFolder(tmp_path / "run" / name).raw_config
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     before, after = digests(tmp_path / "run" / "initial"), digests(tmp_path / "run" / "export")
     assert all(before[name] != after[name] for name in before)
     assert all(row.get("kl") is None for row in read_metrics(tmp_path / "run"))
+
+
+def test_a_model_of_the_users_own_is_exported_with_its_rotation_for_older_readers_too(make_config, base_of, tmp_path):
+    linear = {"rope_type": "linear", "factor": 2.0}
+    folder = base_of(rope_parameters={**linear, "rope_theta": 500.0})
+    everything = {"parameters": "all", "steps": 1}
+    run_training(make_config(model={"path": str(folder)}, expand={"groups": None}, train=everything))
+    exported = PretrainedFolder(tmp_path / "run" / "export")
+    assert "rope_theta" not in PretrainedFolder(folder).raw_config
+    assert exported.raw_config["rope_theta"] == 500.0
+    assert exported.raw_config["rope_scaling"] == {**linear, "type": "linear"}
+    assert rope_of(exported.config) == rope_of(PretrainedFolder(folder).config)
 
 
 def test_an_expanded_model_trains_without_another_expansion(make_config, finished, tmp_path):
