@@ -162,6 +162,10 @@ class HeldOutSample:
         bounds = [*self._stream.begins[:last].tolist(), min(self._end + 1, int(self._stream.begins[last]))]
         return [self._tokens[self._stream.addresses_of(begin, end)] for begin, end in pairwise(bounds)]
 
+    def num_batches(self, micro_batch: int) -> int:
+        """How many :meth:`batches` gives."""
+        return -(-self._end // (self.seq_len * micro_batch))
+
     def batches(self, micro_batch: int) -> Iterator[PackedBatch]:
         """``micro_batch`` sequences at a time; the last batch may be shorter, and so may its last sequence."""
         step = self.seq_len * micro_batch

@@ -1,7 +1,8 @@
 """Loss on held-out text, of a model and of its base.
 
 The meter needs no second model: an expanded model whose new blocks are skipped is its base. On general text it gives
-the base's loss, the loss now, and KL(base ‖ now) per token; before the first step all differences are exactly 0.
+the base's loss, the loss now, and KL(base ‖ now) per token; before the first step all differences are exactly 0. A
+model that was expanded several times has several bases: it is held against the last and the first.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ class Evaluation:
     Attributes:
         loss: cross-entropy, nats per token.
         tokens: how many tokens were predicted.
-        base_loss: the same with the new blocks skipped; None where the base was not measured.
+        base_loss: the same with the newest generation's blocks skipped; None where that base was not measured.
         kl: KL(base ‖ now), nats per token; None likewise.
+        first_base_loss: the same with the new blocks of all generations skipped; None where there is one generation,
+            or that base was not measured.
+        first_kl: KL(first base ‖ now), nats per token; None likewise.
         bits_per_byte: all nats as bits, over the UTF-8 bytes that the predicted tokens spell; comparable between
             tokenizers. None where there are no such bytes, or they are not known.
     """
@@ -33,6 +37,8 @@ class Evaluation:
     tokens: int
     base_loss: float | None = None
     kl: float | None = None
+    first_base_loss: float | None = None
+    first_kl: float | None = None
     bits_per_byte: float | None = None
 
 
@@ -42,40 +48,48 @@ def evaluate(
     batches: Iterable[PackedBatch],
     *,
     skip_for_base: Collection[int] = (),
+    skip_for_first_base: Collection[int] = (),
     num_bytes: int | None = None,
 ) -> Evaluation:
     """Measure ``model`` on ``batches``.
 
     Args:
-        skip_for_base: the new blocks; given, the base is measured too.
+        skip_for_base: the newest blocks; given, the base is measured too.
+        skip_for_first_base: the new blocks of all generations; given, the first base is measured too.
         num_bytes: UTF-8 bytes that the valid tokens of all batches spell, to report bits per byte.
 
     Returns:
         Sums are taken in float64, so the order of magnitude of a long text costs no digits.
     """
     device = model.norm.weight.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    bases = {"": skip_for_base, "first_": skip_for_first_base}
+    bases = {name: skip for name, skip in bases.items() if skip}
+    # The loss now, then of each base its loss and the divergence from it.
+    sums = torch.zeros(1 + 2 * len(bases), dtype=torch.float64, device=device)
     tokens = 0
     for batch in batches:
         tokens += batch.num_valid
         batch = batch.to(device)
-        if not skip_for_base:
+        if not bases:
             now = model.hidden_states(batch)
             sums[0] += model.token_losses(now, batch.labels).double().sum()
             continue
-        now, base = model.hidden_states_and_base(batch, skip=skip_for_base)
-        kl, base_losses, losses = model.compare(now, base, batch.labels)
-        # `where`, not a product: a NaN outside the valid tokens must not leak in, one inside must show.
-        kl = torch.where(batch.labels != IGNORE_INDEX, kl, 0.0)
-        sums += torch.stack([losses.double().sum(), base_losses.double().sum(), kl.double().sum()])
+        now, *others = model.hidden_states_and_bases(batch, skips=list(bases.values()))
+        found = []
+        while others:
+            kl, base_losses, losses = model.compare(now, others.pop(0), batch.labels)
+            # `where`, not a product: a NaN outside the valid tokens must not leak in, one inside must show.
+            kl = torch.where(batch.labels != IGNORE_INDEX, kl, 0.0)
+            found += [base_losses.double().sum(), kl.double().sum()]
+        sums += torch.stack([losses.double().sum(), *found])
     assert tokens, "nothing to predict"
-    loss, base_loss, kl = (sums / tokens).tolist()
+    loss, *figures = (sums / tokens).tolist()
+    names = [prefix + figure for prefix in bases for figure in ("base_loss", "kl")]
     return Evaluation(
         loss=loss,
         tokens=tokens,
-        base_loss=base_loss if skip_for_base else None,
-        kl=kl if skip_for_base else None,
         bits_per_byte=loss * tokens / math.log(2) / num_bytes if num_bytes else None,
+        **dict(zip(names, figures, strict=True)),
     )
 
 
@@ -84,6 +98,10 @@ def described(result: Evaluation) -> str:
     text = f"loss {result.loss:.4f}"
     if result.bits_per_byte is not None:
         text += f"  {result.bits_per_byte:.4f} bits/byte"
-    if result.base_loss is None:
-        return text
-    return f"{text}  now-base {result.loss - result.base_loss:+.4f}  KL {result.kl:.4f}"
+    for name, base_loss, kl in (
+        ("base", result.base_loss, result.kl),
+        ("first base", result.first_base_loss, result.first_kl),
+    ):
+        if base_loss is not None:
+            text += f"  now-{name} {result.loss - base_loss:+.4f}  KL {kl:.4f}"
+    return text

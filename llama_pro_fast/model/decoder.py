@@ -7,7 +7,7 @@ it was made from, so the base's loss can be measured at any time without a secon
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -68,22 +68,21 @@ class Decoder(nn.Module):
                 x = block(x, context)
         return self.norm(x)
 
-    def hidden_states_and_base(self, batch: PackedBatch, *, skip: Collection[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The final norm's output of the model and of its base, which is the model without the blocks in ``skip``;
-        what lies below the lowest of them runs once for both."""
-        context, first = self._context(batch), min(skip)
-        shared = self.embed_tokens(batch.input_ids)
+    def hidden_states_and_bases(self, batch: PackedBatch, *, skips: Sequence[Collection[int]]) -> list[torch.Tensor]:
+        """The final norm's output of the model, and for each of ``skips`` of the model without these blocks; what lies
+        below the lowest of them all runs once."""
+        context, first = self._context(batch), min(map(min, skips))
+        x = self.embed_tokens(batch.input_ids)
         for block in self.blocks[:first]:
-            shared = block(shared, context)
-        now, base = shared, shared
-        del shared
-        for block in self.blocks[first:]:
-            now = block(now, context)
-        now = self.norm(now)
-        for index, block in enumerate(self.blocks[first:], start=first):
-            if index not in skip:
-                base = block(base, context)
-        return now, self.norm(base)
+            x = block(x, context)
+        shared, results = [x] * (1 + len(skips)), []
+        for skip in ((), *skips):
+            x = shared.pop()  # the last to take it lets go of it
+            for index, block in enumerate(self.blocks[first:], start=first):
+                if index not in skip:
+                    x = block(x, context)
+            results.append(self.norm(x))
+        return results
 
     def _context(self, batch: PackedBatch) -> BlockContext:
         return BlockContext.for_batch(batch, rotary_tables=(self.cos, self.sin), attention=self.attention)

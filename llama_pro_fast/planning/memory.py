@@ -159,20 +159,22 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
 
 
 def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: int) -> int:
-    """Bytes at the fullest of an evaluation (`held_out.evaluate`), with the base beside the model where it is
-    kept."""
+    """Bytes at the fullest of an evaluation (`held_out.evaluate`), with its bases beside the model where they
+    are kept."""
     spec, element, acc = job.specs[0], job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     tokens = micro_batch_size * job.seq_len
     H, I, Q, KV = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
-    # In a block, while the MLP's product is made or its input is normed; the model's own result waits.
+    waiting = element * H * (2 if job.trained.skip_for_first_base else 1)
+    # In a block, while the MLP's product is made or its input is normed; the model's own result waits, and where the
+    # first base is measured too, what the last of the three starts from or the second's result.
     upcast = 0 if job.triton or element == acc else 2 * acc
     mlp = element * (2 * H + 3 * I) + max(upcast * I, element * (2 * Q + 2 * KV)) + 2 * acc
-    block = tokens * (element * H + mlp + acc * spec.num_heads)
+    block = tokens * (waiting + mlp + acc * spec.num_heads)
     if any(
         has_low_precision(kind, job.dtype) and policy is Recompute.BLOCK
         for kind, policy in zip(job.trained.classes, recompute, strict=True)
     ):  # a master's copy is there while its product is made, and the temporaries are not
-        beside = element * H + acc * (spec.num_heads + 2)
+        beside = waiting + acc * (spec.num_heads + 2)
         qkv, heads = 2 * H + Q + 2 * KV, 2 * (H + Q + KV)
         alive = {"qkv_proj": qkv, "o_proj": heads, "gate_up_proj": heads + 2 * I, "down_proj": heads + 3 * I}
         weights = matrices(spec)
@@ -184,7 +186,7 @@ def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_s
         logits = chunk * (element + (0 if job.triton or element == acc else acc))
     else:
         logits = chunk * (2 * element + (0 if job.triton else 3 * acc))
-    losses = logits + tokens * (2 * element * H + 2 * acc)
+    losses = logits + tokens * (element * H + waiting + 2 * acc)
     always = _always(job, tokens)
     return sum(_states(job, recompute).values()) + always + max(block, losses)
 

@@ -99,10 +99,10 @@ def train(run: Run, *, resume: bool) -> bool:
     metrics = MetricsWriter(output, resumed_at=done.step if complete else None)
     show_start(config, folder.config, run.trained, corpus, run.planned)
 
-    meter = Meter(model, corpus, config, metrics, run.trained.skip_for_base)
+    meter = Meter(model, corpus, config, metrics, run.trained)
     log = Log(config, metrics, device, done=done.step, unlogged=info.unlogged)
     if done.step == 0 or measured_anew:
-        meter.measure(done.step)
+        meter.measure(done.step, first=True)
     with StopSignal() as signals:
         while done.step < steps:
             log.start()

@@ -3,49 +3,87 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import say
-from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.console import say, waiting
+from llama_pro_fast.data.corpus import Corpus, HeldOut
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.evaluation.held_out import described, evaluate
+from llama_pro_fast.evaluation.held_out import Evaluation, described, evaluate
+from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.training.metrics import MetricsWriter
+from llama_pro_fast.training.run_folder import resume_command
 
 
 class Meter:
-    """Evaluation of every held-out source, and on the general ones how much of the base is left."""
+    """Evaluation of every held-out source, and on the general ones how much of the bases is left.
+
+    Attributes:
+        last: by (role, source) what was last measured; empty before that.
+    """
 
     def __init__(
-        self, model: Decoder, corpus: Corpus, config: RunConfig, metrics: MetricsWriter, new_blocks: tuple[int, ...]
+        self, model: Decoder, corpus: Corpus, config: RunConfig, metrics: MetricsWriter, trained: Trained
     ) -> None:
-        self.model, self.corpus, self.config, self.metrics = model, corpus, config, metrics
-        self.new_blocks = new_blocks
+        self.model, self.corpus, self.config, self.metrics, self.trained = model, corpus, config, metrics, trained
+        self.last: dict[tuple[str, str], Evaluation] = {}
 
-    def measure(self, step: int) -> None:
-        """Evaluate, say it and store it.
+    def measure(self, step: int, *, first: bool = False, between: Callable[[], None] = lambda: None) -> None:
+        """Evaluate, say it and store it, a source at a time.
+
+        Args:
+            first: what is gained and forgotten counts from here on; the rows say so.
+            between: called before every batch of every source. What it raises ends the evaluation and passes through;
+                the sources measured by then are stored.
 
         Raises:
             UserError: a loss is not finite.
         """
         for text in self.corpus.held_out:
             source = text.source
-            metered = source.role == "general" and len(self.new_blocks) > 0
-            sample = text.sample(self.config.eval.tokens)
-            result = evaluate(
+            result = self._evaluate(text, between)
+            if not all(math.isfinite(value) for value in asdict(result).values() if value is not None):
+                raise UserError(self._not_finite(step, first, source.name, result))
+            self.last[source.role, source.name] = result
+            marked = {"first": True} if first else {}
+            row = {"source": source.name, "role": source.role, "measured": self.corpus.measured}
+            self.metrics.write("eval", step, **row, **marked, **asdict(result))
+            say(f"  eval {step:>7}  {source.role:<7} {source.name:<16} {described(result)}")
+
+    def _evaluate(self, text: HeldOut, between: Callable[[], None]) -> Evaluation:
+        sample, micro_batch = text.sample(self.config.eval.tokens), self.config.train.micro_batch_size
+        metered, count = text.source.role == "general", sample.num_batches(micro_batch)
+
+        def watched() -> Iterator[PackedBatch]:
+            for done, batch in enumerate(sample.batches(micro_batch)):
+                update(f"evaluating {text.source.name}: {done} of {count} batches")
+                between()
+                yield batch
+
+        with waiting(f"evaluating {text.source.name} ...") as update:
+            return evaluate(
                 self.model,
-                sample.batches(self.config.train.micro_batch_size),
-                skip_for_base=self.new_blocks if metered else (),
+                watched(),
+                skip_for_base=self.trained.skip_for_base if metered else (),
+                skip_for_first_base=self.trained.skip_for_first_base if metered else (),
                 num_bytes=sample.num_bytes,
             )
-            figures = [result.loss, *(value for value in (result.base_loss, result.kl) if value is not None)]
-            if not all(map(math.isfinite, figures)):
-                raise UserError(
-                    f"step {step}: the loss on {source.name} is not finite ({described(result)}); nothing was "
-                    "saved since the last checkpoint. Lower --optim.lr and start again, or resume from that checkpoint"
-                )
-            self.metrics.write(
-                "eval", step, source=source.name, role=source.role, measured=self.corpus.measured, **asdict(result)
+
+    def _not_finite(self, step: int, first: bool, source: str, result: Evaluation) -> str:
+        found = f"step {step}: the loss on {source} is not finite ({described(result)})"
+        if step == 0:
+            wider = "" if self.config.train.dtype == "float32" else " or give --train.dtype float32"
+            return (
+                f"{found} before anything was trained, so {self.config.model.path} or this text is at fault: if it is "
+                f"finite on another text, leave this one out{wider}; else look for NaN or infinity in the weights"
             )
-            say(f"  eval {step:>7}  {source.role:<7} {source.name:<16} {described(result)}")
+        changed = "the text, which has changed since the start, or " if first else ""
+        rate = self.config.optim.lr
+        return (
+            f"{found}; {changed}the model has diverged since the last checkpoint. Go on from there with a lower rate: "
+            f"{resume_command(Path(self.config.output))} --optim.lr {rate / 2:g}"
+        )

@@ -150,10 +150,11 @@ def test_an_expanded_model_without_its_new_blocks_is_its_base(make_base, load, b
     assert not torch.equal(with_them, without)
 
 
-def test_the_model_and_its_base_together_are_the_two_alone(make_base, load, batch):
+def test_the_model_and_its_bases_together_are_each_alone(make_base, load, batch):
     model = load(make_base(), trained_blocks=[2])
-    with torch.no_grad():
-        now, base = model.hidden_states_and_base(batch, skip=[2])
-        assert torch.equal(now, model.hidden_states(batch))
-        assert torch.equal(base, model.hidden_states(batch, skip=[2]))
-    assert not torch.equal(now, base)
+    for skips in ([[2]], [[1, 2]], [[2], [1, 2]], [[3], [0, 2, 3]]):
+        with torch.no_grad():
+            found = model.hidden_states_and_bases(batch, skips=skips)
+            alone = [model.hidden_states(batch, skip=skip) for skip in ([], *skips)]
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+        assert not any(torch.equal(found[0], base) for base in found[1:])

@@ -272,14 +272,28 @@ def test_through_triton_it_is_the_counted_peak_to_5_percent():
 @pytest.mark.parametrize("name", [*(name for name, case in CASES.items() if not case.train_all), *FEW_TOKENS])
 def test_an_evaluation_with_its_base_is_the_counted_peak_to_5_percent(name, dtype, way):
     case = (CASES | FEW_TOKENS)[name]
+    assert_evaluation_counted(case, case.job(dtype), way)
+
+
+@pytest.mark.parametrize("dtype", [fp32, bf16])
+@pytest.mark.parametrize("name", ["narrow branches", "top block", "narrow MLP"])
+def test_with_the_first_base_too(name, dtype):
+    case = (CASES | FEW_TOKENS)[name]
     job = case.job(dtype)
-    model, batch = make_model(job, WAYS[way]), make_batch(job, case.micro_batch_size)
-    evaluate(model, [batch], skip_for_base=job.trained.blocks)
+    trained = dataclasses.replace(job.trained, older_blocks=(0,))
+    assert_evaluation_counted(case, dataclasses.replace(job, trained=trained), "none")
+
+
+def assert_evaluation_counted(case: Case, job: Job, way: str) -> None:
+    trained, micro_batch_size = job.trained, case.micro_batch_size
+    bases = {"skip_for_base": trained.skip_for_base, "skip_for_first_base": trained.skip_for_first_base}
+    model, batch = make_model(job, WAYS[way]), make_batch(job, micro_batch_size)
+    evaluate(model, [batch], **bases)
     with PeakBytes() as peak:
-        evaluate(model, [make_batch(job, case.micro_batch_size)], skip_for_base=job.trained.blocks)
+        evaluate(model, [make_batch(job, micro_batch_size)], **bases)
     counted = peak.bytes + bytes_of(*model.parameters(), *model.buffers())
     # There are no moments here yet, and in a run there are.
-    said = evaluation_memory(job, WAYS[way], micro_batch_size=case.micro_batch_size) - 2 * 4 * job.num_trained
+    said = evaluation_memory(job, WAYS[way], micro_batch_size=micro_batch_size) - 2 * 4 * job.num_trained
     assert said == pytest.approx(counted, rel=0.05), f"{said / counted:.4f} of the count"
 
 
