@@ -26,13 +26,13 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
         UserError: there is something at ``path`` already, the place cannot be written or is full, or ``NAME.partial``
             is there and not ours to delete.
     """
-    path = Path(path).resolve()
-    if path.is_mount() or path == Path.cwd():
-        raise UserError(f"{path}: cannot be renamed into place; give a new folder inside it")
-    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: there is something there already; give another folder or delete it")
+    path = Path(os.path.realpath(path))  # Path.resolve fails on links in a circle
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     with writing_to(path):
+        if path.is_mount() or path == Path.cwd():
+            raise UserError(f"{path}: cannot be renamed into place; give a new folder inside it")
+        if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path}: there is something there already; give another folder or delete it")
         if _is_ours(old) and not path.exists():
             old.rename(path)  # a crash between the two renames below
         for remains in (partial, old):
@@ -105,16 +105,70 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing_to(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a file system refuses (rights, space) into one line naming the place."""
+    """Turn what a file system refuses at ``path`` or below it (rights, space, names) into one line naming the place."""
     try:
         yield
     except OSError as error:
-        # A file that is not where we look for it is our mistake, not the file system's.
-        if error.errno in (None, errno.ENOENT):
+        if error.errno is None or _is_a_bug(error, Path(path)):
             raise
-        raise UserError(
-            f"{path}: cannot be written: {os.strerror(error.errno)}; free space or give another place"
-        ) from error
+        if (source := _read_elsewhere(error, Path(path))) is not None:
+            raise UserError(f"{source}: cannot be read: {why_refused(error)}") from error
+        raise UserError(f"{path}: cannot be written: {why_refused(error)}") from error
+
+
+def why_refused(error: OSError) -> str:
+    """What a file system said, and what helps: ``No space left on device; free space or give another place``."""
+    if error.errno is None:
+        return str(error)
+    return f"{os.strerror(error.errno)}; {_REMEDIES.get(error.errno, 'give another place')}"
+
+
+_SPACE = "free space or give another place"
+_RIGHTS = "change its permissions or give a place you may write to"
+_IN_THE_WAY = "something is in the way there, move it or give another place"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: f"{_SPACE}, the disk quota is used up",
+    errno.EFBIG: "raise the limit on the size of a file (`ulimit -f unlimited`) or give another place",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "links lead in a circle, give another place",
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EISDIR: _IN_THE_WAY,
+    errno.ENOTEMPTY: _IN_THE_WAY,
+    errno.ENOENT: "a folder is gone, or none can be made there; give another place",
+    errno.EIO: "check the disk or give another place",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+}
+
+
+def _is_a_bug(error: OSError, place: Path) -> bool:
+    """A file that is not where we look for it is our mistake, unless its folder is gone or it is the place itself."""
+    if error.errno != errno.ENOENT or not isinstance(error.filename, str | os.PathLike):
+        return False
+    folder = Path(error.filename).absolute().parent
+    return folder.is_dir() and folder != place.absolute().parent
+
+
+def _read_elsewhere(error: OSError, place: Path) -> str | None:
+    """The file that was refused, if it is none at the place: what is written there may be a copy."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or not isinstance(error.filename, str):
+        return None
+    file, place = Path(error.filename).absolute(), place.absolute()
+    return None if place.is_relative_to(file) or file.is_relative_to(place.parent) else error.filename
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is there and is neither a file nor a folder: a pipe or a device may give no end of bytes, or none.
+
+    Raises:
+        UserError: it is.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path}: a pipe, a socket or a device; give a file")
 
 
 def first_line(error: BaseException) -> str:

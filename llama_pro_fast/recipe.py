@@ -170,8 +170,8 @@ def absolute(config: RunConfig) -> RunConfig:
     def local(path: str | None) -> str | None:
         if not path:  # an empty one is not the folder we are in
             return path
-        expanded = Path(path).expanduser()
-        return os.path.abspath(expanded) if expanded.exists() else path
+        expanded = os.path.expanduser(path)
+        return os.path.abspath(expanded) if os.path.exists(expanded) else path
 
     def sources(value: str | list[Source] | None) -> str | list[Source] | None:
         if isinstance(value, list):
@@ -186,9 +186,9 @@ def absolute(config: RunConfig) -> RunConfig:
             config.data,
             domain=sources(config.data.domain),
             general=sources(config.data.general),
-            cache=cache and str(Path(cache).expanduser().absolute()),
+            cache=cache and os.path.abspath(os.path.expanduser(cache)),
         ),
-        output=config.output and str(Path(config.output).expanduser().absolute()),
+        output=config.output and os.path.abspath(os.path.expanduser(config.output)),
     )
 
 

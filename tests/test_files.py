@@ -94,8 +94,37 @@ def test_where_a_folder_cannot_be_renamed_to(tmp_path, monkeypatch):
     assert (tmp_path / "disk" / "file").exists()
 
 
-def test_a_full_disk_is_one_line_and_a_bug_is_not(tmp_path):
-    with pytest.raises(UserError, match="No space left"), writing_to(tmp_path):
-        raise OSError(errno.ENOSPC, "full")
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; free space"),
+        (errno.EDQUOT, "Disk quota exceeded; free space"),
+        (errno.EFBIG, "File too large; raise the limit on the size of a file (`ulimit -f unlimited`)"),
+        (errno.EACCES, "Permission denied; change its permissions"),
+        (errno.EPERM, "Operation not permitted; change its permissions"),
+        (errno.EROFS, "Read-only file system; change its permissions or give a place you may write to"),
+        (errno.ENAMETOOLONG, "File name too long; give a shorter name"),
+        (errno.ENOTDIR, "Not a directory; something is in the way"),
+        (errno.EIO, "Input/output error; check the disk"),
+    ],
+)
+def test_what_a_file_system_refuses_is_one_line_with_what_helps(tmp_path, code, words):
+    with pytest.raises(UserError) as caught, writing_to(tmp_path):
+        raise OSError(code, "refused", str(tmp_path / "file"))
+    assert str(caught.value).startswith(f"{tmp_path}: cannot be written: {words}")
+
+
+def test_a_file_that_is_copied_is_named_if_it_is_the_trouble(tmp_path):
+    with pytest.raises(UserError, match=r"^/elsewhere/file: cannot be read: Permission denied"), writing_to(tmp_path):
+        raise PermissionError(errno.EACCES, "refused", "/elsewhere/file")
+    with pytest.raises(UserError, match=f"^{tmp_path}: cannot be written: No space"), writing_to(tmp_path):
+        raise OSError(errno.ENOSPC, "full", "/elsewhere/file", None, str(tmp_path / "file"))
+
+
+def test_a_folder_that_is_gone_is_one_line_and_a_file_we_forgot_is_a_bug(tmp_path):
     with pytest.raises(FileNotFoundError), writing_to(tmp_path):
         (tmp_path / "a file we forgot to write").read_text()
+    with pytest.raises(UserError, match="a folder is gone"), writing_to(tmp_path / "run"):
+        (tmp_path / "run" / "file").write_text("")
+    with pytest.raises(UserError, match="none can be made there"), new_folder("/proc/x"):
+        pass

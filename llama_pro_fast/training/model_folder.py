@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ def config_of(path_or_id: str) -> str:
 
 def _run(path_or_id: str) -> Path | None:
     """The folder of a run; a model's folder may have a config.yaml too."""
-    folder = Path(path_or_id).expanduser()
+    folder = Path(os.path.expanduser(path_or_id))
     return folder if run_folder.is_run(folder) and not (folder / CONFIG_FILE).exists() else None
 
 
