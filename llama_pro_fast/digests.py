@@ -31,6 +31,11 @@ time of modification."""
 _TENSORS: dict[tuple[int | str, ...], str] = {}
 
 
+def file_hash(content: bytes = b"") -> Any:
+    """The hash of :func:`file_digests`, to be fed while a file is written."""
+    return hashlib.blake2b(content, digest_size=16)
+
+
 def file_digests(paths: Iterable[Path], cache: Path) -> list[str]:
     """The digest of each file's content; only files that have changed since they were last asked for are read.
 
@@ -51,7 +56,7 @@ def file_digests(paths: Iterable[Path], cache: Path) -> list[str]:
                 continue
             with open(path, "rb") as file:
                 before = os.fstat(file.fileno())
-                found.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
+                found.append(hashlib.file_digest(file, file_hash).hexdigest())
                 after = os.fstat(file.fileno())
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error

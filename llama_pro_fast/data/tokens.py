@@ -8,14 +8,15 @@ of everything the tokens depend on (the files' contents, the tokenizer, the sett
 change makes another store (a file counts as unchanged while its size, time and inode are).
 
 A folder named by a key is complete by construction: tokens are written to `<key>.partial`, flushed to the disk, and
-the folder is renamed last. A lock on `<key>.lock`, which the kernel releases however a process ends, lets a second
-process wait for the first and then read what it wrote, and tells an abandoned partial folder from a growing one.
+the folder is renamed last. `meta.json` holds a digest of each file and one of itself, so that what a disk or a hand has
+changed since is found, and made again; a file is read for that once, and then when its size, time or inode change. A
+lock on `<key>.lock`, which the kernel releases however a process ends, lets a second process wait for the first and
+then read what it wrote, and tells an abandoned partial folder from a growing one.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -29,16 +30,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llama_pro_fast.console import say
 from llama_pro_fast.data.documents import Document, is_held_out
 from llama_pro_fast.data.sources import ResolvedSource, iterate_documents
-from llama_pro_fast.digests import file_digests
+from llama_pro_fast.digests import file_digests, file_hash
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import why_refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 3
+FORMAT = 4
 """Part of every key: raise it when the same text would give other tokens or other files."""
+
+META = "meta.json"
 
 BATCH_CHARACTERS = 2**21
 """Text handed to the tokenizer at once: enough for all its threads, and a few tens of MB as Python lists."""
@@ -87,19 +92,19 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore | None:
-        """The store in ``folder``, or None where there is no complete one."""
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-            splits = {split: _open_split(folder, split, meta) for split in ("train", "held_out")}
-        except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
-            # ValueError: a file shorter than meta.json says, as a file system that lost power may leave it.
+        """The store in ``folder``, or None where there is no complete one, with every byte as it was written."""
+        if (meta := _read_meta(folder)) is None:
             return None
+        files = [folder / name for name in meta["files"]]
+        if not all(map(os.path.isfile, files)) or file_digests(files, folder.parent) != [*meta["files"].values()]:
+            return None
+        splits = {split: _open_split(folder, split, np.dtype(meta["dtype"])) for split in ("train", "held_out")}
         return cls(**splits, num_skipped=meta["skipped"], key=folder.name)
 
 
 def default_cache() -> Path:
     """`llama-pro-fast` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-pro-fast"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llama-pro-fast"
 
 
 def tokenize_source(
@@ -127,17 +132,14 @@ def tokenize_source(
         raise UserError(f"data.held_out is {held_out}: give a share above 0 and below 1")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer: the model's folder needs a tokenizer.json")
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+    cache = Path(os.path.expanduser(cache_dir)) if cache_dir is not None else default_cache()
     fingerprint = _fingerprint(source, tokenizer, held_out, cache)
-    key = _digest(json.dumps(fingerprint, sort_keys=True).encode())
+    key = _key(fingerprint)
     try:
         store = TokenStore.open(cache / key) or _build(source, tokenizer, held_out, cache, key, fingerprint, progress)
     except OSError as error:
         # Trouble with reading a source is a UserError by now, so this is the cache.
-        raise UserError(
-            f"{cache}: the cache of tokens cannot be used ({error.strerror or error}): make room or give another "
-            "folder with --data.cache"
-        ) from error
+        raise UserError(f"{cache}: the cache of tokens cannot be used: {why_refused(error)} (--data.cache)") from error
     _check_sides(source, store, held_out)
     return store
 
@@ -174,7 +176,9 @@ def _build(
         if store := TokenStore.open(cache / key):  # another process has built it while this one waited for the lock
             return store
         _remove_leftovers(cache)
-        shutil.rmtree(cache / key, ignore_errors=True)  # cut short by a loss of power
+        if (cache / key).exists():
+            say(f"{cache / key}: the stored tokens of {source.name} are damaged; they are made again")
+            shutil.rmtree(cache / key, ignore_errors=True)
         partial = cache / f"{key}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -216,27 +220,49 @@ def _write(
             raise UserError(
                 f"{source.path}: no document with text ({skipped} empty): give other files or another column"
             )
-        meta = {
-            "format": FORMAT,
-            "dtype": dtype.name,
-            "train": train.counts(),
-            "held_out": kept_out.counts(),
-            "skipped": skipped,
-            "fingerprint": fingerprint,
-        }
-    with open(folder / "meta.json", "w") as file:
-        json.dump(meta, file, indent=1)
+    meta = {
+        "format": FORMAT,
+        "dtype": dtype.name,
+        "skipped": skipped,
+        "files": train.digests | kept_out.digests,
+        "fingerprint": fingerprint,
+    }
+    with open(folder / META, "w") as file:
+        json.dump({"digest": _digest(_canonical(meta)), **meta}, file, indent=1)
         _to_disk(file)
 
 
+class _HashedFile:
+    """A file to be written, flushed to the disk and given a digest."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._hash = open(path, "wb"), file_hash()  # noqa: SIM115
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+
+    def close(self) -> str:
+        with self._file:
+            _to_disk(self._file)
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
 class _SplitWriter:
-    """Appends documents to `<split>.bin`; of each only two numbers stay in memory until the end."""
+    """Appends documents to `<split>.bin`; of each only two numbers stay in memory until the end.
+
+    After it ``digests`` has those of its files, by name.
+    """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype):
         self._folder, self._split, self._dtype = folder, split, dtype
-        self._file = open(folder / f"{split}.bin", "wb")  # noqa: SIM115
+        self._file = _HashedFile(folder / f"{split}.bin")
         self._offsets = array("q", [0])
         self._num_bytes = array("q")
+        self.digests: dict[str, str] = {}
 
     def append(self, ids: list[int], num_bytes: int) -> None:
         self._file.write(np.array(ids, self._dtype).tobytes())
@@ -251,33 +277,35 @@ class _SplitWriter:
     def num_tokens(self) -> int:
         return self._offsets[-1]
 
-    def counts(self) -> dict[str, int]:
-        return {"documents": self.num_documents, "tokens": self.num_tokens}
-
     def __enter__(self) -> _SplitWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        with self._file:
-            if kind is None:
-                _to_disk(self._file)
-        if kind is None:
-            for name, values in (("offsets", self._offsets), ("bytes", self._num_bytes)):
-                with open(self._folder / f"{self._split}.{name}.npy", "wb") as file:
-                    np.save(file, np.array(values, np.int64))
-                    _to_disk(file)
+        if kind is not None:
+            self._file.abandon()
+            return
+        self.digests[f"{self._split}.bin"] = self._file.close()
+        for name, values in (("offsets", self._offsets), ("bytes", self._num_bytes)):
+            file = _HashedFile(self._folder / f"{self._split}.{name}.npy")
+            np.save(file, np.array(values, np.int64))
+            self.digests[f"{self._split}.{name}.npy"] = file.close()
 
 
-def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> TokenSplit:
-    path, dtype, counts = folder / f"{split}.bin", np.dtype(meta["dtype"]), meta[split]
-    if path.stat().st_size != counts["tokens"] * dtype.itemsize:
-        raise ValueError(f"{path} is cut short")
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """The content of meta.json, if it is what was written there, for this key."""
+    try:
+        meta = json.loads((folder / META).read_bytes())
+        whole = meta.pop("digest") == _digest(_canonical(meta)) and _key(meta["fingerprint"]) == folder.name
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
+    return meta if whole else None
+
+
+def _open_split(folder: Path, split: str, dtype: np.dtype) -> TokenSplit:
+    path = folder / f"{split}.bin"
     # An empty file cannot be mapped.
-    tokens = np.memmap(path, dtype, mode="r") if counts["tokens"] else np.empty(0, dtype)
-    offsets, num_bytes = (np.load(folder / f"{split}.{name}.npy") for name in ("offsets", "bytes"))
-    if (len(offsets), len(num_bytes)) != (counts["documents"] + 1, counts["documents"]):
-        raise ValueError(f"{path}: offsets or bytes are cut short")
-    return TokenSplit(tokens, offsets, num_bytes)
+    tokens = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+    return TokenSplit(tokens, *(np.load(folder / f"{split}.{name}.npy") for name in ("offsets", "bytes")))
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -334,13 +362,21 @@ def _fingerprint(
         "split": source.split,
         "python": platform.python_version() if source.kind != "files" else None,  # its parser reads the built-in text
         "files": dict(zip(names, file_digests(paths, cache), strict=True)),
-        "tokenizer": _digest(json.dumps(tokenizer_parts, sort_keys=True).encode()),
+        "tokenizer": _digest(_canonical(tokenizer_parts)),
         "held_out": held_out,
     }
 
 
+def _key(fingerprint: dict[str, Any]) -> str:
+    return _digest(_canonical(fingerprint))
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
 def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return file_hash(data).hexdigest()
 
 
 @contextmanager

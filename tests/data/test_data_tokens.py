@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -274,7 +275,6 @@ def _killed_while_writing(source, cache):
         calls.append(args)
         append(self, *args)
         if len(calls) == 40:
-            self._file.flush()
             os.kill(os.getpid(), 9)
 
     tokens._SplitWriter.append = killed
@@ -326,14 +326,56 @@ def test_two_processes_at_once_are_harmless(source, cache):
     assert found == {path.name for path in cache.iterdir() if path.is_dir()}
 
 
-@pytest.mark.parametrize("file", ["train.bin", "held_out.offsets.npy", "train.bytes.npy", "meta.json"])
-def test_a_store_cut_short_by_a_loss_of_power_is_made_again(source, tokenizer, cache, writes, file):
+def cut_short(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def a_bit_flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def zeroed(content: bytes) -> bytes:
+    return bytes(len(content))
+
+
+FILES = [f"{side}.{kind}" for side in ("train", "held_out") for kind in ("bin", "offsets.npy", "bytes.npy")]
+
+
+@pytest.mark.parametrize("damaged", [cut_short, a_bit_flipped, zeroed])
+@pytest.mark.parametrize("file", [*FILES, "meta.json"])
+def test_a_damaged_store_is_made_again_with_a_word(source, tokenizer, cache, writes, capfd, file, damaged):
     store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
-    expected = documents(store.train)
-    os.truncate(cache / store.key / file, (cache / store.key / file).stat().st_size // 2)
+    expected, path = documents(store.train), cache / store.key / file
+    path.write_bytes(damaged(path.read_bytes()))
     assert TokenStore.open(cache / store.key) is None
     assert documents(tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache).train) == expected
     assert writes.count == 2
+    assert "damaged; they are made again" in " ".join(capfd.readouterr().out.split())
+    tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
+    assert writes.count == 2
+
+
+@pytest.mark.parametrize("meta", [b"[]", b"7", b'"digest"', b"{}", b"[" * 100_000, b"\xff", b'{"digest": null}'])
+def test_a_store_that_says_anything_of_itself_is_none(source, tokenizer, cache, meta):
+    store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
+    (cache / store.key / "meta.json").write_bytes(meta)
+    assert TokenStore.open(cache / store.key) is None
+
+
+def test_a_store_under_the_key_of_another_is_none(source, tokenizer, cache):
+    store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
+    (cache / store.key).rename(cache / ("0" * 32))
+    assert TokenStore.open(cache / ("0" * 32)) is None
+
+
+def test_a_store_is_not_read_again_for_its_digests(source, tokenizer, cache, monkeypatch):
+    store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
+    for path in (cache / store.key).iterdir():
+        os.utime(path, (0, 0))  # long ago: younger files are looked at each time
+    assert TokenStore.open(cache / store.key) is not None
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert TokenStore.open(cache / store.key) is not None
 
 
 # Errors
@@ -346,10 +388,18 @@ def message_of(source, tokenizer, cache, held_out=0.2) -> str:
     return str(caught.value)
 
 
-def test_a_cache_that_cannot_be_written_is_named(source, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "cause"),
+    [
+        ("file/cache", "Not a directory; something is in the way"),
+        ("x" * 300, "File name too long; give a shorter name"),
+        ("/proc/cache", "a folder is gone, or none can be made there"),
+    ],
+)
+def test_a_cache_that_cannot_be_made_is_named_with_the_cause(source, tokenizer, tmp_path, place, cause):
     (tmp_path / "file").write_text("")
-    message = message_of(source, tokenizer, tmp_path / "file" / "cache")
-    assert all(word in message for word in (str(tmp_path / "file"), "Not a directory", "--data.cache")), message
+    message = message_of(source, tokenizer, tmp_path / place)
+    assert all(word in message for word in (str(tmp_path / place), cause, "--data.cache")), message
 
 
 def test_a_source_without_text(tmp_path, tokenizer, cache):
