@@ -21,6 +21,7 @@ from llama_pro_fast.config import DataConfig, Source
 from llama_pro_fast.data import stdlib
 from llama_pro_fast.data.documents import Document
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import check_regular
 
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
 STDLIB = ("stdlib:code", "stdlib:prose")
@@ -114,7 +115,7 @@ def _resolve(source: Source, role: str, default_weight: float) -> ResolvedSource
     files = _folder_files(source.path) if kind == "files" else stdlib.stdlib_files(kind.removeprefix("stdlib:"))
     if not files:
         raise UserError(f"{source.path}: this Python has no sources of its standard library: give a path of text")
-    name = source.name or (kind if kind != "files" else _name(Path(source.path).expanduser()))
+    name = source.name or (kind if kind != "files" else _name(Path(os.path.expanduser(source.path))))
     return ResolvedSource(
         name=name,
         path=source.path,
@@ -128,11 +129,12 @@ def _resolve(source: Source, role: str, default_weight: float) -> ResolvedSource
 
 
 def _folder_files(given: str) -> list[tuple[str, Path]]:
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if given.startswith("stdlib:"):
         raise UserError(f"{given}: no such built-in text: there are {' and '.join(STDLIB)}")
-    if not path.exists():
+    if not os.path.exists(path):  # and not `path.exists()`, which fails on a name that is too long
         raise UserError(f"{given}: no such file or folder: give a {_endings()} file, a folder of them, or stdlib:code")
+    check_regular(path)
     if not path.is_dir():
         if path.suffix.lower() not in ENDINGS:
             raise UserError(f"{given}: unknown ending {path.suffix!r}: text is read from {_endings()}")
@@ -143,6 +145,7 @@ def _folder_files(given: str) -> list[tuple[str, Path]]:
         for name in names:
             file = Path(folder, name)
             if file.suffix.lower() in ENDINGS and not name.startswith("."):
+                check_regular(file)
                 files.append((file.relative_to(path).as_posix(), file))
     if not files:
         raise UserError(f"{given}: the folder holds no file with text: put {_endings()} files in it")

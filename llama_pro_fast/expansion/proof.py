@@ -220,13 +220,10 @@ def _prove_blocks(
     context = BlockContext.for_batch(batch, rotary_tables=tables, attention=backend)
     x = load_embedding(expanded, dtype=dtype)(batch.input_ids)
     for index in range(depth):
-        if not torch.isfinite(x).all():
-            raise IdentityError(
-                f"{expanded.path}: NaN or infinity enters block {index} in {dtype}; the base's weights are "
-                "damaged or need a wider dtype"
-            )
         y = load_block(expanded, index, dtype=dtype)(x, context)
         identical = index not in manifest.trained_blocks or torch.equal(x, y)
+        if not torch.isfinite(y).all():
+            raise _overflow(expanded, f"what block {index} computes", dtype)
         _require(identical, expanded, f"block {index}", "its output is not its input")
         x = y
         if progress:
@@ -237,6 +234,8 @@ def _prove_logits(
     base: PretrainedFolder, expanded: PretrainedFolder, documents: list[list[int]], dtype: torch.dtype
 ) -> float:
     before, after = (_logits(folder, documents, dtype) for folder in (base, expanded))
+    if not all(torch.isfinite(logits).all() for logits in before):
+        raise _overflow(base, "the logits", dtype)
     difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(before, after, strict=True))
     equal = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     _require(equal, expanded, "logits", f"max |Δlogit| is {difference}, not 0.0, in stock transformers ({dtype})")
@@ -264,6 +263,14 @@ def _documents(base: PretrainedFolder) -> tuple[list[list[int]], str | None]:
         documents = [torch.randint(base.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
         return documents, str(error)
     return [tokenizer(passage)["input_ids"][:longest] for passage in PASSAGES], None
+
+
+def _overflow(folder: PretrainedFolder, what: str, dtype: torch.dtype) -> UserError:
+    # The weights are finite: that was looked at when they were read.
+    return UserError(
+        f"{folder.path}: {what} is not finite in {dtype}, the checkpoint's; the base needs a wider one, convert its "
+        "weights to bfloat16 or float32"
+    )
 
 
 def _require(holds: bool, folder: PretrainedFolder, what: str, otherwise: str) -> None:

@@ -67,8 +67,8 @@ def write_expanded(
     shards of the tensors it copies. Tokenizer and other companion files are copied.
 
     Raises:
-        UserError: config and weights of the base disagree, its manifest is damaged, or the disk is too small; nothing
-            has been written then.
+        UserError: config and weights of the base disagree, its manifest is damaged, or the disk is too small, and
+            nothing has been written then; or a file of the base is damaged, or holds values that are not finite.
     """
     assert plan.num_old == base.config.num_hidden_layers
     check_tensors(base)
@@ -86,7 +86,7 @@ def write_expanded(
             write_header(out, [(row.name, row.source.dtype, row.source.shape, row.source.num_bytes) for row in rows])
             for row in rows:
                 digest = hashlib.sha256()
-                for piece in _zeros(row.source.num_bytes) if row.is_zero else base.read_bytes(row.source.name):
+                for piece in _zeros(row.source.num_bytes) if row.is_zero else base.read_finite(row.source.name):
                     if row.is_old:
                         digest.update(piece)
                     _write_all(out, piece)

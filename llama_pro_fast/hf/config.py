@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.files import first_line
+from llama_pro_fast.files import check_regular, first_line
 from llama_pro_fast.hf.families import FAMILIES, block_spec, check_rope
 from llama_pro_fast.hf.known_shapes import SHAPES
 
@@ -18,6 +18,17 @@ ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = "builtin:"
 CONFIG_FILE = "config.json"
 
+LARGEST = {
+    "num_hidden_layers": 2**10,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**40,
+}
+"""Of the sizes in a config, far above any model's. Larger ones come of damage, and would be worked on for hours."""
 
 # Side files a model folder may carry that stay true for a deeper model: tokenizer, generation settings, licence.
 COMPANION_PATTERNS = (
@@ -91,6 +102,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Any]:
         )
     if raw.get("quantization_config") is not None:
         raise UserError(f"{path.parent}: the weights are quantised; give the original bf16/fp16/fp32 checkpoint")
+    _check_sizes(path, raw)
     try:
         config = transformers.AutoConfig.from_pretrained(path.parent)
     except Exception as error:
@@ -101,6 +113,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], Any]:
             f"{path}: transformers takes this {model_type} for a {config.model_type}, which is not supported; remove "
             "layer_types if all blocks are alike"
         )
+    # Once more, with what transformers filled in.
+    _check_sizes(path, {name: getattr(config, name, None) for name in LARGEST}, required=True)
     try:
         check_rope(config)
         for index in range(config.num_hidden_layers):
@@ -110,6 +124,15 @@ def read_config(path: Path) -> tuple[dict[str, Any], Any]:
     if config.hidden_act not in ("silu", "swish"):
         raise UserError(f"{path}: hidden_act {config.hidden_act} is not supported (silu is)")
     return raw, config
+
+
+def _check_sizes(path: Path, config: dict[str, Any], *, required: bool = False) -> None:
+    for name, largest in LARGEST.items():
+        size = config.get(name)
+        if size is None and (not required or name == "head_dim"):
+            continue
+        if type(size) is not int or not 0 < size <= largest:
+            raise UserError(f"{path}: {name} is {size!r:.60}, not a whole number from 1 to {largest}; mend the file")
 
 
 ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
@@ -161,10 +184,13 @@ def find_config(path_or_id: str) -> tuple[dict[str, Any], Any]:
 def read_json(path: Path, why: str) -> dict[str, Any]:
     """A JSON object in a file; ``why`` says what it is for, should it be missing."""
     try:
+        if not path.exists():
+            raise UserError(f"{path.parent}: no {path.name} in it; {why}")
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent}: no {path.name} in it; {why}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: not readable as JSON ({first_line(error)}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; download it again")

@@ -19,9 +19,9 @@ import transformers
 
 from llama_pro_fast.digests import combined_digest, tensor_digest
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.files import first_line
+from llama_pro_fast.files import check_regular, first_line
 from llama_pro_fast.hf.config import COMPANION_PATTERNS, CONFIG_FILE, read_config, read_json
-from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, read_header
+from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, num_not_finite, read_header
 
 CHUNK_BYTES = 8 << 20
 SINGLE_FILE = "model.safetensors"
@@ -43,6 +43,8 @@ class PretrainedFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"model folder {self.path} does not exist; give a folder with {CONFIG_FILE}")
+        for file in self.path.iterdir():
+            check_regular(file)  # transformers, too, would wait for a pipe's end
         self.raw_config, self.config = read_config(self.path / CONFIG_FILE)
 
     # -- what there is -------------------------------------------------------------------------------------------
@@ -77,6 +79,12 @@ class PretrainedFolder:
             weight_map = index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{self.path / INDEX_FILE}: no weight_map in it; download the file again")
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                    raise UserError(
+                        f"{self.path / INDEX_FILE}: names {file!r:.60} as the file of {name:.200}, and not a "
+                        ".safetensors file beside it; download the index again"
+                    )
             files = sorted(set(weight_map.values()))
         else:
             others = sorted(p.name for p in self.path.glob("*.bin")) or sorted(p.name for p in self.path.glob("*.pth"))
@@ -106,7 +114,7 @@ class PretrainedFolder:
         """The raw bytes of a tensor, piece by piece."""
         entry = self.entries[name]
         try:
-            with open(self.path / entry.file, "rb", buffering=0) as file:
+            with open(self.path / entry.file, "rb") as file:  # which fills each piece, so that it holds whole values
                 file.seek(entry.offset)
                 left = entry.num_bytes
                 buffer = memoryview(bytearray(min(CHUNK_BYTES, left)))
@@ -120,6 +128,23 @@ class PretrainedFolder:
             # Told apart here, or the caller's `writing_to` would blame the folder that is being written.
             raise UserError(f"{self.path / entry.file}: cannot be read: {error.strerror}; check the disk") from error
 
+    def read_finite(self, name: str) -> Iterator[memoryview]:
+        """As :meth:`read_bytes`; after the last piece values that are not finite are refused.
+
+        Raises:
+            UserError: there are some, or the file is damaged.
+        """
+        entry, bad = self.entries[name], 0
+        for piece in self.read_bytes(name):
+            yield piece
+            if entry.dtype in TORCH_DTYPES:
+                bad += num_not_finite(piece, entry.dtype)
+        if bad:
+            raise UserError(
+                f"{self.path / entry.file}: {name} has {bad:,} values that are not finite (NaN or infinity), so the "
+                "model cannot compute; download it again, or mend it where it was made"
+            )
+
     def digest(self, name: str) -> str:
         """SHA-256 of a tensor's bytes, which are read once a process as long as their file does not change."""
         return tensor_digest(self.path / self.entries[name].file, name, lambda: self.read_bytes(name))
@@ -128,7 +153,7 @@ class PretrainedFolder:
         """One tensor on the CPU, in the stored dtype.
 
         Raises:
-            UserError: there is no such tensor, or its file is damaged.
+            UserError: there is no such tensor, its file is damaged, or not all of it is finite.
         """
         if name not in self.entries:
             raise UserError(f"{self.path}: the config asks for tensor {name} and no weight file holds it")
@@ -136,7 +161,7 @@ class PretrainedFolder:
         # Read, not mapped: the pages of a mapped shard count as this process's memory, gigabytes of them.
         content, position = torch.empty(entry.num_bytes, dtype=torch.uint8), 0
         into = memoryview(content.numpy())
-        for piece in self.read_bytes(name):
+        for piece in self.read_finite(name):
             into[position : position + len(piece)] = piece
             position += len(piece)
         return content.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion import proof as proving
 from llama_pro_fast.expansion.manifest import Manifest
+from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import IdentityError, expand_and_prove, prove_identity
 from llama_pro_fast.hf.folder import SINGLE_FILE, PretrainedFolder
 
@@ -182,11 +184,11 @@ def test_logits_that_differ_are_caught(base, expanded, monkeypatch):
         prove_identity(base, expanded)
 
 
-def test_a_base_that_computes_nan_is_told_from_a_bad_expansion(base, tmp_path):
-    overwrite(base, "model.layers.0.self_attn.v_proj.weight", struct.pack("<f", float("nan")))
-    from llama_pro_fast.expansion.plan import ExpansionPlan
-
-    with pytest.raises(IdentityError, match="NaN or infinity enters block 1"):
+def test_a_base_that_overflows_is_told_from_a_bad_expansion(base, tmp_path):
+    # Finite weights, and a product of two of them that is not.
+    for name in ("o_proj", "v_proj"):
+        overwrite(base, f"model.layers.0.self_attn.{name}.weight", struct.pack("<f", 3e38) * 64)
+    with pytest.raises(UserError, match=r"what block 0 computes is not finite in torch\.float32"):
         expand_and_prove(PretrainedFolder(base.path), tmp_path / "out", ExpansionPlan.from_groups(4, 2))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
