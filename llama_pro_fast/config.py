@@ -199,6 +199,10 @@ class TrainConfig:
     keep_checkpoints: int = number(2, ABOVE_0)
     """How many checkpoints stay on disk."""
 
+    wandb: str | None = None
+    """Project of Weights & Biases to log to, beside metrics.jsonl and TensorBoard. Needs the extra `wandb`; without a
+    network set WANDB_MODE=offline."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -227,7 +231,7 @@ class RunConfig:
     """The run's folder."""
 
 
-MAY_STAY_OPEN = ("expand.groups", "expand.after", "data.general", "data.cache", "train.tokens")
+MAY_STAY_OPEN = ("expand.groups", "expand.after", "data.general", "data.cache", "train.tokens", "train.wandb")
 """Keys that a settled run may leave empty."""
 
 

@@ -96,7 +96,7 @@ def train(run: Run, *, resume: bool) -> bool:
     elif resume:
         say("no complete checkpoint yet: starting from the first step")
     done = info.progress
-    metrics = MetricsWriter(output, resumed_at=done.step if complete else None)
+    metrics = MetricsWriter(output, resumed_at=done.step if complete else None, wandb=config.train.wandb)
     show_start(config, folder.config, run.trained, corpus, run.planned)
 
     meter = Meter(model, corpus, config, metrics, run.trained)

@@ -10,6 +10,7 @@ deleted, and only under ``--overwrite``.
 from __future__ import annotations
 
 import fcntl
+import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ from llama_pro_fast.training.checkpoint import complete_checkpoints, read_info
 
 LOCK = ".lock"
 SUMMARY = "report/summary.json"  # what makes a run complete: written last, deleted first
-FOLDERS = ("report", "tensorboard", "checkpoints", "expanded", "initial", "export")
+FOLDERS = ("report", "tensorboard", "checkpoints", "expanded", "initial", "export", "wandb")
 CONTENTS = (*(name + end for name in FOLDERS for end in ("", ".partial", ".old")), "metrics.jsonl", "metrics.new")
 
 
@@ -38,9 +39,9 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     Raises:
         UserError: the folder is not of that kind, another process holds it, or it cannot be written.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; give a folder")
     with writing_to(output):
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output {output}: is a file; give a folder")
         created = [folder for folder in (output, *output.parents) if not folder.exists()]
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / LOCK, "a")  # noqa: SIM115 - held open as long as the folder is
@@ -66,7 +67,7 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run."""
-    return (folder / CONFIG_NAME).is_file()
+    return os.path.isfile(folder / CONFIG_NAME)  # False, too, for a name that is too long
 
 
 def is_complete(run: Path) -> bool:
