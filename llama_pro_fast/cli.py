@@ -6,14 +6,17 @@ Nothing heavy is imported here: a verb's module is loaded when it is called, so 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-import os
+import io
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from llama_pro_fast import __version__
+from llama_pro_fast.console import flush_or_give_up, open_missing_streams
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import why_refused
 
 PROGRAM = "llama-pro-fast"
 VERBS = {
@@ -38,24 +41,47 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_entry_point(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """Call a verb's ``main`` and turn what the user caused into one line and an exit code.
 
-    `UserError` and argument errors: one line on stderr, 2. Ctrl-C: 130. A reader of stdout that went away (`| head`):
-    141, silently. Anything else is a bug and keeps its traceback.
+    `UserError`, argument errors, a stdout on a full disk: one line on stderr, 2. Ctrl-C: 130. A reader of stdout that
+    went away (`| head`): 141, silently. Anything else is a bug and keeps its traceback. The code is the same where
+    nobody hears of it.
     """
+    open_missing_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows only ASCII
     try:
         code = main(argv)
-        sys.stdout.flush()
+        if not sys.stdout.closed:
+            sys.stdout.flush()
         return code
     except (UserError, argparse.ArgumentError) as error:
         line = " ".join(part.strip() for part in str(error).splitlines())
-        print(f"{PROGRAM}: error: {line}", file=sys.stderr)
-        return USER_ERROR
+        return _tell(f"error: {line}", USER_ERROR)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _tell("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, and would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is not None or _can_write(sys.stdout):
+            raise
+        return _tell(f"error: stdout cannot be written: {why_refused(error)}", USER_ERROR)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            flush_or_give_up(stream)
+
+
+def _can_write(stream: TextIO) -> bool:
+    try:
+        stream.write("\n")
+        stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _tell(line: str, code: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # nobody listens
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TextIO
 
 from rich.box import ROUNDED
 from rich.console import Console
@@ -13,12 +16,97 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=False, emoji=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError it is called for: rich itself would end the process with 1
+
+
+console = _Console(highlight=False, soft_wrap=False, emoji=False)
 
 
 def say(text: str) -> None:
     """A line of progress."""
     console.print(text, markup=False, overflow="ignore", crop=False, no_wrap=True)
+
+
+class _Unheard:
+    """A text stream that never fails: what the one below cannot spell is replaced, what it does not take is dropped.
+
+    It goes on trying, so that a log whose disk was full for a while goes on too.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            self.write(text.encode(encoding, "replace").decode(encoding))
+        except (OSError, ValueError):  # ValueError: it is closed
+            pass
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return not self._stream.closed and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Inside, nobody has to listen: a reader that went away, a closed terminal, a full disk under the log, a stream
+    that is missing or knows only ASCII end nothing, whoever prints, we or a library."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr = (_Unheard(stream or nowhere) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            for stream in filter(None, before):
+                flush_or_give_up(stream)
+
+
+def flush_or_give_up(stream: TextIO) -> OSError | None:
+    """Flush; where that fails, send what the stream holds, and all that follows, nowhere, and return the error.
+
+    Python flushes once more at its end, and would fail there.
+    """
+    try:
+        stream.flush()
+    except ValueError:  # it is closed
+        pass
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere, contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere.fileno(), stream.fileno())
+        return error
+    return None
+
+
+def open_missing_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr (``>&-``) an empty one.
+
+    Else the next file that is opened takes its number, and gets what libraries write there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from llama_pro_fast.cli import INTERRUPTED, run_entry_point
-from llama_pro_fast.console import say
+from llama_pro_fast.console import say, unheard
 from llama_pro_fast.recipe import RECIPES, parse
 from llama_pro_fast.training import run_folder
 from llama_pro_fast.training.run import run_training
@@ -17,7 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         output = run_folder.first_free(Path("runs", "quickstart"))
-        say(f"no options: the quickstart, into {output} (`llama-pro-fast train --help` for everything else)")
+        with unheard():
+            say(f"no options: the quickstart, into {output} (`llama-pro-fast train --help` for everything else)")
         argv = ["--config", str(RECIPES / "quickstart.yaml"), "--output", str(output)]
     request = parse(argv)
     summary = run_training(request.config, resume=request.resume, overwrite=request.overwrite)

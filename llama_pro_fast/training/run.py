@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import amount, say, waiting
+from llama_pro_fast.console import amount, say, unheard, waiting
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.data.tokens import default_cache
 from llama_pro_fast.errors import UserError
@@ -31,6 +31,7 @@ from llama_pro_fast.training import model_folder, run_folder
 from llama_pro_fast.training.cards import show_end
 from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.loop import Run, train
+from llama_pro_fast.training.metrics import check_wandb
 from llama_pro_fast.training.settle import (
     check_recipe,
     choose,
@@ -61,7 +62,8 @@ def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = F
             "another run is going on in this process; wait for it, or start this one in a process of its own"
         )
     try:
-        return _run(config, resume=resume, overwrite=overwrite)
+        with unheard():
+            return _run(config, resume=resume, overwrite=overwrite)
     finally:
         _ONE_AT_A_TIME.release()
 
@@ -70,6 +72,7 @@ def _run(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] 
     # What can be refused is refused before any work.
     if not resume:
         check_recipe(config)
+    check_wandb(config.train.wandb)
     config = absolute(config)
     output = Path(config.output)
     with run_folder.claimed(output, resume=resume, overwrite=overwrite):
