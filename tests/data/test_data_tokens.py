@@ -342,8 +342,17 @@ def zeroed(content: bytes) -> bytes:
 FILES = [f"{side}.{kind}" for side in ("train", "held_out") for kind in ("bin", "offsets.npy", "bytes.npy")]
 
 
-@pytest.mark.parametrize("damaged", [cut_short, a_bit_flipped, zeroed])
-@pytest.mark.parametrize("file", [*FILES, "meta.json"])
+@pytest.mark.parametrize(
+    ("file", "damaged"),
+    [
+        *((file, a_bit_flipped) for file in [*FILES, "meta.json"]),
+        *(
+            (file, damaged)
+            for file in ("train.bin", "train.offsets.npy", "meta.json")
+            for damaged in (cut_short, zeroed)
+        ),
+    ],
+)
 def test_a_damaged_store_is_made_again_with_a_word(source, tokenizer, cache, writes, capfd, file, damaged):
     store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=cache)
     expected, path = documents(store.train), cache / store.key / file
