@@ -12,6 +12,9 @@ from llama_pro_fast.data.sources import ResolvedSource, resolve_sources
 from llama_pro_fast.data.tokens import TokenStore, tokenize_source
 from llama_pro_fast.errors import UserError
 
+BEGINNING, BEGINNING_TOKENS = 60, 256
+"""Characters of a document that name it, and tokens that hold so many in any script."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -94,6 +97,24 @@ class Corpus:
         measured = [(text.source.role, text.source.name, text.store.key) for text in held_out]
         return cls(train, held_out, fingerprint, hashlib.sha256(repr(measured).encode()).hexdigest())
 
+    def documents(self, start: int, count: int, tokenizer, limit: int) -> list[str]:
+        """The documents of training sequences ``start`` to ``start + count``, for a person to find them.
+
+        Returns:
+            At most ``limit`` texts like ``mine, document 17: "How it begins…"``, where 17 counts, from 1, the source's
+            documents that train; where there are more, one that says how many.
+        """
+        found = self.train.documents(start, count)
+        texts = []
+        for source, number in found[:limit]:
+            text, split = self.held_out[source], self.held_out[source].store.train
+            begin, end = split.offsets[number : number + 2].tolist()
+            tokens = split.tokens[begin : min(end, begin + BEGINNING_TOKENS)].tolist()
+            beginning = _one_line(tokenizer.decode(tokens, skip_special_tokens=True))
+            more = "…" if len(beginning) > BEGINNING or end > begin + BEGINNING_TOKENS else ""
+            texts.append(f'{text.source.name}, document {number + 1}: "{beginning[:BEGINNING].rstrip()}{more}"')
+        return texts if len(found) <= limit else [*texts, f"and {len(found) - limit:,} more"]
+
     def description(self) -> str:
         """Sources with their training tokens and weights, for a person."""
         parts = []
@@ -102,3 +123,8 @@ class Corpus:
                 times = "" if text.source.weight == 1 else f" x {text.source.weight:g}"
                 parts.append(f"{text.source.name} {text.store.train.num_tokens:,} tokens{times}")
         return "; ".join(parts)
+
+
+def _one_line(text: str) -> str:
+    """``text`` with a space for each run of what is blank or cannot be seen."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

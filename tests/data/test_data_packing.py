@@ -244,3 +244,23 @@ def test_the_mean_document_is_weighed_as_an_epoch_is():
     stores, _ = stores_of([[10, 20], [100], [7]])
     dataset = PackedDataset([(stores[0], 1), (stores[1], 2.5), (stores[2], 0)], seq_len=8, seed=0)
     assert dataset.mean_document == pytest.approx((10 + 20 + 2.5 * 100) / (1 + 1 + 2.5))
+
+
+@quick
+@given(lengths_and_weights, st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 9), st.integers(1, 9), st.data())
+def test_documents_and_tokens_by_source_are_those_of_the_batch(sources, seq_len, seed, start, count, data):
+    """Every token is a different number, so the batch itself says which documents it holds."""
+    dataset, corpora = dataset_of(sources, seq_len, seed)
+    if dataset is None or not dataset.sequences_in_epoch(0):
+        return
+    # A store that only is measured, anywhere among them, is counted and holds nothing.
+    at = data.draw(st.integers(0, len(corpora)))
+    stores, corpora = stores_of([*(lengths for lengths, _ in sources[:at]), [3], *(of for of, _ in sources[at:])])
+    weights = [weight for _, weight in sources]
+    weights.insert(at, 0.0)
+    dataset = PackedDataset(list(zip(stores, weights, strict=True)), seq_len=seq_len, seed=seed)
+    home = {t: (s, d) for s, documents in enumerate(corpora) for d, document in enumerate(documents) for t in document}
+    homes = [home[token] for token in dataset.batch(start, count).input_ids.tolist()]
+    assert dataset.documents(start, count) == list(dict.fromkeys(homes))
+    counted = Counter(source for source, _ in homes)
+    assert dataset.source_tokens(start, count).tolist() == [counted[source] for source in range(len(corpora))]

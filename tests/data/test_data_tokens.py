@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_pro_fast.config import DataConfig, Source
 from llama_pro_fast.data import tokens
+from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.data.documents import is_held_out
 from llama_pro_fast.data.sources import resolve_sources
 from llama_pro_fast.data.tokens import TokenStore, tokenize_source
@@ -456,3 +458,33 @@ def test_a_slow_tokenizer(source, cache):
         is_fast = False
 
     assert "tokenizer.json" in message_of(source, Slow(), cache)
+
+
+def test_training_documents_are_named_by_source_number_and_beginning(tmp_path, tokenizer):
+    """So that a person finds the text of a bad step."""
+    texts = {
+        "law": ["  first\n\tline\x1b[31m\u202e " + "word " * 40, "short", "医" * 80],
+        "web": [f"w{n}" for n in range(9)],
+    }
+    sources = []
+    for name, rows in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows * 8))
+        sources.append(Source(path=str(tmp_path / f"{name}.jsonl"), weight=2.0 if name == "law" else 0.5, name=name))
+    config = DataConfig(domain=sources, held_out=0.2, cache=str(tmp_path / "cache"))
+    corpus = Corpus.prepare(config, tokenizer, seq_len=64, seed=0, default_general=False)
+    count = corpus.train.sequences_in_epoch(0)
+    found = corpus.documents(0, count, tokenizer, limit=10**6)
+    known = set()
+    for name in texts:
+        train = next(text for text in corpus.held_out if text.source.name == name).store.train
+        for number, (begin, end) in enumerate(pairwise(train.offsets.tolist()), start=1):
+            text = " ".join("".join(c if c.isprintable() else " " for c in tokenizer.decode(
+                train.tokens[begin:end], skip_special_tokens=True)).split())  # fmt: skip
+            more = "…" if len(text) > 60 else ""
+            known.add(f'{name}, document {number}: "{text[:60].rstrip()}{more}"')
+    assert set(found) <= known
+    assert len(found) == len(set(found)) > 10
+    assert any(text.startswith("law") and '"first line [31m word' in text for text in found)
+    assert any("医" * 60 + "…" in text for text in found)
+    assert corpus.documents(0, count, tokenizer, limit=3) == [*found[:3], f"and {len(found) - 3} more"]
+    assert corpus.documents(0, count, tokenizer, limit=len(found)) == found
