@@ -78,12 +78,13 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
     results = summary["results"]
     nats = []
     for result in results:
-        before, after = result["before"]["loss"], result["after"]["loss"]
-        nats.append((result["source"], result["role"], figure(before), figure(after), f"{after - before:+.4f}"))
+        before, after = (result["before"] or {}).get("loss"), result["after"]["loss"]
+        change = "–" if before is None else f"{after - before:+.4f}"
+        nats.append((result["source"], result["role"], figure(before), figure(after), change))
     table("loss on held-out text, nats per token", ("text", "role", "before", "after", "change"), nats, words=2)
     bits = []
     for result in results:
-        values = [result[when]["bits_per_byte"] for when in ("before", "after")]
+        values = [(result[when] or {}).get("bits_per_byte") for when in ("before", "after")]
         values += [result.get(name) for name in ("unigram_bits_per_byte", "gzip_bits_per_byte")]
         bits.append((result["source"], result["role"], *(figure(value, 3) for value in values)))
     columns = ("text", "role", "before", "after", "unigram", "gzip -9")
@@ -103,7 +104,7 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
                    f"{_gib(summary['planned_memory_gib'])}{tensors}"),
         ("export", summary["export_check"]["said"]),
         ("model", f"{shown(exported)}  (an ordinary Hugging Face folder)"),
-        ("report", f"{shown(output / 'report')}/  summary.md, loss.png, summary.json"),
+        ("report", f"{shown(output / 'report')}/  report.html, summary.md, loss.png, summary.json"),
     ]  # fmt: skip
     box(f"{shown(output)}: done", facts)
     pipeline = f"""

@@ -1,15 +1,19 @@
-"""What a run leaves to read at its end: a summary for people and for programs, and loss.png."""
+"""What a run leaves to read at its end: a summary for people and for programs, its page, and loss.png."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llama_pro_fast.files import sync, writing_to
+from llama_pro_fast.training.curves import draw_loss
+from llama_pro_fast.training.markup import change, figure
 from llama_pro_fast.training.metrics import read_metrics
+from llama_pro_fast.training.page import PAGE, write_page
+from llama_pro_fast.training.record import Record, number, results
 from llama_pro_fast.training.run_folder import SUMMARY
 
 
@@ -20,26 +24,22 @@ def summarise(run: Path, references: dict[tuple[str, str], dict[str, float]]) ->
         references: by (role, source) the figures to hold the model's against (see `evaluation.baselines`).
 
     Returns:
-        Part of ``summary.json``: time and speed and memory, and for each source its first and last evaluation, with
-        these references. Where the held-out text changed on the way, the first is the first on the text of the last.
+        Part of ``summary.json``: time and speed and memory, and for each source its first and last evaluation (see
+        :func:`~llama_pro_fast.training.record.results`) with these references.
     """
     rows = read_metrics(run)
-    results = []
-    for source, mine in _by_source(row for row in rows if row["kind"] == "eval").items():
-        keep = ("step", "loss", "bits_per_byte", "base_loss", "kl")
-        last = mine[-1]
-        text = last.get("measured")  # rows of older versions do not say it
-        first = next(row for row in mine if row.get("measured", text) == text)
-        before, after = ({key: row.get(key) for key in keep} for row in (first, last))
-        compared = references.get(source, {})
-        results.append({"source": source[1], "role": source[0], "before": before, "after": after, **compared})
     train = [row for row in rows if row["kind"] == "train"]
-    speeds = [row["tokens_per_second"] for row in train if row["tokens_per_second"] is not None]
+
+    def known(key: str) -> list[float]:
+        return [value for row in train if (value := number(row.get(key))) is not None]
+
+    speeds = known("tokens_per_second")
+    found = [result | references.get((result["role"], result["source"]), {}) for result in results(rows)]
     return {
-        "seconds_of_steps": round(sum(row["seconds"] for row in train), 1),
+        "seconds_of_steps": round(sum(known("seconds")), 1),
         "median_tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
-        "peak_memory_gib": round(max(row["peak_memory_gib"] for row in train), 3),
-        "results": results,
+        "peak_memory_gib": round(max(known("peak_memory_gib"), default=0.0), 3),
+        "results": found,
     }
 
 
@@ -58,20 +58,14 @@ def write_report(run: Path, summary: dict[str, Any], *, complete: bool = True) -
     with writing_to(folder):
         folder.mkdir(exist_ok=True)
         (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
-        draw_loss(read_metrics(run), folder / "loss.png", title=summary["title"])
+        record = Record.read(run)
+        draw_loss(record, folder / "loss.png", title=summary["title"])
+        write_page([replace(record, summary=summary if complete else None)], run / PAGE)
         if complete:
             partial = run / (SUMMARY + ".new")
             partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
             sync(partial)
             partial.replace(run / SUMMARY)
-
-
-def _by_source(evaluations: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(role, source) -> its rows in order; one text may be both what is learned and what is not to be forgotten."""
-    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in evaluations:
-        grouped.setdefault((row["role"], row["source"]), []).append(row)
-    return grouped
 
 
 def _markdown(summary: dict[str, Any]) -> str:
@@ -93,14 +87,11 @@ def _markdown(summary: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
 
-    def figure(value: float | None) -> str:
-        return "–" if value is None else f"{value:.4f}"
-
     for row in summary["results"]:
-        before, after = row["before"], row["after"]
+        before, after = row["before"] or {}, row["after"]
         lines.append(
-            f"| {row['source']} | {row['role']} | {figure(before['loss'])} | {figure(after['loss'])} "
-            f"| {after['loss'] - before['loss']:+.4f} | {figure(after['base_loss'])} | {figure(after['kl'])} |"
+            f"| {row['source']} | {row['role']} | {figure(before.get('loss'))} | {figure(after['loss'])} "
+            f"| {change(before.get('loss'), after['loss'])} | {figure(after['base_loss'])} | {figure(after['kl'])} |"
         )
     lines += [
         "",
@@ -110,7 +101,7 @@ def _markdown(summary: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in summary["results"]:
-        figures = (row["before"]["bits_per_byte"], row["after"]["bits_per_byte"])
+        figures = ((row["before"] or {}).get("bits_per_byte"), row["after"]["bits_per_byte"])
         figures += (row.get("unigram_bits_per_byte"), row.get("gzip_bits_per_byte"))
         lines.append(f"| {row['source']} | {row['role']} | {' | '.join(map(figure, figures))} |")
     if summary["sample"]:
@@ -119,34 +110,3 @@ def _markdown(summary: dict[str, Any]) -> str:
             if summary["sample"][name] is not None:
                 lines += ["", f"{said}:", "", *(f"    {line}" for line in summary["sample"][name].splitlines())]
     return "\n".join([*lines, "", "![loss](loss.png)", ""])
-
-
-def draw_loss(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Training loss, held-out loss of every source, and the base's on the general ones."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    train = [row for row in rows if row["kind"] == "train"]
-    if train:
-        axes.plot(
-            [row["step"] for row in train],
-            [row["loss"] for row in train],
-            color="0.75",
-            linewidth=1,
-            label="training batches",
-        )
-    evaluations = [row for row in rows if row["kind"] == "eval"]
-    for index, ((role, source), mine) in enumerate(_by_source(evaluations).items()):
-        steps, color = [row["step"] for row in mine], f"C{index}"
-        label = f"{source} ({role}, held out)"
-        axes.plot(steps, [row["loss"] for row in mine], "o-", color=color, markersize=3, label=label)
-        if mine[0].get("base_loss") is not None:
-            base = [row["base_loss"] for row in mine]
-            axes.plot(steps, base, "--", color=color, linewidth=1, label=f"{source}: base")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path)

@@ -156,9 +156,10 @@ def read_back() -> None:
 
 @pytest.fixture(autouse=True)
 def _short_end(request, monkeypatch) -> None:
-    """But for ``finished``, no run draws its losses, and without ``read_back`` none reads its export back: together
+    """But for ``finished``, no run draws its curves, and without ``read_back`` none reads its export back: together
     more than half of its time."""
-    monkeypatch.setattr(summary, "draw_loss", lambda *_, **__: None)
+    for name in ("draw_loss", "write_page"):
+        monkeypatch.setattr(summary, name, lambda *_, **__: None)
     if "read_back" not in request.fixturenames:
         monkeypatch.setattr(export_check, "available_memory", lambda: 0)
 

@@ -113,6 +113,22 @@ def test_what_is_not_known_is_a_dash(summary, card):
     assert line.count("–") == 4
 
 
+def test_what_a_damaged_row_held_is_a_dash(summary, card, finished, tmp_path):
+    """The evaluation that the run started from is lost: its figures are unknown, and so is the change."""
+    for row in summary["results"]:
+        row["before"] = None
+    text = card(summary)
+    for row in summary["results"]:
+        nats, bits = (line for line in text.splitlines() if f" {row['source']} " in line and f" {row['role']} " in line)
+        assert nats.count("–") == 2
+        assert bits.count("–") == 1
+        assert f"{row['after']['loss']:.4f}" in nats
+    for name in ("metrics.jsonl", "config.yaml"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    write_report(tmp_path, summary)
+    assert f"| – | {row['after']['loss']:.4f} | – |" in (tmp_path / "report" / "summary.md").read_text()
+
+
 def test_a_source_and_a_folder_may_have_brackets_in_their_names(summary, card):
     summary = copy.deepcopy(summary)
     summary["results"][0]["source"] = "law[1] [/en]"
@@ -148,7 +164,8 @@ def test_the_commands_of_the_card_can_be_typed(summary, card, tmp_path, monkeypa
 
 def test_the_sample_in_the_report_is_a_block_of_its_own(finished, summary, tmp_path):
     """The prose it may have learned is Markdown: headings, tables and fences are to be seen, not to be taken so."""
-    (tmp_path / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes())
+    for name in ("metrics.jsonl", "config.yaml"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
     sample = {"prompt": "# a heading", "base": None, "now": "so:\n```\n| a | b |\n\n- an item"}
     write_report(tmp_path, summary | {"sample": sample})
     lines = (tmp_path / "report" / "summary.md").read_text().splitlines()

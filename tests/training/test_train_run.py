@@ -279,17 +279,6 @@ def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stop
     assert (result["before"]["step"], result["after"]["step"]) == (0, 4)
 
 
-def test_metrics_of_a_run_from_before_the_text_was_noted_count_from_their_first(finished, tmp_path):
-    rows = read_metrics(finished)
-    expected = summarise(finished, {})
-    # All of an older version, or the last step of this one.
-    for older in ([row for row in rows if row["step"] == 0], rows):
-        for row in older:
-            row.pop("measured", None)
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert summarise(tmp_path, {}) == expected
-
-
 def test_remains_of_a_save_that_died_are_not_read(a_run):
     expected = digests(a_run / "export")
     last = complete_checkpoints(a_run)[-1]
