@@ -49,7 +49,7 @@ ABOVE = {
     "training": {"model", "hf", "expansion", "planning", "data", "evaluation"},
 }
 """A folder of the library, and those it may import. Verbs import them all, and what lies beside the verbs none."""
-VERBS = {"train", "expand", "plan", "export", "api", "__init__"}
+VERBS = {"train", "expand", "plan", "report", "export", "api", "__init__"}
 
 
 def imported(path: Path) -> set[str]:
