@@ -108,10 +108,11 @@ def test_gradients_equal_transformers_in_fp32(kind, make_base, load, load_hf, do
     for name, gradient in theirs.items():
         # A bias on the keys shifts all scores of a query alike: but for the rotation its gradient is a sum that is 0.
         # So its error is measured against the gradient of the queries' bias, a sum of the same kind that does not
-        # cancel.
+        # cancel; and as it is a difference of two such sums, both round.
+        cancels = name.endswith("k_proj.bias")
         scale = theirs[name.replace("k_proj.bias", "q_proj.bias")]
         error = (ours[name] - gradient).norm() / scale.norm()
-        assert error < 1e-5, f"{name}: {error}"
+        assert error < (2e-5 if cancels else 1e-5), f"{name}: {error}"
 
 
 def test_micro_batches_add_up_to_the_whole_batch(make_base, load, documents):
