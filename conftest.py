@@ -7,7 +7,13 @@ the same thread count.
 import gc
 import os
 
+import pytest
+
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # read when PyTorch and the hub's client are imported
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=9, help="how often tests/training/test_faults.py kills a run")
 
 
 def pytest_collection_finish():

@@ -86,7 +86,7 @@ def measure(name: str, workload: Workload) -> dict[str, Any]:
         unit = 1 if sys.platform == "darwin" else 1024
         peak, reserved = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * unit / 2**30, None
     losses = torch.stack(losses).tolist()
-    if not all(map(math.isfinite, losses)) or optimizer.skipped.item():
+    if not all(map(math.isfinite, losses)) or optimizer.left_out.item():
         raise FloatingPointError(f"a loss or a gradient is not finite; losses {losses}")
     flop, flop_flash = contestant.flops_per_token(workload)
     return runner.facts | {

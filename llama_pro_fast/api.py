@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from llama_pro_fast.resume import load_config
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.signals import Stopped
 from llama_pro_kernels import select_attention_backend
 
 
@@ -109,14 +111,17 @@ def train(config: RunConfig | str | os.PathLike[str], *, overwrite: bool = False
         The content of ``report/summary.json``; None when the run was stopped (and saved).
 
     Raises:
-        UserError: bad input, a full disk, or gradients that are not finite.
+        UserError: bad input, a full disk, or too many steps whose gradients are not finite.
     """
-    if isinstance(config, RunConfig):
-        return run_training(config, overwrite=overwrite)
-    if overwrite:
-        raise UserError("overwrite: the folder of a run goes on; to delete it give the new run's RunConfig")
-    folder = os.path.abspath(os.path.expanduser(config))
-    return run_training(dataclasses.replace(load_config(Path(folder)), output=folder), resume=True)
+    resume = not isinstance(config, RunConfig)
+    if resume:
+        if overwrite:
+            raise UserError("overwrite: the folder of a run goes on; to delete it give the new run's RunConfig")
+        folder = os.path.abspath(os.path.expanduser(config))
+        config = dataclasses.replace(load_config(Path(folder)), output=folder)
+    with contextlib.suppress(Stopped):
+        return run_training(config, resume=resume, overwrite=overwrite)
+    return None
 
 
 def export(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:

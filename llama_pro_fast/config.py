@@ -193,11 +193,17 @@ class TrainConfig:
     log_every: int = number(10, ABOVE_0)
     """Steps between two lines of log."""
 
+    checkpoint_minutes: float = number(30, ABOVE_0)
+    """Minutes between two checkpoints. The last step is always one."""
+
     checkpoint_every: int | None = number(None, ABOVE_0)
-    """Steps between two checkpoints; by default a tenth of the run, at most 500. The last step is always one."""
+    """Steps between two checkpoints, should these be less than `checkpoint_minutes`."""
 
     keep_checkpoints: int = number(2, ABOVE_0)
     """How many checkpoints stay on disk."""
+
+    max_bad_steps: int = number(10, ABOVE_0)
+    """A step whose loss or gradient is not finite is left out; after so many in a row the run stops."""
 
     wandb: str | None = None
     """Project of Weights & Biases to log to, beside metrics.jsonl and TensorBoard. Needs the extra `wandb`; without a
@@ -212,8 +218,20 @@ class EvalConfig:
     """Steps between two evaluations; by default a tenth of the run, at most 500. There is always one before the first
     step and one after the last."""
 
-    tokens: int = number(65_536, ABOVE_0)
-    """At most this many held-out tokens per source."""
+    tokens: int | None = number(None, ABOVE_0)
+    """At most this many held-out tokens per source; by default 65,536, in a short run as many as let it measure no more
+    than it trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopConfig:
+    """When a run ends before its last step, saved and exported: asked at each evaluation, of every general text."""
+
+    kl_above: float | None = number(None, ABOVE_0)
+    """KL(base ‖ now) above this, in nats per token."""
+
+    general_rise: float | None = number(None, ABOVE_0)
+    """The loss above the base's by more than this, in nats per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,13 +244,34 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
 
     output: str | None = None
     """The run's folder."""
 
 
-MAY_STAY_OPEN = ("expand.groups", "expand.after", "data.general", "data.cache", "train.tokens", "train.wandb")
+MAY_STAY_OPEN = (
+    "expand.groups",
+    "expand.after",
+    "data.general",
+    "data.cache",
+    "train.tokens",
+    "train.checkpoint_every",
+    "train.wandb",
+    "stop.kl_above",
+    "stop.general_rise",
+)
 """Keys that a settled run may leave empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A key that was given another value when the run was resumed at ``step``."""
+
+    step: int
+    key: str
+    before: Any
+    after: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +281,9 @@ class Settled(RunConfig):
     Raises:
         UserError: a key is still open, or out of its bounds.
     """
+
+    history: list[Change] = field(default_factory=list)
+    """What was changed when the run was resumed, oldest first."""
 
     def __post_init__(self) -> None:
         for key, value, _ in options(self):
@@ -315,5 +357,12 @@ def _in_words(hint: Any) -> str:
         return " or ".join(get_args(hint))
     if get_origin(hint) is list:
         return f"a list ({_in_words(get_args(hint)[0])})"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Source: "a Source"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        Source: "a Source",
+        Change: "a Change",
+    }
     return words[hint]

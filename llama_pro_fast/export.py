@@ -15,8 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="llama-pro-fast export", description="Write a run's model as a Hugging Face folder.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("out", type=Path, nargs="?", help="folder of the export (default: RUN/export)")
+    parser.add_argument("--from_step", type=int, help="take the checkpoint of this step (default: the last)")
     arguments = parser.parse_args(argv)
-    out, step = export_run(arguments.run, arguments.out)
+    out, step = export_run(arguments.run, arguments.out, from_step=arguments.from_step)
     say(f"exported step {step} of {arguments.run} to {out}; load it with")
     say(f"AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return 0

@@ -23,10 +23,10 @@ import yaml
 from llama_pro_fast.cli import PROGRAM
 from llama_pro_fast.config import RunConfig, Source, options
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.resume import stored_config
+from llama_pro_fast.resume import CONFIG_NAME, stored_config
 
 RECIPES = Path(__file__).parent / "recipes"
-FLAGS = ("config", "resume", "overwrite")  # of the command line only
+FLAGS = ("config", "resume", "from_step", "overwrite")  # of the command line only
 OF_PLAN = ("gpu", "price", "json")  # beside all of the others
 
 
@@ -35,14 +35,18 @@ class Request:
     """What a command line asks for.
 
     Attributes:
-        config: the recipe; with ``resume`` the stored one.
+        config: the recipe; with ``resume`` the stored one, and what may change as the command line has it.
         resume, overwrite: what to do about a folder that holds a run already.
+        auto: whether to start or go on was left to what is there.
+        from_step: the checkpoint to go on from; None for the last.
         own: the verb's own options by name.
     """
 
     config: RunConfig
     resume: bool
     overwrite: bool
+    auto: bool
+    from_step: int | None
     own: dict[str, Any]
 
 
@@ -80,8 +84,13 @@ def parse(
         f"({', '.join(packaged_recipes())}); later options win.",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="Go on with the run in `output`, from its last checkpoint."
+        "--resume",
+        nargs="?",
+        const="yes",
+        choices=("yes", "auto"),
+        help="Go on with the run in `output`, from its last checkpoint; `auto` starts it where there is none yet.",
     )
+    parser.add_argument("--from_step", type=int, help="With --resume: go on from the checkpoint of this step instead.")
     parser.add_argument("--overwrite", action="store_true", help="Delete what is in `output` first.")
     for name, settings in own.items():
         parser.add_argument(f"--{name}", **settings)
@@ -95,9 +104,14 @@ def parse(
         given = parser.parse_args(argv, defaults=False)
         full = parser.instantiate(parser.parse_args(argv))
     config = absolute(RunConfig(**{f.name: full[f.name] for f in dataclasses.fields(RunConfig)}))
-    if given.get("resume"):
-        config = stored_config(config, [key for key, _ in _flatten(given.as_dict())], overwrite=full["overwrite"])
-    return Request(config, bool(full["resume"]), bool(full["overwrite"]), {name: full[name] for name in own})
+    auto, resume, overwrite = full["resume"] == "auto", full["resume"] is not None, bool(full["overwrite"])
+    if auto and not (config.output and (Path(config.output) / CONFIG_NAME).exists()):
+        resume = False
+    if resume or (auto and overwrite):
+        config = stored_config(config, [key for key, _ in _flatten(given.as_dict())], overwrite=overwrite)
+    if full["from_step"] is not None and not resume:
+        raise UserError("--from_step: says where to go on from; give --resume too")
+    return Request(config, resume, overwrite, auto, full["from_step"], {name: full[name] for name in own})
 
 
 @contextlib.contextmanager

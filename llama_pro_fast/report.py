@@ -8,9 +8,9 @@ from pathlib import Path
 from llama_pro_fast.cli import ArgumentParser, run_entry_point
 from llama_pro_fast.console import say
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.training.page import PAGE, is_page, write_page
-from llama_pro_fast.training.record import Record
-from llama_pro_fast.training.run_folder import shown
+from llama_pro_fast.reporting.page import PAGE, is_page, write_page
+from llama_pro_fast.reporting.record import Record
+from llama_pro_fast.runs.run_folder import shown
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,8 @@
-"""A run's stored configuration, and what is refused when it is resumed.
+"""A run's stored configuration, and what of it may change when the run is resumed.
 
-A resumed run keeps its settings: another value on the command line is refused here, and so are other weights, or text,
-than its checkpoint was made with.
+What makes a run the run it is (the model, what trains, the text and its order, the optimizer's memory) stays from its
+first step to its last. The rest may change, on the command line or in `config.yaml`: each change is compared with what
+the checkpoint was written with, said, and kept in the run's history.
 """
 
 from __future__ import annotations
@@ -13,22 +14,86 @@ from typing import Any
 
 import yaml
 
-from llama_pro_fast.config import RunConfig, Settled, Source, options
+from llama_pro_fast.config import Change, RunConfig, Settled, Source, options
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line, sync
 
 CONFIG_NAME = "config.yaml"
 
+_OTHER_RUN = "from here on it is another run"
+_ROUNDING = "from here on it is equal within rounding, no longer bit for bit"
+_SAME = "what is computed stays the same bit for bit"
 
-def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) -> Settled:
-    """The stored configuration of the run to resume, with ``output`` as given (the run may have been moved).
+MAY_CHANGE = {
+    "optim.lr": _OTHER_RUN,
+    "optim.min_lr_ratio": _OTHER_RUN,
+    "optim.decay_steps": _OTHER_RUN,
+    "optim.clip": _OTHER_RUN,
+    "train.steps": f"the schedule follows the new length, {_OTHER_RUN}",
+    "train.tokens": f"the schedule follows the new length, {_OTHER_RUN}",
+    "train.micro_batch_size": _ROUNDING,
+    "train.device": _ROUNDING,
+    "train.attention": _ROUNDING,
+    "train.threads": _ROUNDING,
+    "train.deterministic": _ROUNDING,
+    "train.memory": _SAME,
+    "train.recompute": _SAME,
+    "train.log_every": _SAME,
+    "train.checkpoint_minutes": _SAME,
+    "train.checkpoint_every": _SAME,
+    "train.keep_checkpoints": _SAME,
+    "train.max_bad_steps": _SAME,
+    "train.wandb": _SAME,
+    "eval.every": _SAME,
+    "eval.tokens": f"{_SAME}, what is measured counts from here",
+    "stop.kl_above": _SAME,
+    "stop.general_rise": _SAME,
+}
+"""The keys that may have another value on resume, and what that does to the run."""
+
+_CHECKED_OTHERWISE = ("output", "data.cache", "model.path", "data.domain", "data.general")
+"""Places, which may be others, as long as the weights and the text in them are those of the checkpoint."""
+
+_KEPT = {
+    "model": "the run has made its model",
+    "expand": "the model is expanded already",
+    "data.held_out": "it decides which documents are never trained on",
+    "data": "it decides which text is trained on",
+    "train.seed": "it orders the text",
+    "train.seq_len": "it cuts the text",
+    "train.batch_size": "steps are counted in it",
+    "train.parameters": "it decides what trains",
+    "train.dtype": "it decides how every number is rounded",
+    "optim": "the optimizer's state has grown with it",
+}
+"""Why a key, or a section, stays."""
+
+_SETTLED_WITH = {
+    "train.memory": ("train.micro_batch_size", "train.recompute"),
+    "train.micro_batch_size": ("train.recompute",),
+    "train.device": ("train.memory", "train.micro_batch_size", "train.recompute", "train.attention", "train.threads"),
+}
+_OPEN = {
+    "train.memory": "auto",
+    "train.micro_batch_size": None,
+    "train.recompute": "auto",
+    "train.attention": "auto",
+    "train.threads": None,
+}
+
+
+def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) -> RunConfig:
+    """The configuration to resume a run with: the stored one, with what may change as the command line has it.
+
+    What hangs on a changed key and is not given itself is left open, to be settled anew: on another device everything
+    that was chosen for the old one.
 
     Args:
         asked: what the command line comes to.
         given: the keys that it names.
 
     Raises:
-        UserError: it names another value than the stored one, or no run.
+        UserError: it names another value for a key that a run keeps, or no run.
     """
     if overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
@@ -37,38 +102,62 @@ def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) 
     run = Path(asked.output)
     stored = load_config(run)
     wanted, kept = ({key: value for key, value, _ in options(config)} for config in (asked, stored))
-    for key in given:
-        # `auto` and an empty value leave the choice to the run, which has made it.
-        if key in kept and key != "output" and wanted[key] not in ("auto", None) and wanted[key] != kept[key]:
-            raise UserError(
-                f"--resume: {key} is {wanted[key]} here and {kept[key]} in {run / CONFIG_NAME}; a resumed run keeps "
-                f"its settings, leave {key} out (or start a new run in another folder)"
-            )
-    return dataclasses.replace(stored, output=asked.output)
+    # `auto` and an empty value leave the choice to the run, which has made it.
+    changed = {
+        key: wanted[key]
+        for key in given
+        if key in wanted and wanted[key] not in ("auto", None) and wanted[key] != kept[key]
+    }
+    for key, value in changed.items():
+        _check_may_change(key, kept[key], value, "on the command line")
+    length = [key for key in ("train.steps", "train.tokens") if key in changed]
+    if len(length) == 2:
+        raise UserError("--train.steps and --train.tokens both set the length; give one of them")
+    if length:
+        changed |= {key: None for key in ("train.steps", "train.tokens") if key not in length}
+    for key, follow in _SETTLED_WITH.items():
+        if key in changed:
+            changed = {other: _OPEN[other] for other in follow} | changed
+    return _with(stored, changed | {"output": asked.output})
 
 
-def check_unchanged(checkpoint: Path, *, model: str, model_digest: tuple[str, str], data: tuple[str, str]) -> None:
-    """A run goes on from a checkpoint only on the weights and the text that it was made with.
-
-    Args:
-        model: path of the model's folder.
-        model_digest: of that folder's tensors, then and now.
-        data: fingerprint of the training text and its order, then and now.
+def changes(then: RunConfig, now: RunConfig, *, step: int) -> list[Change]:
+    """What of a run's settings is another than when its checkpoint was written, whoever changed it and where.
 
     Raises:
-        UserError: one of them has changed.
+        UserError: a key that a run keeps.
     """
-    then, now = model_digest
-    if then != now:
-        raise UserError(
-            f"{checkpoint}: was made on other weights (of {model}, digest {then}) than are there now ({now}); put them "
-            "back"
-        )
-    if data[0] != data[1]:
-        raise UserError(
-            f"{checkpoint}: the training text has changed since it was written, so the order of the data is another; "
-            "put the text back, or start a new run"
-        )
+    before, after = ({key: value for key, value, _ in options(config)} for config in (then, now))
+    found = []
+    for key, value in after.items():
+        if key != "history" and value != before[key] and key not in _CHECKED_OTHERWISE:
+            _check_may_change(key, before[key], value, f"in {CONFIG_NAME}")
+            found.append(Change(step=step, key=key, before=before[key], after=value))
+    return found
+
+
+def _check_may_change(key: str, before: Any, after: Any, where: str) -> None:
+    if key in MAY_CHANGE or key in _CHECKED_OTHERWISE:
+        return
+    section = key.partition(".")[0]
+    reason = _KEPT.get(key) or _KEPT.get(section, "it is part of what the run is")
+    raise UserError(
+        f"--resume: {key} is {_short(after)} {where} and was {_short(before)} in the run, which keeps it: {reason}; "
+        f"leave it out or put {_short(before)} back, or start a new run in another folder"
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.60}" if isinstance(value, (str, list)) else str(value)
+
+
+def _with(config: Settled, values: dict[str, Any]) -> RunConfig:
+    """``config`` with other values for some keys; no longer settled, as some may be open."""
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections[section] = dataclasses.replace(sections[section], **{name: value}) if name else value
+    return RunConfig(**sections)
 
 
 def load_config(run: Path) -> Settled:
@@ -100,21 +189,22 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """The dataclass from plain values; nested dataclasses are told by their defaults, sources by their key.
+    """The dataclass from plain values; nested dataclasses are told by their defaults, rows of lists by their key.
 
-    A plain value that is not there is its default.
+    What is not there has its default.
     """
     known = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(values, dict) or not values.keys() <= known:
         raise ValueError(f"{values!r:.60} is not of {', '.join(sorted(known))}")
     built = {}
     for f in dataclasses.fields(cls):
-        if f.name not in values and f.default is not dataclasses.MISSING:
+        if f.name not in values:
             continue
         value = values[f.name]
         if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(f.default_factory):
             value = from_dict(f.default_factory, value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            value = [Source(**row) for row in value]
+            row_of = Change if f.name == "history" else Source
+            value = [row_of(**row) for row in value]
         built[f.name] = value
     return cls(**built)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from llama_pro_fast.cli import INTERRUPTED, run_entry_point
+from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.console import say, unheard
 from llama_pro_fast.recipe import RECIPES, parse
-from llama_pro_fast.training import run_folder
+from llama_pro_fast.runs import run_folder
 from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.signals import Stopped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,8 +22,16 @@ def main(argv: list[str] | None = None) -> int:
             say(f"no options: the quickstart, into {output} (`llama-pro-fast train --help` for everything else)")
         argv = ["--config", str(RECIPES / "quickstart.yaml"), "--output", str(output)]
     request = parse(argv)
-    summary = run_training(request.config, resume=request.resume, overwrite=request.overwrite)
-    return 0 if summary is not None else INTERRUPTED
+    output = request.config.output and Path(request.config.output)
+    if request.auto and request.resume and run_folder.nothing_left(output, request.config):
+        with unheard():
+            say(f"{run_folder.shown(output)}: finished already")
+        return 0
+    try:
+        run_training(request.config, resume=request.resume, overwrite=request.overwrite, from_step=request.from_step)
+    except Stopped as stopped:
+        return stopped.exit_code
+    return 0
 
 
 if __name__ == "__main__":

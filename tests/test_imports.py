@@ -46,7 +46,9 @@ ABOVE = {
     "expansion": {"model", "hf"},
     "planning": {"model", "hf", "expansion"},
     "evaluation": {"model", "hf", "data"},
-    "training": {"model", "hf", "expansion", "planning", "data", "evaluation"},
+    "runs": set(),
+    "reporting": {"model", "hf", "expansion", "planning", "runs"},
+    "training": {"model", "hf", "expansion", "planning", "data", "evaluation", "runs", "reporting"},
 }
 """A folder of the library, and those it may import. Verbs import them all, and what lies beside the verbs none."""
 VERBS = {"train", "expand", "plan", "report", "export", "api", "__init__"}

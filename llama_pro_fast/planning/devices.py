@@ -88,6 +88,14 @@ def present() -> Device:
     )
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a device that is here, FLOP/s; None where no data sheet says."""
+    if device.type != "cuda":
+        return None
+    here = present()
+    return here.flops if here.speed_known else None
+
+
 def _same(device: Device, name: str) -> bool:
     """Whether PyTorch's name of a GPU, such as ``NVIDIA H100 80GB HBM3``, is of this row.
 

@@ -1,1 +1,1 @@
-"""A run: settled, looped, checkpointed, exported, reported."""
+"""A run: settled, looped, watched, exported."""

@@ -17,7 +17,7 @@ from llama_pro_fast.model.trained import LEGEND, Trained
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB
 from llama_pro_fast.planning.search import Fit
-from llama_pro_fast.training.run_folder import resume_command, shown
+from llama_pro_fast.runs.run_folder import resume_command, shown
 from llama_pro_kernels import implementation_name
 
 

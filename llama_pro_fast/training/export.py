@@ -11,40 +11,47 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch.distributed import checkpoint as dcp
 
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion.lineage import intact_bases
+from llama_pro_fast.expansion.lineage import difference, intact_bases, model_identity
 from llama_pro_fast.expansion.manifest import MANIFEST_KEY, Manifest
 from llama_pro_fast.expansion.rewrite import write_json
-from llama_pro_fast.files import first_line, new_folder
+from llama_pro_fast.files import new_folder
 from llama_pro_fast.hf.config import CONFIG_FILE, with_older_rope_keys
-from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder, folder_digest
+from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
 from llama_pro_fast.hf.loading import EMBEDDING, HEAD, hf_tensors
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, write_header
 from llama_pro_fast.resume import load_config
-from llama_pro_fast.training.checkpoint import complete_checkpoints, load, read_info
+from llama_pro_fast.runs.checkpoint import (
+    CheckpointInfo,
+    complete_checkpoints,
+    load,
+    newest,
+    read_info,
+    stored_tensors,
+)
 
 
-def export_run(run: Path, out: Path | None = None) -> tuple[Path, int]:
+def export_run(run: Path, out: Path | None = None, *, from_step: int | None = None) -> tuple[Path, int]:
     """Export the run's last complete checkpoint.
 
     Args:
         run: the run's folder.
         out: where to; by default ``run/export``, which an earlier export of the same run may occupy.
+        from_step: take the checkpoint of that step instead.
 
     Returns:
         The export's folder, and the step it is of.
 
     Raises:
-        UserError: no run, no complete checkpoint, its base is gone or changed, ``out`` is taken, full or not writable.
+        UserError: no run, no complete checkpoint or a damaged one, its base is gone or changed, ``out`` is taken, full
+            or not writable.
     """
     config = load_config(run)
-    checkpoint = last_checkpoint(run)
-    info = read_info(checkpoint)
-    base = trained_folder(run)
-    if folder_digest(base) != info.model_digest:
-        raise UserError(f"{base.path}: not the weights {run} was trained on any more; put them back")
+    checkpoint, info = last_checkpoint(run, from_step)
+    base = PretrainedFolder(run / info.model)
+    if (changed := difference(info.identity, model_identity(base))) is not None:
+        raise UserError(f"{base.path}: is not the model {run} was trained on any more: {changed}; put it back")
     trained = _TrainedTensors(checkpoint, base)
     with new_folder(out or run / "export", replace=out is None) as partial:
         for file in base.files:
@@ -68,21 +75,22 @@ def export_run(run: Path, out: Path | None = None) -> tuple[Path, int]:
     return out or run / "export", info.progress.step
 
 
-def last_checkpoint(run: Path) -> Path:
-    """The run's last complete checkpoint.
+def last_checkpoint(run: Path, from_step: int | None = None) -> tuple[Path, CheckpointInfo]:
+    """The run's last complete checkpoint, or the one asked for, and what it says.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or that is damaged.
     """
-    checkpoints = complete_checkpoints(run)
-    if not checkpoints:
+    found = newest(run, from_step)
+    if found is None:
         raise UserError(f"{run}: has no complete checkpoint yet; resume it with --output {run} --resume")
-    return checkpoints[-1]
+    return found
 
 
 def trained_folder(run: Path) -> PretrainedFolder:
     """The model's folder that a run trains, which its last complete checkpoint names."""
-    return PretrainedFolder(run / read_info(last_checkpoint(run)).model)
+    checkpoints = complete_checkpoints(run)
+    return PretrainedFolder(run / (read_info(checkpoints[-1]) if checkpoints else last_checkpoint(run)[1]).model)
 
 
 class _TrainedTensors:
@@ -91,16 +99,10 @@ class _TrainedTensors:
     def __init__(self, checkpoint: Path, base: PretrainedFolder) -> None:
         self.checkpoint = checkpoint
         self.config = base.config
-        try:
-            metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-        except Exception as error:
-            raise UserError(
-                f"{checkpoint}: cannot be read ({first_line(error)}); delete it to use the one before"
-            ) from error
-        self.ours: dict[str, torch.Tensor] = {
-            key.removeprefix("model."): torch.empty(row.size, dtype=row.properties.dtype, device="meta")
-            for key, row in metadata.items()
-            if key.startswith("model.")
+        self.ours = {
+            name.removeprefix("model."): empty
+            for name, empty in stored_tensors(checkpoint).items()
+            if name.startswith("model.")
         }
         self.names = {hf: name for name, empty in self.ours.items() for hf, _ in hf_tensors(self.config, name, empty)}
         if self.config.tie_word_embeddings and EMBEDDING in self.names and HEAD in base.entries:
@@ -116,8 +118,8 @@ class _TrainedTensors:
         tensor = self._tensor(entry.name).to(TORCH_DTYPES[entry.dtype]).contiguous()
         if not tensor.isfinite().all():
             raise UserError(
-                f"{self.checkpoint}: {entry.name} is not finite in {entry.dtype}; delete this folder to use the "
-                "checkpoint before, and lower --optim.lr"
+                f"{self.checkpoint}: {entry.name} is not finite in {entry.dtype}; take an earlier checkpoint with "
+                "--from_step, and lower --optim.lr"
             )
         return tensor
 
@@ -125,7 +127,7 @@ class _TrainedTensors:
         ours = self.names[hf_name]
         if self.held is None or self.held[0] != ours:
             tensor = torch.empty_like(self.ours[ours], device="cpu")
-            load(self.checkpoint, {"model": {ours: tensor}})
+            load(self.checkpoint, {f"model.{ours}": tensor})
             self.held = ours, tensor
         parts = dict(hf_tensors(self.config, ours, self.held[1]))
         return parts[EMBEDDING if hf_name == HEAD and hf_name not in parts else hf_name]

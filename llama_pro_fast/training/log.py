@@ -1,66 +1,114 @@
-"""Watching the loop: how long steps take, what they said, and whether somebody wants it to stop."""
+"""Watching the loop: how long steps take, what they said, and which were left out."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
 import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import duration, say
+from llama_pro_fast.config import Settled
+from llama_pro_fast.console import amount, duration, say
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.host import peak_memory_gib
-from llama_pro_fast.training.metrics import MetricsWriter
-from llama_pro_fast.training.run_folder import resume_command
-from llama_pro_fast.training.schedule import learning_rate
+from llama_pro_fast.runs.checkpoint import LogState, Saved, complete_checkpoints, step_of
+from llama_pro_fast.runs.metrics import MetricsWriter
+from llama_pro_fast.runs.run_folder import resume_command, shown
+from llama_pro_fast.training.schedule import learning_rate, lower_rate
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """What a step says of itself, on the device; nobody has waited for it.
+
+    Attributes:
+        losses: ``[micro-batches]`` float32, parts of the step's mean loss.
+        norm: of the gradient before clipping.
+        left_out: 1 where a loss or the norm is not finite, so that the step changed nothing; else 0.
+        data_seconds: on the host, that the step waited for its batches.
+    """
+
+    losses: torch.Tensor
+    norm: torch.Tensor
+    left_out: torch.Tensor
+    data_seconds: float
+
+    @property
+    def row(self) -> torch.Tensor:
+        """All that is on the device, ``[micro-batches + 2]``."""
+        return torch.cat([self.losses, torch.stack([self.norm.float(), self.left_out])])
 
 
 class Log:
     """Collects each step's scalars on the device and reads them, its only wait, when a row is due.
 
-    A row is due at the first step, every ``log_every`` steps and at the last. Its loss is the mean since the last row;
-    its speed leaves out evaluation, saving, and the first step of the process, which compiles and allocates.
+    A row is due at the first step, every ``log_every`` steps and at the last. Its loss is the mean since the last row,
+    over the steps that were not left out; its speed leaves out evaluation, saving, and the first step of the process,
+    which compiles and allocates.
 
     Args:
         done: steps done before.
-        unlogged: losses of the last of them that no row holds yet. A run that was stopped between two rows saved them,
-            so that the next row is the one the uninterrupted run writes.
+        state: what a stopped run had counted.
+        flops_per_token: of training, without recomputation.
+        device_flops: what the device can do in a second; None where that is not known.
+        sources: names of the texts.
+        documents: ``(step, micro-batches) -> texts``: what is in some of a step's micro-batches, for people.
     """
 
     def __init__(
-        self, config: RunConfig, metrics: MetricsWriter, device: torch.device, *, done: int, unlogged: list[float]
+        self,
+        config: Settled,
+        metrics: MetricsWriter,
+        device: torch.device,
+        *,
+        done: int,
+        state: LogState,
+        flops_per_token: float,
+        device_flops: float | None,
+        sources: Sequence[str],
+        documents: Callable[[int, list[int]], list[str]],
     ) -> None:
-        self.config, self.metrics, self.device = config, metrics, device
+        self.config, self.metrics, self.device, self.documents = config, metrics, device, documents
         self.tokens_per_step = config.train.batch_size * config.train.seq_len
+        self.flops_per_token, self.device_flops = flops_per_token, device_flops
         self.first = done + 1
-        self.unlogged = list(unlogged)
+        self.unlogged, self.skipped, self.bad_in_a_row = list(state.unlogged), state.skipped, state.bad_in_a_row
+        self.sources, self.source_tokens = sources, dict(state.source_tokens)
         self.pending: list[torch.Tensor] = []
-        self.norm, self.skipped = torch.zeros(()), torch.zeros(())
         self.grad_norm = 0.0
         self.started: float | None = None
-        self.timed_steps, self.timed_seconds = 0, 0.0
+        self.timed_steps, self.timed_seconds, self.data_seconds = 0, 0.0, 0.0
+
+    @property
+    def state(self) -> LogState:
+        """What no row holds yet; nothing must be unread (:meth:`pause`)."""
+        assert not self.pending
+        return LogState(self.unlogged, self.skipped, self.bad_in_a_row, self.source_tokens)
 
     def start(self) -> None:
         """A step begins."""
         if self.started is None:
             self.started = time.perf_counter()
 
-    def step(self, step: int, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
+    def saw(self, tokens: Iterable[int]) -> None:
+        """A step took so many tokens of each source."""
+        for name, count in zip(self.sources, tokens, strict=True):
+            if count:
+                self.source_tokens[name] = self.source_tokens.get(name, 0) + int(count)
+
+    def step(self, step: int, scalars: StepScalars) -> None:
         """Step number ``step`` (from 1) was issued; its scalars may still be on their way.
 
         Raises:
-            UserError: a gradient was not finite; no weight has seen it.
+            UserError: too many steps in a row were left out; no weight has seen them.
         """
-        self.pending.append(loss)
-        self.norm, self.skipped = norm, skipped
+        self.pending.append(scalars.row)
+        self.data_seconds += scalars.data_seconds
         due = step in (1, self.config.train.steps) or step % self.config.train.log_every == 0
-        if due or step == self.first:
+        if due or step == self.first or len(self.pending) >= self.config.train.max_bad_steps:
             self._read(step)
         if due:
             self._write(step)
@@ -75,67 +123,89 @@ class Log:
             self._read(step)
         self.started = None
 
+    def saved(self, step: int, saved: Saved) -> None:
+        """A checkpoint was written, for which training stood still."""
+        self.metrics.write("save", step, seconds=saved.seconds, bytes=saved.num_bytes)
+        say(f"  saved {step:>6}  {shown(saved.folder)}  {amount(saved.num_bytes)}B in {saved.seconds:.1f} s")
+
     def _read(self, step: int) -> None:
-        *losses, self.grad_norm, skipped = torch.stack([*self.pending, self.norm, self.skipped]).tolist()
+        rows = torch.stack(self.pending).tolist()
         now = time.perf_counter()
         if step > self.first:
-            self.timed_steps += len(losses)
+            self.timed_steps += len(rows)
             self.timed_seconds += now - self.started
         self.started, self.pending = now, []
-        self.unlogged += losses
-        if skipped:
-            raise UserError(
-                f"step {step}: {skipped:.0f} of the last {len(losses)} gradients were not finite (loss {losses[-1]}); "
-                "no weight was touched by them. Look at the text of these steps or lower --optim.lr, then resume from "
-                f"the last checkpoint: {resume_command(Path(self.config.output))}"
-            )
+        for number, (*losses, self.grad_norm, left_out) in enumerate(rows, start=step - len(rows) + 1):
+            if left_out:
+                self._left_out(number, losses, self.grad_norm)
+            else:
+                self.unlogged.append(math.fsum(losses))
+                self.bad_in_a_row = 0
+
+    def _left_out(self, step: int, losses: list[float], norm: float) -> None:
+        self.skipped += 1
+        self.bad_in_a_row += 1
+        bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+        documents = self.documents(step, bad or list(range(len(losses))))
+        # JSON has no NaN.
+        loss, norm = str(math.fsum(losses) if not bad else losses[bad[0]]), str(norm)
+        self.metrics.write("skipped", step, loss=loss, grad_norm=norm, documents=documents)
+        place = f"micro-batch {bad[0] + 1} of {len(losses)}" if bad else "its micro-batches"
+        say(
+            f"step {step}: left out, no weight was touched: loss {loss}, gradient norm {norm}; in {place}: "
+            f"{'; '.join(documents)}"
+        )
+        if self.bad_in_a_row >= self.config.train.max_bad_steps:
+            raise UserError(self._too_many(step))
+
+    def _too_many(self, step: int) -> str:
+        output, lower = Path(self.config.output), lower_rate(self.config.optim)
+        saved = [step_of(folder) for folder in complete_checkpoints(output)]
+        command = f"{resume_command(output)} --optim.lr {lower:g}"
+        start = f"go on from step {saved[-1]}" if saved else "it starts anew"
+        earlier = f", from an earlier checkpoint with --from_step {saved[0]}" if len(saved) > 1 else ""
+        return (
+            f"step {step}: {self.bad_in_a_row} steps in a row were left out (train.max_bad_steps), their losses or "
+            f"gradients were not finite: the rate {self.config.optim.lr:g} is too high, or the text is broken; "
+            f"with a lower rate {start}: {command}{earlier}"
+        )
 
     def _write(self, step: int) -> None:
         steps = self.config.train.steps
-        loss = math.fsum(self.unlogged) / len(self.unlogged)
+        loss = math.fsum(self.unlogged) / len(self.unlogged) if self.unlogged else None
         rate = learning_rate(self.config.optim, step - 1, steps)
         speed = self.timed_steps * self.tokens_per_step / self.timed_seconds if self.timed_steps else None
+        known = speed is not None and self.device_flops is not None
+        share = speed * self.flops_per_token / self.device_flops if known else None
         memory = peak_memory_gib(self.device)
         self.metrics.write(
             "train",
             step,
             loss=loss,
             lr=rate,
-            grad_norm=self.grad_norm,
+            grad_norm=self.grad_norm if math.isfinite(self.grad_norm) else None,
+            skipped=self.skipped,
             seconds=self.timed_seconds,
+            data_seconds=self.data_seconds,
             tokens_per_second=speed,
+            peak_share=share,
             peak_memory_gib=memory,
+            source_tokens=self.source_tokens,
         )
         left = (steps - step) * self.tokens_per_step
         eta = "–" if speed is None else duration(left / speed)
-        say(
-            f"step {step:>{len(str(steps))}}/{steps}  loss {loss:7.4f}  lr {rate:.2e}  grad {self.grad_norm:8.3f}  "
-            f"{'–' if speed is None else format(speed, ',.0f'):>9} tok/s  {memory:6.2f} GiB  eta {eta}"
-        )
-        self.unlogged, self.timed_steps, self.timed_seconds = [], 0, 0.0
-
-
-class StopSignal:
-    """The first Ctrl-C (or SIGTERM) asks for a stop at the end of the step; the second one ends at once.
-
-    Only the main thread may handle signals; in another one they are left to the program that started it.
-    """
-
-    def __init__(self) -> None:
-        self.stop_requested = False
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.stop_requested = True
-        # Not through a stream: the signal may have come in the middle of a write to one.
-        os.write(2, b"stopping after this step; a second Ctrl-C stops at once, back to the last checkpoint\n")
-        signal.signal(number, self.previous[number])
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        said = [
+            f"step {step:>{len(str(steps))}}/{steps}",
+            f"loss {'      –' if loss is None else format(loss, '7.4f')}",
+            f"lr {rate:.2e}",
+            f"grad {self.grad_norm:8.3f}",
+            f"{'–' if speed is None else format(speed, ',.0f'):>9} tok/s",
+            *([f"{share:4.0%} of peak"] if share is not None else []),
+            f"{memory:6.2f} GiB",
+            *([f"data {self.data_seconds:.1f} s"] if self.data_seconds > 0.05 * self.timed_seconds > 0 else []),
+            *([f"left out {self.skipped}"] if self.skipped else []),
+            f"eta {eta}",
+        ]
+        say("  ".join(said))
+        self.unlogged, self.skipped = [], 0
+        self.timed_steps, self.timed_seconds, self.data_seconds = 0, 0.0, 0.0

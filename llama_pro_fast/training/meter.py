@@ -15,8 +15,14 @@ from llama_pro_fast.evaluation.held_out import Evaluation, described, evaluate
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.model.trained import Trained
-from llama_pro_fast.training.metrics import MetricsWriter
-from llama_pro_fast.training.run_folder import resume_command
+from llama_pro_fast.runs.metrics import MetricsWriter
+from llama_pro_fast.runs.run_folder import resume_command
+from llama_pro_fast.training.schedule import lower_rate
+
+
+def measured_text(config: RunConfig, corpus: Corpus) -> str:
+    """Changes when the text that evaluations see does: what is held out, or how much of it is measured."""
+    return f"{corpus.measured}:{config.eval.tokens}"
 
 
 class Meter:
@@ -50,9 +56,21 @@ class Meter:
                 raise UserError(self._not_finite(step, first, source.name, result))
             self.last[source.role, source.name] = result
             marked = {"first": True} if first else {}
-            row = {"source": source.name, "role": source.role, "measured": self.corpus.measured}
+            row = {"source": source.name, "role": source.role, "measured": measured_text(self.config, self.corpus)}
             self.metrics.write("eval", step, **row, **marked, **asdict(result))
             say(f"  eval {step:>7}  {source.role:<7} {source.name:<16} {described(result)}")
+
+    def bound_passed(self) -> str | None:
+        """Which bound of the recipe's `stop` the last evaluation passed, in words; None where none."""
+        stop = self.config.stop
+        for (_, source), result in self.last.items():
+            if result.base_loss is None:
+                continue
+            for key, found in (("kl_above", result.kl), ("general_rise", result.loss - result.base_loss)):
+                bound = getattr(stop, key)
+                if bound is not None and found > bound:
+                    return f"stop.{key} {bound:g}: it is {found:.4f} on {source}"
+        return None
 
     def _evaluate(self, text: HeldOut, between: Callable[[], None]) -> Evaluation:
         sample, micro_batch = text.sample(self.config.eval.tokens), self.config.train.micro_batch_size
@@ -82,8 +100,8 @@ class Meter:
                 f"finite on another text, leave this one out{wider}; else look for NaN or infinity in the weights"
             )
         changed = "the text, which has changed since the start, or " if first else ""
-        rate = self.config.optim.lr
+        rate = lower_rate(self.config.optim)
         return (
             f"{found}; {changed}the model has diverged since the last checkpoint. Go on from there with a lower rate: "
-            f"{resume_command(Path(self.config.output))} --optim.lr {rate / 2:g}"
+            f"{resume_command(Path(self.config.output))} --optim.lr {rate:g}"
         )

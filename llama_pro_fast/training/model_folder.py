@@ -22,7 +22,7 @@ from llama_pro_fast.files import new_folder
 from llama_pro_fast.hf.config import CONFIG_FILE, read_config, resolve, with_older_rope_keys
 from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import check_tensors
-from llama_pro_fast.training import run_folder
+from llama_pro_fast.runs import run_folder
 from llama_pro_fast.training.export import export_run, trained_folder
 
 

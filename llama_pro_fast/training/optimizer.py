@@ -1,7 +1,8 @@
 """AdamW, the learning-rate schedules, and a step that lets no NaN into a weight.
 
-The step never asks the device anything: a non-finite gradient norm is turned into the `found_inf` flag of PyTorch's
-fused AdamW, which then leaves weights and moments untouched, and into a counter the trainer reads when it logs.
+The step never asks the device anything: a loss or gradient norm that is not finite is turned into the `found_inf` flag
+of PyTorch's fused AdamW, which then leaves weights, moments and its count of steps untouched, and the trainer reads the
+flag when it logs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.model.layers import refresh_low_precision_copies
-from llama_pro_fast.training.schedule import learning_rate
+from llama_pro_fast.training.schedule import learning_rate, lower_rate
 
 
 class Optimizer:
@@ -50,31 +51,37 @@ class Optimizer:
             fused=True,
         )
         device = next(iter(self.parameters.values())).device
-        self.skipped = torch.zeros((), device=device)
-        """Steps left out because of a non-finite gradient; a device scalar."""
+        self.left_out = torch.zeros((), device=device)
+        """1 where the last step was left out, else 0; a device scalar."""
 
-    def step(self, index: int) -> torch.Tensor:
+    def step(self, index: int, loss: torch.Tensor | None = None) -> torch.Tensor:
         """Clip, update, refresh the low-precision copies, drop the gradients.
 
         Args:
             index: the step's number from 0.
+            loss: of the step, a device scalar that must be finite too.
 
         Returns:
-            The gradient norm before clipping, a device scalar (NaN or Inf where the step was left out).
+            The gradient norm before clipping, a device scalar. Where it or the loss is not finite the step is left out.
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
         # AdamW divides by it as it reads a gradient, and writes that back; clipped on their own, all gradients would be
         # read once more.
         self.adamw.grad_scale = ((norm.float() + 1e-6) / self.config.clip).clamp(min=1.0)
-        self.adamw.found_inf = (~torch.isfinite(self.adamw.grad_scale)).float()
-        self.skipped += self.adamw.found_inf
+        finite = torch.isfinite(self.adamw.grad_scale)
+        self.left_out = (~(finite if loss is None else finite & torch.isfinite(loss))).float()
+        self.adamw.found_inf = self.left_out
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate(self.config, index, self.steps)
         self.adamw.step()
         refresh_low_precision_copies(self.model)
-        self.adamw.zero_grad(set_to_none=True)
+        self.drop_gradients()
         return norm
+
+    def drop_gradients(self) -> None:
+        """Forget a step that was begun."""
+        self.adamw.zero_grad(set_to_none=True)
 
     def check_finite(self) -> None:
         """To be called before the weights are saved; waits for the device.
@@ -86,8 +93,9 @@ class Optimizer:
         if not finite.all():
             name = next(name for name, fine in zip(self.parameters, finite.tolist(), strict=True) if not fine)
             raise UserError(
-                f"weight {name} is no longer finite, and nothing was saved; lower --optim.lr ({self.config.lr}) and "
-                "start again, or resume from the last checkpoint"
+                f"weight {name} is no longer finite, and was not saved: the rate {self.config.lr:g} is too high; go on "
+                f"from the last checkpoint, or where there is none from the start, with --resume --optim.lr "
+                f"{lower_rate(self.config):g}"
             )
 
     def restored(self) -> None:

@@ -5,6 +5,7 @@ Each line that is more than a step of the story lives in a module of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -21,17 +22,22 @@ from llama_pro_fast.evaluation.baselines import references
 from llama_pro_fast.evaluation.export_check import read_export_back, unchecked
 from llama_pro_fast.expansion.lineage import intact_bases
 from llama_pro_fast.expansion.manifest import what_trains
+from llama_pro_fast.files import writing_to
 from llama_pro_fast.host import peak_memory_gib
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB
 from llama_pro_fast.planning.explain import why
 from llama_pro_fast.planning.search import fit
 from llama_pro_fast.recipe import absolute
-from llama_pro_fast.training import model_folder, run_folder
+from llama_pro_fast.reporting.summary import summarise, write_report
+from llama_pro_fast.resume import CONFIG_NAME, MAY_CHANGE, changes, load_config, save_config
+from llama_pro_fast.runs import run_folder
+from llama_pro_fast.runs.checkpoint import Progress, complete_checkpoints, newest, set_aside_after
+from llama_pro_fast.runs.metrics import check_wandb
+from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.cards import show_end
 from llama_pro_fast.training.export import export_run
-from llama_pro_fast.training.loop import Run, train
-from llama_pro_fast.training.metrics import check_wandb
+from llama_pro_fast.training.loop import Run, check_unchanged, train
 from llama_pro_fast.training.settle import (
     check_recipe,
     choose,
@@ -40,59 +46,88 @@ from llama_pro_fast.training.settle import (
     settle_computation,
     start_device,
 )
-from llama_pro_fast.training.summary import summarise, write_report
+from llama_pro_fast.training.signals import Stopped, StopSignals
 
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def run_training(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+def run_training(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, from_step: int | None = None
+) -> dict[str, Any]:
     """A whole run, in any thread; threads, determinism and device are the process', so one at a time.
 
     Args:
-        config: with ``resume``, the run's stored configuration.
+        config: with ``resume``, as :func:`~llama_pro_fast.resume.stored_config` gives it.
+        from_step: with ``resume``, the checkpoint to go on from; by default the last.
 
     Returns:
-        The content of ``report/summary.json``; None when the run was interrupted (and saved).
+        The content of ``report/summary.json``.
 
     Raises:
-        UserError: bad input, a full disk, or gradients that are not finite.
+        UserError: bad input, a full disk, or too many steps whose gradients are not finite.
+        Stopped: a signal asked for it; what was done is saved.
     """
     if not _ONE_AT_A_TIME.acquire(blocking=False):
         raise UserError(
             "another run is going on in this process; wait for it, or start this one in a process of its own"
         )
     try:
-        with unheard():
-            return _run(config, resume=resume, overwrite=overwrite)
+        with unheard(), StopSignals() as signals:
+            try:
+                return _run(config, signals, resume=resume, overwrite=overwrite, from_step=from_step)
+            except Stopped as stopped:
+                _say_stopped(stopped, Path(config.output))
+                raise
     finally:
         _ONE_AT_A_TIME.release()
 
 
-def _run(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def _say_stopped(stopped: Stopped, output: Path) -> None:
+    if not run_folder.is_run(output):
+        say(f"{stopped} before the run had begun; start it again by the same command")
+        return
+    saved = complete_checkpoints(output)
+    at = f"saved {run_folder.shown(saved[-1])}" if saved else "before the first checkpoint"
+    say(f"{stopped}, {at}; go on with\n  {run_folder.resume_command(output)}")
+
+
+def _run(
+    config: RunConfig, signals: StopSignals, *, resume: bool, overwrite: bool, from_step: int | None
+) -> dict[str, Any]:
     # What can be refused is refused before any work.
     if not resume:
         check_recipe(config)
     check_wandb(config.train.wandb)
     config = absolute(config)
     output = Path(config.output)
-    with run_folder.claimed(output, resume=resume, overwrite=overwrite):
+    run_folder.check_not_inside("data.cache", config.data.cache or default_cache(), output)
+    with run_folder.claimed(output, resume=resume, overwrite=overwrite) as claim:
+        start = newest(output, from_step) if resume else None
+        if start is not None:
+            changes(start[1].config, config, step=start[1].progress.step)  # refuses what a run keeps
         # A resumed run that made its model's folder needs no base any more.
         folder, plan = model_folder.existing(output) if resume else None, None
         base = folder
         if base is None:
             config = config if resume else model_folder.with_export(config)
             base, plan = model_folder.open_base(config)
-        parameters = config.train.parameters
         trained = what_trains(
-            base.raw_config, base.config.num_hidden_layers, parameters=parameters, plan=plan, name=str(base.path)
+            base.raw_config,
+            base.config.num_hidden_layers,
+            parameters=config.train.parameters,
+            plan=plan,
+            name=str(base.path),
         )
         device = start_device(config)
         config = settle_computation(config, base, device)
-        if not resume:
+        # A resumed run keeps its plan, unless it is told to make another.
+        has_plan = resume and config.train.micro_batch_size is not None and config.train.recompute != "auto"
+        if not has_plan:
             # Whatever the text is: with documents as long as they can be, least is needed.
             choose(question_of(config, base, trained, plan, document=config.train.seq_len))
 
         # Text to tokens, once; then the length of the run is known.
+        claim.enter("tokenising")
         with waiting("reading text ...") as update:
             tokenizer = base.tokenizer() if folder else model_folder.make_tokenizer(config, base, update)
             corpus = Corpus.prepare(
@@ -106,14 +141,31 @@ def _run(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] 
                 ),
             )
         question = question_of(config, base, trained, plan, document=corpus.train.mean_document)
-        if resume:
-            planned = fit(question, micro_batch_size=question.micro_batch_size, recompute=question.recompute)
-        else:
-            planned = choose(question)
-            config = settle(config, question, planned, sequences_in_epoch=corpus.train.sequences_in_epoch(0))
-            say(f"memory: {why(question, planned)}")
+        found = (
+            fit(question, micro_batch_size=question.micro_batch_size, recompute=question.recompute)
+            if has_plan
+            else choose(question)
+        )
+        config = settle(
+            config,
+            question,
+            found,
+            sequences_in_epoch=corpus.train.sequences_in_epoch(0),
+            sources=len(corpus.held_out),
+        )
+        if not has_plan:
+            say(f"memory: {why(question, found)}")
         for text in corpus.held_out:
             text.sample(config.eval.tokens)  # refuses text with nothing to predict
+        makes_model = folder is None and (plan is not None or config.model.init == "random")
+        # Three numbers of four bytes a trained parameter; and the model, once as the export, once where it is made.
+        stored = getattr(base.config, "dtype", None) or torch.float32
+        run_folder.check_room(
+            output,
+            checkpoint=12 * question.job.num_trained,
+            keep=config.train.keep_checkpoints,
+            other=num_parameters(question.job.config) * stored.itemsize * (2 if makes_model else 1),
+        )
         if not resume:
             sources = [text.source.path for text in corpus.held_out if text.source.kind == "files"]
             run_folder.check_apart(output, sources, config.data.cache or default_cache())
@@ -121,30 +173,73 @@ def _run(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] 
 
         # The model's folder: from here on only its manifest says which blocks train.
         if folder is None:
+            claim.enter("expanding")
             folder, proof = model_folder.make(config, base, plan, output, tokenizer)
             if proof is not None:
                 say(f"expanded: {plan.trained.strip}; identity proved: {proof.summary()}")
-        settled = Run(
+        claim.enter("checking")
+        run = Run(
             config=config,
             output=output,
             folder=folder,
             trained=what_trains(
                 folder.raw_config,
                 folder.config.num_hidden_layers,
-                parameters=parameters,
+                parameters=config.train.parameters,
                 name=str(folder.path),
                 intact=intact_bases(folder),
             ),
             corpus=corpus,
             tokenizer=tokenizer,
             device=device,
-            planned=planned,
+            planned=found,
+            start=start,
+            claim=claim,
         )
-        return finish(settled) if train(settled, resume=resume) else None
+        if resume:
+            run = go_on(run)
+        done, ended = train(run, signals)
+        return finish(run, done, ended)
 
 
-def finish(run: Run) -> dict[str, Any]:
+def go_on(run: Run) -> Run:
+    """A run about to be resumed: what must not have changed has not, and what has is said and kept in its history.
+
+    Raises:
+        UserError: the model, the text or a key that the run keeps is another; nothing has been written then.
+    """
+    config, output, stored = run.config, run.output, load_config(run.output)
+    step, then, kept = 0, stored, stored.history
+    if run.start is not None:
+        step, then = run.start[1].progress.step, run.start[1].config
+        kept = [
+            change for change in stored.history if change.step < step
+        ]  # what was changed at this step is found anew
+    if step > config.train.steps:
+        raise UserError(
+            f"--train.steps {config.train.steps}: the run has done {step} already; give at least as many, or go on "
+            "from an earlier checkpoint with --from_step"
+        )
+    found = changes(then, config, step=step)
+    check_unchanged(run)
+    for change in found:
+        say(f"changed: {change.key} {change.before} -> {change.after}; {MAY_CHANGE[change.key]}")
+    config = dataclasses.replace(config, history=kept + found)
+    for aside in set_aside_after(output, step):
+        say(f"a checkpoint beyond step {step} is kept as {run_folder.shown(aside)}")
+    with writing_to(output):
+        save_config(config, output / CONFIG_NAME)
+    if step < config.train.steps:
+        run_folder.reopen(output)
+    return dataclasses.replace(run, config=config)
+
+
+def finish(run: Run, done: Progress, ended: str | None) -> dict[str, Any]:
     """The trained model as an ordinary checkpoint, read back, and what there is to say about the run.
+
+    Args:
+        done: how far it came.
+        ended: which bound ended it before its last step, in words.
 
     Raises:
         UserError: the export, or what stock transformers computes from it, is not what was trained (the report stands
@@ -152,7 +247,9 @@ def finish(run: Run) -> dict[str, Any]:
     """
     config, output, folder, corpus = run.config, run.output, run.folder, run.corpus
     train, trained = config.train, run.trained
+    run.claim.enter("exporting")
     exported, _ = export_run(output)
+    run.claim.enter("reporting")
     figures = {}
     for text in corpus.held_out:
         found = references(text, run.tokenizer, vocab_size=folder.config.vocab_size, max_tokens=config.eval.tokens)
@@ -163,8 +260,9 @@ def finish(run: Run) -> dict[str, Any]:
         "parameters": num_parameters(folder.config),
         "trained_parameters": num_trained_parameters(folder.config, trained),
         "trained_blocks": list(trained.blocks),
-        "steps": train.steps,
-        "tokens": train.steps * train.batch_size * train.seq_len,
+        "steps": done.step,
+        "tokens": done.tokens,
+        "ended": ended,
         "device": train.device,
         "threads": train.threads,
         "dtype": train.dtype,

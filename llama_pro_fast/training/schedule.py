@@ -27,6 +27,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (floor + (1 - floor) * share)
 
 
+def lower_rate(config: OptimConfig) -> float:
+    """A rate to advise where the one in use was too high for the model to bear."""
+    return min(config.lr / 10, 1e-4)
+
+
 def settle_schedule(optim: OptimConfig, steps: int) -> OptimConfig:
     """With the lengths of warm-up and decay filled in for a run of ``steps``.
 

@@ -8,6 +8,7 @@ Each step makes a new configuration; the caller's stays as it was.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 
 import torch
@@ -142,33 +143,38 @@ def choose(question: Question) -> Fit:
     return found
 
 
-def settle(config: RunConfig, question: Question, found: Fit, *, sequences_in_epoch: int) -> Settled:
+def settle(config: RunConfig, question: Question, found: Fit, *, sequences_in_epoch: int, sources: int) -> Settled:
     """The configuration of a run, with nothing left open.
 
     Args:
         config: with a settled computation.
         found: the way to run that was chosen for ``question``.
+        sources: texts that are measured.
 
     Raises:
         UserError: the run is shorter than one step, or than its warm-up.
     """
     steps = count_steps(config, sequences_in_epoch)
-    interval = max(1, min(500, steps // 10))
+    every = config.eval.every or max(1, min(500, math.ceil(steps / 10)))
     train = dataclasses.replace(
         config.train,
         steps=steps,
         micro_batch_size=found.micro_batch_size,
         memory=max(0.01, round(question.usable / GIB, 2)) if config.train.memory == "auto" else config.train.memory,
         recompute=recompute_text(found.recompute, question.job.trained.first),
-        checkpoint_every=config.train.checkpoint_every or interval,
     )
+    # Of each text once before the first step, and once every so often.
+    measured = (1 + math.ceil(steps / every)) * sources
+    trained = steps * train.batch_size * train.seq_len
+    tokens = config.eval.tokens or min(65_536, max(train.seq_len, trained // measured))
     return Settled(
         model=config.model,
         expand=config.expand,
         data=config.data,
         optim=settle_schedule(config.optim, steps),
         train=train,
-        eval=dataclasses.replace(config.eval, every=config.eval.every or interval),
+        eval=dataclasses.replace(config.eval, every=every, tokens=tokens),
+        stop=config.stop,
         output=config.output,
     )
 

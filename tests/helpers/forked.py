@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +16,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from llama_pro_fast.cli import main
-from llama_pro_fast.training.run_folder import claimed
+import pytest
 
+from llama_pro_fast.cli import main
+from llama_pro_fast.runs.run_folder import claimed
+
+KILLS = pytest.StashKey[str]()
+"""In pytest's configuration: what came of killing runs, in a line."""
 IMPORTED = ["llama_pro_fast.train", "transformers.models.llama.modeling_llama"]
 
 
@@ -43,6 +48,12 @@ def typed(words: Sequence[str], folder: Path | str = ".", environment: Mapping[s
         runpy.run_module(argument, run_name="__main__", alter_sys=True)
     else:
         exec(compile(argument, "-c", "exec"), {"__name__": "__main__"})
+
+
+def limited(words: Sequence[str], largest_file: int) -> None:
+    """:func:`typed` where no file may grow beyond ``largest_file`` bytes, as under ``ulimit -f``."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    typed(words)
 
 
 def hold(folder: str, connection: Connection) -> None:

@@ -1,27 +1,42 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from stopping import stop_in_step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llama_pro_fast.cli import run_entry_point
-from llama_pro_fast.config import DataConfig, EvalConfig, ExpandConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from llama_pro_fast.config import (
+    DataConfig,
+    EvalConfig,
+    ExpandConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StopConfig,
+    TrainConfig,
+)
 from llama_pro_fast.evaluation import export_check
+from llama_pro_fast.reporting import summary
+from llama_pro_fast.runs.checkpoint import complete_checkpoints
 from llama_pro_fast.train import main as train_main
-from llama_pro_fast.training import loop, summary
-from llama_pro_fast.training.checkpoint import complete_checkpoints
 from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.signals import Stopped
 
 TEXT = "the block copies its input until training moves it away from that and only new blocks learn, others stay"
 WORDS = TEXT.replace(",", "").split()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if said := config.stash.get(forked.KILLS, None):
+        terminalreporter.write_line(said)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +127,7 @@ def config_at(base, texts, tmp_path_factory) -> Callable[..., RunConfig]:
                 "threads": 1,
             },
             "eval": {"every": 3, "tokens": 256},
+            "stop": {},
         }
         for name, values in changes.items():
             sections[name] = sections[name] | values
@@ -123,6 +139,7 @@ def config_at(base, texts, tmp_path_factory) -> Callable[..., RunConfig]:
             optim=OptimConfig(**sections["optim"]),
             train=TrainConfig(**sections["train"]),
             eval=EvalConfig(**sections["eval"]),
+            stop=StopConfig(**sections["stop"]),
             output=str(output),
         )
 
@@ -166,20 +183,13 @@ def _short_end(request, monkeypatch) -> None:
 
 @pytest.fixture
 def stopped_at_2(monkeypatch):
-    """A run that is asked to stop in its second step, as by Ctrl-C."""
+    """A run that was stopped in its third step, and so saved its second."""
 
     def run(config: RunConfig) -> None:
-        step, calls = loop.train_step, []
-
-        def counted(*arguments):
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-            return step(*arguments)
-
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "train_step", counted)
-            assert run_training(config) is None
+            stop_in_step(3, patch)
+            with pytest.raises(Stopped):
+                run_training(config)
 
     return run
 

@@ -18,9 +18,9 @@ from llama_pro_fast import console, plan
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.recipe import parse
+from llama_pro_fast.reporting.summary import write_report
 from llama_pro_fast.training.cards import show_end
 from llama_pro_fast.training.run import run_training
-from llama_pro_fast.training.summary import write_report
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_summary_is_the_last_file_of_a_run(make_config, monkeypatch, tmp_pat
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("llama_pro_fast.training.summary.draw_loss", full)
+    monkeypatch.setattr("llama_pro_fast.reporting.summary.draw_loss", full)
     with pytest.raises(UserError, match="No space left"):
         run_training(make_config(train={"steps": 1}))
     assert not (tmp_path / "run" / "report" / "summary.json").exists()

@@ -21,9 +21,9 @@ from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.resume import load_config
+from llama_pro_fast.runs.run_folder import first_free
 from llama_pro_fast.training import run as run_module
 from llama_pro_fast.training.run import run_training
-from llama_pro_fast.training.run_folder import first_free
 
 NEW = 8
 

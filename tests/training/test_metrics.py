@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama_pro_fast.training import metrics
-from llama_pro_fast.training.metrics import MetricsWriter, read_metrics
+from llama_pro_fast.runs import metrics
+from llama_pro_fast.runs.metrics import MetricsWriter, read_metrics
 
 ROWS = [{"kind": "train", "step": step, "loss": 1.5} for step in range(1, 6)]
 

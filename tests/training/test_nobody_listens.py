@@ -16,8 +16,8 @@ import pytest
 from llama_pro_fast.config import options
 from llama_pro_fast.console import say, unheard
 from llama_pro_fast.evaluation import export_check
-from llama_pro_fast.training import summary
-from llama_pro_fast.training.metrics import read_metrics
+from llama_pro_fast.reporting import summary
+from llama_pro_fast.runs.metrics import read_metrics
 
 
 def words(config) -> list[str]:

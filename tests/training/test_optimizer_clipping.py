@@ -43,4 +43,15 @@ def test_a_norm_that_is_not_finite_changes_nothing(bad):
     optimizer = Optimizer(model, dict(model.named_parameters()), CONFIG, 10)
     assert not optimizer.step(0).isfinite()
     assert all(map(torch.equal, model.parameters(), before))
-    assert optimizer.skipped == 1
+    assert optimizer.left_out == 1
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_however_its_gradient_looks():
+    model = model_with_gradients(1.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = Optimizer(model, dict(model.named_parameters()), CONFIG, 10)
+    optimizer.state()
+    assert optimizer.step(0, torch.tensor(float("inf"))).isfinite()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert optimizer.left_out == 1
+    assert not any(value.any() for value in optimizer.state().values()), "moments or the count of steps moved"

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from llama_pro_fast.report import main as report_main
-from llama_pro_fast.training import curves
-from llama_pro_fast.training.page import labels, page
-from llama_pro_fast.training.record import Record, results
-from llama_pro_fast.training.run_folder import claimed
-from llama_pro_fast.training.summary import summarise
+from llama_pro_fast.reporting import curves
+from llama_pro_fast.reporting.page import labels, page
+from llama_pro_fast.reporting.record import Record, results
+from llama_pro_fast.reporting.summary import summarise
+from llama_pro_fast.runs.run_folder import claimed
 
 VOID = {"meta", "br"}
 
@@ -98,7 +98,7 @@ def report(cli):
     def call(*arguments) -> Page:
         code, out, err = cli(report_main, *arguments)
         assert code == 0, err
-        path = Path(out.strip().removeprefix("report: "))
+        path = Path(out.strip().splitlines()[-1].removeprefix("report: "))
         return Page(path.read_text(encoding="utf-8"))
 
     return call

@@ -14,8 +14,8 @@ import yaml
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import load_config
+from llama_pro_fast.runs.run_folder import claimed, first_free, resume_command, shown
 from llama_pro_fast.training.run import run_training
-from llama_pro_fast.training.run_folder import claimed, first_free, resume_command, shown
 
 
 @pytest.fixture

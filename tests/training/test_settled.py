@@ -236,7 +236,7 @@ def test_a_value_of_another_type_is_named(make_config, section, key, value, mess
     ("key", "value", "message"),
     [
         ("micro_batch_size", 3, "does not divide"),
-        ("steps", 2, "is at step 6, and the run's config.yaml says train.steps 2"),
+        ("steps", 2, "--train.steps 2: the run has done 6 already"),
         ("parameters", "foo", "'foo' is not new_blocks or all"),
     ],
 )

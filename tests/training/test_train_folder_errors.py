@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from torch.distributed import checkpoint as dcp
 
 from llama_pro_fast.export import main as export_main
-from llama_pro_fast.model.decoder import Decoder
-from llama_pro_fast.recipe import parse
+from llama_pro_fast.runs import run_folder
 from llama_pro_fast.train import main as train_main
-from llama_pro_fast.training import run_folder
-from llama_pro_fast.training.checkpoint import complete_checkpoints
 from llama_pro_fast.training.run import run_training
 
 
@@ -154,17 +148,12 @@ def test_resume_without_a_run(cli, tmp_path):
     cli.refused(code, err, tmp_path / "none", "no run there")
 
 
-def test_resume_with_another_setting(cli, a_run):
-    code, _, err = cli(train_main, "--output", a_run, "--resume", "--optim.lr", "0.5")
-    cli.refused(code, err, "optim.lr", "0.5", "0.01")
-
-
 def test_resume_on_another_base(cli, a_run):
     with open(a_run / "expanded" / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
     code, _, err = cli(train_main, "--output", a_run, "--resume")
-    cli.refused(code, err, "expanded", "was made on other weights")
+    cli.refused(code, err, "expanded", "the weights were", "put it back")
 
 
 def test_resume_on_changed_text(make_config, tmp_path, cli, texts):
@@ -176,62 +165,14 @@ def test_resume_on_changed_text(make_config, tmp_path, cli, texts):
     cli.refused(code, err, "text has changed")
 
 
-def test_damaged_checkpoint(tmp_path, cli, a_run):
-    folder = complete_checkpoints(a_run)[-1]
-    for path in folder.glob("*.distcp"):
-        path.write_bytes(path.read_bytes()[:100])
-    code, _, err = cli(train_main, "--output", a_run, "--resume")
-    cli.refused(code, err, folder, "delete this folder")
-    code, _, err = cli(export_main, a_run, tmp_path / "out")
-    cli.refused(code, err, folder)
-    assert not (tmp_path / "out").exists()
-
-
 # -- the disk, and NaN ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_no_space_for_a_checkpoint_keeps_the_one_before(make_config, tmp_path, cli, monkeypatch):
-    config = make_config(train={"steps": 4, "checkpoint_every": 2})
-    write, calls = dcp.FileSystemWriter.write_data, []
-
-    def full_disk(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(*arguments, **options)
-
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full_disk)
-    code, _, err = cli(lambda argv: run_training(config) and 0)
-    cli.refused(code, err, "step-000004", "No space left", "free space")
-    assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-000002"]
-    monkeypatch.undo()
-    run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
-    assert (tmp_path / "run" / "export" / "config.json").exists()
 
 
 def test_no_space_for_the_expansion(refused, monkeypatch, tmp_path):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refused("expanded", "GB")
+    refused("1e-06 GB are free", "3 checkpoints", "keep_checkpoints")
     assert not (tmp_path / "run" / "expanded").exists()
-
-
-@pytest.mark.slow
-def test_a_gradient_that_is_not_finite_stops_the_run_and_is_shown(make_config, tmp_path, cli, monkeypatch):
-    loss, calls = Decoder.loss, []
-
-    def poisoned(self, batch, scale):
-        calls.append(1)
-        return loss(self, batch, scale * (torch.nan if len(calls) == 9 else 1.0))
-
-    monkeypatch.setattr(Decoder, "loss", poisoned)
-    config = make_config(train={"steps": 8, "checkpoint_every": 3})
-    code, _, err = cli(lambda argv: run_training(config) and 0)
-    cli.refused(code, err, "step 5", "not finite", "--resume")
-    assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-000003"]
-    monkeypatch.undo()
-    run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
 
 
 # -- export --------------------------------------------------------------------------------------------------------
@@ -247,7 +188,7 @@ def test_export_on_another_base(cli, tmp_path, a_run):
         file.seek(-1, 2)
         file.write(b"\x01")
     code, _, err = cli(export_main, a_run, tmp_path / "out")
-    cli.refused(code, err, "expanded", "put them back")
+    cli.refused(code, err, "expanded", "the weights were", "put it back")
     assert not (tmp_path / "out").exists()
 
 

@@ -147,7 +147,7 @@ def test_a_gradient_that_is_not_finite_touches_nothing_and_is_counted(expanded, 
     next(iter(model.trained_parameters().values())).grad.view(-1)[0] = math.inf
     norm = optimizer.step(1)
     assert not torch.isfinite(norm)
-    assert optimizer.skipped == 1
+    assert optimizer.left_out == 1
     assert all(torch.equal(p, before[name]) for name, p in model.trained_parameters().items())
     assert all(torch.equal(value, state[name]) for name, value in optimizer.state().items())
 

@@ -26,17 +26,17 @@ from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.recipe import parse
+from llama_pro_fast.reporting.summary import summarise
 from llama_pro_fast.resume import to_dict
-from llama_pro_fast.training.checkpoint import complete_checkpoints, load
-from llama_pro_fast.training.metrics import read_metrics
+from llama_pro_fast.runs.checkpoint import complete_checkpoints, load
+from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.training.run import run_training
-from llama_pro_fast.training.summary import summarise
 
 
 def losses(run: Path) -> list[tuple]:
     """Everything a run measured that is not a clock."""
     keep = ("kind", "step", "source", "loss", "base_loss", "kl", "grad_norm", "lr")
-    return [tuple(row.get(key) for key in keep) for row in read_metrics(run)]
+    return [tuple(row.get(key) for key in keep) for row in read_metrics(run) if row["kind"] in ("train", "eval")]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -116,9 +116,9 @@ def test_the_export_is_an_ordinary_checkpoint_with_our_models_greedy_tokens(fini
 def test_trained_tensors_are_narrowed_once(finished):
     run = finished
     exported = PretrainedFolder(run / "export")
-    state = {"model": {"blocks.2.o_proj.weight": torch.empty(32, 32)}}
+    state = {"model.blocks.2.o_proj.weight": torch.empty(32, 32)}
     load(complete_checkpoints(run)[-1], state)
-    master = state["model"]["blocks.2.o_proj.weight"]
+    master = state["model.blocks.2.o_proj.weight"]
     assert not torch.equal(master, master.bfloat16().float()), "the master is no wider than the export"
     assert torch.equal(exported.tensor("model.layers.2.self_attn.o_proj.weight"), master.bfloat16())
 
@@ -245,7 +245,7 @@ def test_after_training_everything_the_meter_no_longer_speaks_of_a_base(make_con
 
 def test_a_failed_export_keeps_the_one_before(a_run, cli):
     before = digests(a_run / "export")
-    (complete_checkpoints(a_run)[-1] / ".metadata").unlink()
+    next(complete_checkpoints(a_run)[-1].glob("*.safetensors")).unlink()
     code, _, err = cli(export_main, a_run)
     assert code == 2
     assert len(err.splitlines()) == 1
@@ -283,7 +283,7 @@ def test_remains_of_a_save_that_died_are_not_read(a_run):
     expected = digests(a_run / "export")
     last = complete_checkpoints(a_run)[-1]
     (last / "COMPLETE").unlink()
-    (last / ".metadata").write_bytes(b"half")
+    next(last.glob("*.safetensors")).write_bytes(b"half")
     (a_run / "checkpoints" / "step-000003").mkdir()
     shutil.rmtree(a_run / "export")
     run_training(parse(["--output", str(a_run), "--resume"]).config, resume=True)

@@ -15,7 +15,7 @@ from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import expand_and_prove
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.resume import to_dict
-from llama_pro_fast.training.metrics import read_metrics
+from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.training.run import run_training
 
 STEPS, SEQ_LEN = 3, 12

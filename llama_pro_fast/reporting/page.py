@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from llama_pro_fast.training.curves import COLOURS
-from llama_pro_fast.training.markup import CSS
-from llama_pro_fast.training.page_of_run import one_run
-from llama_pro_fast.training.record import Record
-from llama_pro_fast.training.side_by_side import side_by_side
+from llama_pro_fast.reporting.curves import COLOURS
+from llama_pro_fast.reporting.markup import CSS
+from llama_pro_fast.reporting.page_of_run import one_run
+from llama_pro_fast.reporting.record import Record
+from llama_pro_fast.reporting.side_by_side import side_by_side
 
 PAGE = "report/report.html"
 """Where the page of one run lies in it."""

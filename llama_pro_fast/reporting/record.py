@@ -20,9 +20,9 @@ from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.config import BUILTIN, find_config
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.resume import load_config
-from llama_pro_fast.training.checkpoint import complete_checkpoints
-from llama_pro_fast.training.metrics import METRICS_FILE, read_metrics
-from llama_pro_fast.training.run_folder import LOCK, SUMMARY
+from llama_pro_fast.runs.checkpoint import complete_checkpoints
+from llama_pro_fast.runs.metrics import METRICS_FILE, read_metrics
+from llama_pro_fast.runs.run_folder import LOCK, SUMMARY
 
 
 def number(value: Any) -> float | None:

@@ -10,7 +10,7 @@ from llama_pro_fast.console import amount, duration
 from llama_pro_fast.model.trained import LEGEND
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB
-from llama_pro_fast.training.markup import (
+from llama_pro_fast.reporting.markup import (
     UNKNOWN,
     Html,
     change,
@@ -25,8 +25,8 @@ from llama_pro_fast.training.markup import (
     text_of,
     when,
 )
-from llama_pro_fast.training.record import Record, number, results
-from llama_pro_fast.training.run_folder import resume_command
+from llama_pro_fast.reporting.record import Record, number, results
+from llama_pro_fast.runs.run_folder import resume_command
 
 MOST_EVENTS = 200
 """Rows of a table of events; of more the last are shown."""

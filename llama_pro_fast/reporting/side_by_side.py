@@ -8,10 +8,10 @@ from html import escape
 
 from llama_pro_fast.config import options
 from llama_pro_fast.console import amount
-from llama_pro_fast.training import curves
-from llama_pro_fast.training.markup import UNKNOWN, Html, as_html, change, figure, median, pictures, plain, section
-from llama_pro_fast.training.page_of_run import state, warnings
-from llama_pro_fast.training.record import Record, by_source, number, results
+from llama_pro_fast.reporting import curves
+from llama_pro_fast.reporting.markup import UNKNOWN, Html, as_html, change, figure, median, pictures, plain, section
+from llama_pro_fast.reporting.page_of_run import state, warnings
+from llama_pro_fast.reporting.record import Record, by_source, number, results
 
 OF_THE_MACHINE = ("output", "data.cache", "train.memory")
 """Keys that differ between runs and tell nothing of them."""

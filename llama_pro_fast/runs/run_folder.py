@@ -3,26 +3,28 @@
     runs/NAME/  config.yaml  metrics.jsonl  tensorboard/  checkpoints/  expanded/ or initial/  export/  report/
 
 `config.yaml` makes a folder a run; it is written when everything that can be refused has been. A lock is held from the
-first look at the folder to the end of the run, so that two runs never write one folder. Only a run's own names are ever
-deleted, and only under ``--overwrite``.
+first look at the folder to the end of the run, so that two runs never write one folder; it says which process holds it,
+and what that is at. Only a run's own names are ever deleted, and only under ``--overwrite``.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama_pro_fast.cli import PROGRAM
-from llama_pro_fast.config import Settled
+from llama_pro_fast.config import RunConfig, Settled, options
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import writing_to
 from llama_pro_fast.resume import CONFIG_NAME, load_config, save_config
-from llama_pro_fast.training.checkpoint import complete_checkpoints, read_info
+from llama_pro_fast.runs.checkpoint import complete_checkpoints, read_info
 
 LOCK = ".lock"
 SUMMARY = "report/summary.json"  # what makes a run complete: written last, deleted first
@@ -30,8 +32,32 @@ FOLDERS = ("report", "tensorboard", "checkpoints", "expanded", "initial", "expor
 CONTENTS = (*(name + end for name in FOLDERS for end in ("", ".partial", ".old")), "metrics.jsonl", "metrics.new")
 
 
+class Claim:
+    """A held lock on a run's folder: :meth:`enter` notes what the run is at, for whoever looks in from outside."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._phase = ""
+
+    def enter(self, phase: str) -> None:
+        """From now on the run is at ``phase``; a full disk does not matter."""
+        if phase != self._phase:
+            self._phase = phase
+            note = json.dumps({"process": os.getpid(), "phase": phase}).encode()
+            with suppress(OSError):
+                os.pwrite(self._descriptor, note.ljust(80), 0)
+
+
+def phase_of(run: Path) -> str | None:
+    """What the process that holds a run's lock is at, or was when it ended; None where that is not noted."""
+    try:
+        return json.loads((run / LOCK).read_bytes())["phase"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 @contextmanager
-def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[Claim]:
     """Hold a run's folder: with ``resume`` one that holds a run, else a new or empty one, with ``overwrite`` a run too.
 
     Nothing is deleted yet (see :func:`begin`).
@@ -44,25 +70,37 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
             raise UserError(f"--output {output}: is a file; give a folder")
         created = [folder for folder in (output, *output.parents) if not folder.exists()]
         output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / LOCK, "a")  # noqa: SIM115 - held open as long as the folder is
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output {output}: another run is writing there; wait for it or stop it") from error
+        has_lock = (output / LOCK).exists()
+        lock = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # held open as long as the folder is
+    try:
+        _take(lock, output)
+        claim = Claim(lock)
         try:
             if resume:
                 load_config(output)
             else:
                 _check_free(output, overwrite=overwrite)
-            yield
+            claim.enter("starting")
+            yield claim
         finally:
             # A run that was refused leaves no trace.
-            if created and [path.name for path in output.iterdir()] == [LOCK]:
-                (output / LOCK).unlink()
-                with suppress(OSError):  # a folder in which something else has begun stays
-                    for folder in created:
+            with suppress(OSError):
+                if not has_lock and not is_run(output):
+                    (output / LOCK).unlink()
+                    for folder in created:  # one in which something else has begun stays
                         folder.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, output: Path) -> None:
+    for _ in range(3):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.1)  # a report asks whether a run holds it, and lets go at once
+    raise UserError(f"--output {output}: another run is writing there; wait for it or stop it")
 
 
 def is_run(folder: Path) -> bool:
@@ -73,6 +111,14 @@ def is_run(folder: Path) -> bool:
 def is_complete(run: Path) -> bool:
     """Whether a run has come to its end, and so cannot go on."""
     return (run / SUMMARY).exists()
+
+
+def nothing_left(run: Path, config: RunConfig) -> bool:
+    """Whether a run is complete, and ``config``, what it would be resumed with, asks for nothing more."""
+    if not is_complete(run):
+        return False
+    stored = {key: value for key, value, _ in options(load_config(run))}
+    return all(key in ("output", "data.cache") or value == stored[key] for key, value, _ in options(config))
 
 
 def first_free(folder: Path) -> Path:
@@ -105,6 +151,33 @@ def shown(path: Path) -> str:
     """A path as a person at this prompt would type it."""
     path, here = Path(path).absolute(), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def reopen(output: Path) -> None:
+    """A run goes on, so it is not complete."""
+    with writing_to(output):
+        (output / SUMMARY).unlink(missing_ok=True)
+
+
+def check_room(output: Path, *, checkpoint: int, keep: int, other: int) -> None:
+    """Refuse a run that its disk will not hold to the end, before it has done anything.
+
+    Args:
+        checkpoint: bytes of one; one more than ``keep`` of them are there while a new one is written.
+        other: bytes of all else that is still to be written.
+
+    Raises:
+        UserError: too little is free, or no file may be as large as one of these.
+    """
+    there = sum(path.stat().st_size for folder in complete_checkpoints(output) for path in folder.iterdir())
+    needed = max(0, (keep + 1) * checkpoint - there) + other
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise UserError(
+            f"--output {output}: {free / 1e9:,.3g} GB are free there, and the run needs {needed / 1e9:,.3g} GB, for "
+            f"{keep + 1} checkpoints of {checkpoint / 1e9:,.3g} GB and the model; free space, give another place, or "
+            "lower --train.keep_checkpoints"
+        )
 
 
 def begin(config: Settled, output: Path, *, overwrite: bool) -> None:
@@ -147,7 +220,7 @@ def check_not_inside(option: str, path: str | Path, folder: Path) -> None:
     Raises:
         UserError: it does.
     """
-    if Path(path).resolve().is_relative_to(folder.resolve()):
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"--{option} {path}: lies inside {folder}, which the run reads or writes; put it elsewhere")
 
 

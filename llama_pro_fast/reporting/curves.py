@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llama_pro_fast.console import amount
-from llama_pro_fast.training.record import Record, by_source, number
+from llama_pro_fast.reporting.record import Record, by_source, number
 
 COLOURS = ("#1f6feb", "#d1570a", "#1a8f4c", "#a03fc4", "#b8860b", "#c2255c", "#0e8a94", "#6b6f76")
 """Of the runs, in their order; told apart also where red and green are not, and visible on white and on black."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from llama_pro_fast.config import Source
 from llama_pro_fast.console import duration
-from llama_pro_fast.training import curves
-from llama_pro_fast.training.record import Record, number
+from llama_pro_fast.reporting import curves
+from llama_pro_fast.reporting.record import Record, number
 
 UNKNOWN = "–"
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_pro_fast.files import sync, writing_to
-from llama_pro_fast.training.curves import draw_loss
-from llama_pro_fast.training.markup import change, figure
-from llama_pro_fast.training.metrics import read_metrics
-from llama_pro_fast.training.page import PAGE, write_page
-from llama_pro_fast.training.record import Record, number, results
-from llama_pro_fast.training.run_folder import SUMMARY
+from llama_pro_fast.reporting.curves import draw_loss
+from llama_pro_fast.reporting.markup import change, figure
+from llama_pro_fast.reporting.page import PAGE, write_page
+from llama_pro_fast.reporting.record import Record, number, results
+from llama_pro_fast.runs.metrics import read_metrics
+from llama_pro_fast.runs.run_folder import SUMMARY
 
 
 def summarise(run: Path, references: dict[tuple[str, str], dict[str, float]]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def summarise(run: Path, references: dict[tuple[str, str], dict[str, float]]) ->
 
     Returns:
         Part of ``summary.json``: time and speed and memory, and for each source its first and last evaluation (see
-        :func:`~llama_pro_fast.training.record.results`) with these references.
+        :func:`~llama_pro_fast.reporting.record.results`) with these references.
     """
     rows = read_metrics(run)
     train = [row for row in rows if row["kind"] == "train"]

@@ -1,0 +1,400 @@
+"""Checkpoints of a run: the trained parameters, the optimizer, the random state, the position in the data.
+
+    runs/NAME/checkpoints/step-000123/   shard-*.safetensors   PyTorch distributed checkpoint (DCP), safetensors storage
+                                         COMPLETE              written last: all that is no tensor, and what proves it
+
+`COMPLETE` names every file with its size and SHA-256, and its own digest. A folder with it is a checkpoint, and is
+believed only once all of that holds; one without it is what a crash has left: never read, never written into, swept
+away before the next save. Any other name in `checkpoints/` is the user's, and left alone. Nothing here can run code:
+the tensors are safetensors, the rest is JSON. The frozen base is not copied but named by path and digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from llama_pro_fast.config import Settled
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import first_line, sync, writing_to
+from llama_pro_fast.resume import CONFIG_NAME, from_dict, to_dict
+
+COMPLETE = "COMPLETE"
+FORMAT = 2
+_NAME = re.compile(r"step-([0-9]{6,})")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps done, those that were left out among them.
+        sequences: sequences consumed; the position in the data.
+        tokens: tokens consumed.
+    """
+
+    step: int = 0
+    sequences: int = 0
+    tokens: int = 0
+
+    def advanced(self, *, sequences: int, tokens: int) -> Progress:
+        """After one more step over that many."""
+        return Progress(self.step + 1, self.sequences + sequences, self.tokens + tokens)
+
+
+@dataclass(frozen=True)
+class LogState:
+    """What the log has counted and no row holds yet; a run that was stopped goes on as if it had not been.
+
+    Attributes:
+        unlogged: losses of the steps since the last row, without those that were left out.
+        skipped: steps left out since the last row.
+        bad_in_a_row: steps left out up to the last one, without a good one between.
+        source_tokens: tokens trained on so far, by the source's name.
+    """
+
+    unlogged: list[float] = field(default_factory=list)
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    source_tokens: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        progress: how far the run was.
+        config: the run's settings at that step.
+        model: path of the model folder the run trains, relative to the run where it lies in it (a run can be moved).
+        identity: of that folder, as :func:`~llama_pro_fast.expansion.lineage.model_identity` gives it.
+        data: fingerprint of the training text and its order.
+        measured: fingerprint of the held-out text.
+        evaluated: whether the evaluation of this step, if it has one, is done.
+        ended: which bound of `stop` ended the run at this step, in words; None where none did.
+        log: see :class:`LogState`.
+    """
+
+    progress: Progress
+    config: Settled
+    model: str
+    identity: dict[str, Any]
+    data: str
+    measured: str
+    evaluated: bool = True
+    ended: str | None = None
+    log: LogState = field(default_factory=LogState)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was written: where, how large in bytes, and the seconds it took."""
+
+    folder: Path
+    num_bytes: int
+    seconds: float
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The run's folders that call themselves complete, oldest first; whether they are is for :func:`verified`."""
+    return [folder for folder in _ours(run) if (folder / COMPLETE).exists()]
+
+
+def newest(run: Path, step: int | None = None) -> tuple[Path, CheckpointInfo] | None:
+    """The run's last checkpoint, proved by its digests; None where it has none.
+
+    Args:
+        step: take that one instead, as the user asked.
+
+    Raises:
+        UserError: it is damaged, or not there; the newest good one is named, and never taken unasked.
+    """
+    complete = complete_checkpoints(run)
+    if step is None:
+        if not complete:
+            return None
+        folder = complete[-1]
+    else:
+        folder = folder_of(run, step)
+        if folder not in complete:
+            there = ", ".join(str(step_of(f)) for f in complete) or "none"
+            raise UserError(f"--from_step {step}: {run} has no checkpoint of that step; there is {there}")
+    try:
+        return folder, verified(folder)
+    except UserError as error:
+        for other in reversed(complete[: complete.index(folder)]):
+            try:
+                verified(other)
+            except UserError:
+                continue
+            raise UserError(
+                f"{error}; {other.name} before it is whole: --from_step {step_of(other)} takes it"
+            ) from None
+        raise UserError(f"{error}; there is no whole one before it: put it back from a copy, or start anew") from None
+
+
+def verified(folder: Path) -> CheckpointInfo:
+    """What ``folder`` says of itself, once every byte is as it was written.
+
+    Raises:
+        UserError: it is not; the message names the file.
+    """
+    info, files = _read_marker(folder)
+    for name in sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files):
+        raise UserError(f"{folder}: holds {name}, which was not written with it")
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in files}
+    for name, entry in files.items():
+        if sizes[name] != entry["bytes"]:
+            found = "is not there" if sizes[name] is None else f"has {sizes[name]:,} bytes, not {entry['bytes']:,}"
+            raise UserError(f"{folder}: damaged: {name} {found}")
+    for name, digest in _digests(folder, files).items():
+        if digest != files[name]["sha256"]:
+            raise UserError(f"{folder}: damaged: {name} does not hold the bytes that were written")
+    return info
+
+
+def read_info(folder: Path) -> CheckpointInfo:
+    """What ``folder``'s COMPLETE says, itself proved by its digest; the other files are not looked at.
+
+    Raises:
+        UserError: it is damaged, of another step, or of another version of this program.
+    """
+    return _read_marker(folder)[0]
+
+
+def save(
+    run: Path,
+    tensors: Mapping[str, torch.Tensor],
+    info: CheckpointInfo,
+    *,
+    keep: int,
+    entering: Callable[[str], None] = lambda phase: None,
+) -> Saved:
+    """Write a checkpoint and drop the oldest beyond ``keep``.
+
+    Args:
+        tensors: as :func:`tensor_file` groups them into files.
+        entering: told "saving", and "completing" once everything but COMPLETE is written.
+
+    Raises:
+        UserError: the place cannot be written or is full; nothing half-written stays, and earlier checkpoints stand.
+    """
+    started, folder = time.perf_counter(), folder_of(run, info.progress.step)
+    entering("saving")
+    if not (run / CONFIG_NAME).is_file():
+        raise UserError(f"{run}: the run's folder is gone, and with it what a checkpoint would need; nothing was saved")
+    with writing_to(folder):
+        for remains in _ours(run):
+            if not (remains / COMPLETE).exists():
+                shutil.rmtree(remains)
+        folder.mkdir(parents=True)
+        try:
+            with _single_process():
+                writer = dcp.HuggingFaceStorageWriter(
+                    str(folder), fqn_to_index_mapping=_spread(tensors), save_distributed=True
+                )
+                dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+            files = {path.name: {"bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+            for name, digest in _digests(folder, files).items():
+                files[name]["sha256"] = digest
+            sync(folder)
+            entering("completing")
+            # The marker comes after everything it vouches for is on disk, and the old ones go after it is.
+            marker = folder / (COMPLETE + ".new")
+            marker.write_text(_marker_text(info, files), encoding="utf-8")
+            sync(marker)
+            marker.rename(folder / COMPLETE)
+            sync(folder)
+            sync(folder.parent)
+        except BaseException:
+            if not (folder / COMPLETE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _purge(run, keep)
+    num_bytes = sum(entry["bytes"] for entry in files.values())
+    return Saved(folder, num_bytes, time.perf_counter() - started)
+
+
+def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Read tensors of a checkpoint, which :func:`verified` has proved, in place.
+
+    Raises:
+        UserError: it lacks one of them, or cannot be read.
+    """
+    try:
+        with _single_process():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except Exception as error:
+        raise UserError(
+            f"{folder}: cannot be read ({first_line(error)}); check the disk and its permissions"
+        ) from error
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, on the meta device: name, shape and dtype.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise UserError(
+            f"{folder}: cannot be read ({first_line(error)}); check the disk and its permissions"
+        ) from error
+    return {name: torch.empty(row.size, dtype=row.properties.dtype, device="meta") for name, row in metadata.items()}
+
+
+def set_aside_after(run: Path, step: int) -> list[Path]:
+    """Rename the checkpoints beyond ``step``, from which the run goes on instead; returns their new names.
+
+    Nothing of them is lost, and no later save will touch them: only `step-<digits>` is a checkpoint.
+    """
+    moved = []
+    for folder in complete_checkpoints(run):
+        if step_of(folder) > step:
+            aside, number = folder.with_name(f"{folder.name}.aside"), 1
+            while aside.exists():
+                number += 1
+                aside = folder.with_name(f"{folder.name}.aside-{number}")
+            with writing_to(folder):
+                moved.append(folder.rename(aside))
+    return moved
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the generators a run on ``device`` draws from."""
+    state = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    """The inverse of :func:`random_state`."""
+    torch.set_rng_state(state["random.cpu"])
+    if "random.cuda" in state:
+        torch.cuda.set_rng_state(state["random.cuda"])
+
+
+def step_of(folder: Path) -> int:
+    """The step a checkpoint's folder is named by."""
+    return int(_NAME.fullmatch(folder.name)[1])
+
+
+def _ours(run: Path) -> list[Path]:
+    """What in ``run/checkpoints`` is ours, oldest first: folders named by :func:`folder_of`, and no links."""
+    if not (run / "checkpoints").is_dir():
+        return []
+    named = [path for path in (run / "checkpoints").iterdir() if _NAME.fullmatch(path.name)]
+    ours = [path for path in named if path == folder_of(run, step_of(path)) and path.is_dir() and not path.is_symlink()]
+    return sorted(ours, key=step_of)
+
+
+def _purge(run: Path, keep: int) -> None:
+    """Delete what is older than the newest ``keep`` whole checkpoints; by markers and sizes, since to prove tens of GB
+    takes a while. One that is damaged counts for none, so that a whole one is never deleted in its favour."""
+    whole = 0
+    for folder in reversed(complete_checkpoints(run)):
+        if whole >= keep:
+            (folder / COMPLETE).unlink()
+            shutil.rmtree(folder)
+            continue
+        try:
+            _, files = _read_marker(folder)
+            whole += all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+        except (UserError, OSError):
+            continue
+
+
+def _spread(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The number of the file each tensor goes into: one for each block with its moments, one for the rest, since a
+    file is put together in memory."""
+    groups = {name: match[0] if (match := re.search(r"blocks\.\d+\.", name)) else "" for name in tensors}
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.values()), start=1)}
+    return {name: numbers[group] for name, group in groups.items()}
+
+
+def _digests(folder: Path, names: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of files, a few side by side: hashlib lets go of the interpreter while it hashes."""
+
+    def digest(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    try:
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            return dict(zip(names, pool.map(digest, names), strict=True))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _marker_text(info: CheckpointInfo, files: dict[str, Any]) -> str:
+    content = {"format": FORMAT, **asdict(info), "config": to_dict(info.config), "files": files}
+    return json.dumps(content | {"digest": _own_digest(content)}, indent=1)
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_marker(folder: Path) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
+    try:
+        content = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        if not {"format", "digest"} & content.keys() and "progress" in content:
+            raise UserError(
+                f"{folder}: was written by an older version, with pickles, which can run code and are not read; finish "
+                "that run with the older version"
+            )
+        if content.pop("digest") != _own_digest(content):
+            raise ValueError("its digest is another")
+        if content.pop("format") != FORMAT:
+            raise UserError(f"{folder}: was written by a newer version of this program; use that one")
+        files = content.pop("files")
+        info = CheckpointInfo(
+            **content
+            | {
+                "progress": Progress(**content["progress"]),
+                "config": from_dict(Settled, content["config"]),
+                "log": LogState(**content["log"]),
+            }
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder}: damaged: {COMPLETE} is not readable ({first_line(error)})") from error
+    if info.progress.step != step_of(folder):
+        raise UserError(f"{folder}: damaged: its {COMPLETE} is of step {info.progress.step}")
+    return info, files
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """DCP for one process: without its warning, at every call, that no process group is there, and with the errors a
+    file system raises as they are (DCP wraps them in a BaseException)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        try:
+            yield
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from error

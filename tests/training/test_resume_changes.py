@@ -1,0 +1,240 @@
+"""What may have another value when a run goes on, what may not, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from stopping import stop_in_step
+
+from llama_pro_fast import resume
+from llama_pro_fast.config import RunConfig, options
+from llama_pro_fast.recipe import parse
+from llama_pro_fast.resume import MAY_CHANGE, load_config
+from llama_pro_fast.runs.checkpoint import complete_checkpoints, read_info
+from llama_pro_fast.runs.metrics import read_metrics
+from llama_pro_fast.train import main as train_main
+from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.schedule import learning_rate
+from llama_pro_fast.training.signals import Stopped
+
+
+def rows(run: Path, kind: str) -> list[dict]:
+    return [row for row in read_metrics(run) if row["kind"] == kind]
+
+
+def edit(run: Path, section: str, **values) -> None:
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    raw[section] |= values
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+
+
+@pytest.fixture(scope="module")
+def stopped_once(config_at, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(3, patch)
+        with pytest.raises(Stopped):
+            run_training(config_at(run, train={"steps": 4, "checkpoint_every": None}))
+    return run
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path) -> Path:
+    """A run of 4 steps, saved at its second, that the test may go on with."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
+
+
+def test_a_rate_changed_on_the_command_line_is_said_stored_and_used(stopped, cli):
+    code, out, err = cli(train_main, "--output", stopped, "--resume", "--optim.lr", "0.005")
+    assert code == 0, err
+    assert "changed: optim.lr 0.01 -> 0.005; from here on it is another run" in out
+    config = load_config(stopped)
+    assert [(c.step, c.key, c.before, c.after) for c in config.history] == [(2, "optim.lr", 0.01, 0.005)]
+    assert [(row["step"], row["key"], row["after"]) for row in rows(stopped, "change")] == [(2, "optim.lr", 0.005)]
+    assert [row["lr"] for row in rows(stopped, "train")][2:] == [learning_rate(config.optim, n, 4) for n in (2, 3)]
+    assert read_info(complete_checkpoints(stopped)[-1]).config == config
+
+
+def test_one_changed_in_config_yaml_is_found_by_what_the_checkpoint_was_written_with(stopped, cli):
+    edit(stopped, "optim", lr=0.002)
+    code, out, _ = cli(train_main, "--output", stopped, "--resume")
+    assert code == 0
+    assert "changed: optim.lr 0.01 -> 0.002" in out
+    assert [change.after for change in load_config(stopped).history] == [0.002]
+
+
+def test_a_change_that_came_to_nothing_is_not_kept(stopped, cli, monkeypatch):
+    """Changed, crashed before anything was saved, and changed to something else: the run's history has the latter."""
+    edit(stopped, "optim", lr=0.002)
+    with monkeypatch.context() as patch:
+        patch.setattr("llama_pro_fast.training.run.train", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli(train_main, "--output", stopped, "--resume")
+    assert cli(train_main, "--output", stopped, "--resume", "--optim.lr", "0.003")[0] == 0
+    assert [(change.before, change.after) for change in load_config(stopped).history] == [(0.01, 0.003)]
+    assert [row["after"] for row in rows(stopped, "change")] == [0.003]
+
+
+SAME = {
+    "train.recompute": "block",
+    "train.log_every": 2,
+    "train.checkpoint_minutes": 7.0,
+    "train.checkpoint_every": 3,
+    "train.keep_checkpoints": 5,
+    "train.max_bad_steps": 3,
+    "eval.every": 1,
+    "eval.tokens": 128,
+    "stop.kl_above": 50.0,
+    "stop.general_rise": 50.0,
+}
+
+
+def test_what_is_said_to_change_nothing_changes_no_loss(stopped, cli, make_config, tmp_path):
+    run_training(make_config(train={"steps": 4, "checkpoint_every": None}, output=str(tmp_path / "whole")))
+    argv = [part for key, value in SAME.items() for part in (f"--{key}", str(value))]
+    code, out, err = cli(train_main, "--output", stopped, "--resume", *argv)
+    assert code == 0, err
+    changed = {change.key for change in load_config(stopped).history}
+    assert changed >= SAME.keys()
+    assert all("stays the same bit for bit" in MAY_CHANGE[key] for key in changed)
+    exports = [(run / "export" / "model.safetensors").read_bytes() for run in (stopped, tmp_path / "whole")]
+    assert exports[0] == exports[1]
+    assert out.count("changed: ") == len(changed)
+
+
+def test_another_memory_is_planned_for_anew(stopped, cli):
+    assert load_config(stopped).train.micro_batch_size == 2
+    code, out, _ = cli(train_main, "--output", stopped, "--resume", "--train.memory", "2")
+    assert code == 0
+    assert load_config(stopped).train.micro_batch_size == 4
+    assert "changed: train.memory" in out
+    assert "changed: train.micro_batch_size 2 -> 4; from here on it is equal within rounding" in out
+
+
+def test_other_micro_batches_and_threads_are_equal_within_rounding(stopped, cli):
+    code, out, err = cli(
+        train_main, "--output", stopped, "--resume", "--train.micro_batch_size", "4", "--train.attention", "reference"
+    )
+    assert code == 0, err
+    assert out.count("no longer bit for bit") == 2
+    assert load_config(stopped).train.micro_batch_size == 4
+
+
+def test_every_key_is_of_one_kind():
+    """A new key of the recipe must be thought of: it may change, is checked by what it names, or is kept."""
+    for key, _, _ in options(RunConfig()):
+        kept = resume._KEPT.keys() & {key, key.partition(".")[0]}
+        assert (key in MAY_CHANGE or key in resume._CHECKED_OTHERWISE) or kept, key
+    assert set(MAY_CHANGE) <= {key for key, _, _ in options(RunConfig())}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.seed", 3),
+        ("train.seq_len", 16),
+        ("train.batch_size", 8),
+        ("train.parameters", "all"),
+        ("train.dtype", "bfloat16"),
+        ("optim.beta2", 0.9),
+        ("optim.weight_decay", 0.0),
+        ("optim.schedule", "wsd"),
+        ("optim.warmup_steps", 2),
+        ("data.held_out", 0.2),
+        ("expand.groups", 4),
+        ("model.init", "random"),
+    ],
+)
+def test_what_a_run_keeps_is_refused_with_the_reason_wherever_it_is_changed(key, value, stopped, cli):
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file() and path.name != ".lock"}
+    code, _, err = cli(train_main, "--output", stopped, "--resume", f"--{key}", value)
+    cli.refused(code, err, key, str(value), "on the command line", "which keeps it", "put ")
+    assert {path: path.read_bytes() for path in before} == before
+    section, _, name = key.partition(".")
+    edit(stopped, section, **{name: value})
+    code, _, err = cli(train_main, "--output", stopped, "--resume")
+    cli.refused(code, err, key, str(value), "config.yaml", "which keeps it")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("optim", {"lr": None}, "optim.lr is not settled"),
+        ("optim", {"lr": "abc"}, "'abc' is not a number"),
+        ("optim", {"lr": -1}, "not a number above 0"),
+        ("optim", {"clip": 0}, "not a number above 0"),
+        ("train", {"batch_size": 0}, "not a number above 0"),
+        ("train", {"batch_size": -4}, "not a number above 0"),
+        ("train", {"steps": 1}, "the run has done 2 already"),
+    ],
+)
+def test_an_edited_config_is_checked_as_a_recipe_is(section, values, said, stopped, cli):
+    edit(stopped, section, **values)
+    code, _, err = cli(train_main, "--output", stopped, "--resume")
+    cli.refused(code, err, said)
+
+
+def test_a_finished_run_is_prolonged_by_steps_or_by_tokens(a_run, cli, finished):
+    assert cli(train_main, "--output", a_run, "--resume", "--train.steps", "8")[0] == 0
+    assert json.loads((a_run / "report" / "summary.json").read_text())["steps"] == 8
+    assert cli(train_main, "--output", a_run, "--resume", "--train.tokens", "1280")[0] == 0
+    assert json.loads((a_run / "report" / "summary.json").read_text())["steps"] == 10
+    config = load_config(a_run)
+    assert [(c.step, c.key, c.after) for c in config.history] == [
+        (6, "train.steps", 8),
+        (8, "train.steps", 10),
+        (8, "train.tokens", 1280),
+    ]
+    before = [row["loss"] for row in rows(finished, "train")]
+    assert [row["loss"] for row in rows(a_run, "train")][:6] == before
+
+
+def test_both_lengths_at_once_are_refused(a_run, cli):
+    code, _, err = cli(train_main, "--output", a_run, "--resume", "--train.steps", "8", "--train.tokens", "1280")
+    cli.refused(code, err, "both set the length")
+
+
+def test_a_run_of_a_gpu_goes_on_without_one(stopped, cli, monkeypatch):
+    """The stored device is not here: one line names the way on, which works; what was chosen for it is chosen anew."""
+    raw = yaml.safe_load((stopped / "config.yaml").read_text())
+    raw["train"] |= {"device": "cuda", "attention": "flash", "memory": 70.0, "threads": 16}
+    (stopped / "config.yaml").write_text(yaml.safe_dump(raw))
+    code, _, err = cli(train_main, "--output", stopped, "--resume")
+    cli.refused(code, err, "PyTorch sees no GPU here", "--train.device cpu")
+    code, _, err = cli(train_main, "--output", stopped, "--resume", "--train.device", "cpu")
+    assert code == 0, err
+    assert load_config(stopped).train.attention == "cpu_flash"
+    assert load_config(stopped).train.memory != 70.0
+
+
+def test_an_attention_backend_that_is_not_here_is_replaced_when_told_so(stopped, cli):
+    edit(stopped, "train", attention="flash_4")
+    code, _, err = cli(train_main, "--output", stopped, "--resume")
+    cli.refused(code, err, "--train.attention")
+    assert cli(train_main, "--output", stopped, "--resume", "--train.attention", "cpu_flash")[0] == 0
+
+
+def test_text_that_moved_is_the_same_text(make_config, stopped_at_2, texts, tmp_path, cli):
+    """Paths are compared by what lies there."""
+    shutil.copy(texts / "domain.jsonl", tmp_path / "here.jsonl")
+    stopped_at_2(make_config(data={"domain": str(tmp_path / "here.jsonl")}, train={"steps": 4}))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here.jsonl").rename(tmp_path / "there" / "here.jsonl")
+    code, _, err = cli(train_main, "--output", tmp_path / "run", "--resume")
+    assert (code, "here.jsonl: no such file" in err) == (2, True)
+    moved = ["--data.domain", tmp_path / "there" / "here.jsonl"]
+    assert cli(train_main, "--output", tmp_path / "run", "--resume", *moved)[0] == 0
+
+
+def test_a_requeued_command_line_with_all_its_options_changes_nothing(stopped, cli, base, texts):
+    stored = load_config(stopped)
+    argv = ["--model.path", base, "--expand.groups", "2", "--data.domain", texts / "domain.jsonl", "--optim.lr", "0.01"]
+    argv += ["--train.device", "auto", "--train.steps", "4", "--output", stopped, "--resume", "auto"]
+    request = parse([str(part) for part in argv])
+    assert request.resume
+    found = {key: value for key, value, _ in options(request.config)} | {"history": []}
+    assert found == {key: value for key, value, _ in options(stored)} | {"output": str(stopped)}
