@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,11 +62,7 @@ class MetricsWriter:
         self.waiting.append(_line({"kind": kind, "step": step, **values}))
         self._write_out()
         prefix = "/".join([kind, *([values["source"]] if "source" in values else [])])
-        scalars = {
-            f"{prefix}/{name}": value
-            for name, value in values.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
+        scalars = dict(_scalars(prefix, values))
         for name in list(self.boards):
             self._try(name, lambda board: board.write(step, scalars))
 
@@ -193,6 +189,14 @@ class _WandB:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _scalars(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(f"{prefix}/{name}", value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}/{name}", value
 
 
 def check_wandb(project: str | None) -> None:

@@ -99,11 +99,11 @@ def test_tensorboard_shows_the_figures_and_forgets_what_a_crash_undid(tmp_path):
 
     writer = MetricsWriter(tmp_path)
     for step in (1, 2, 3):
-        writer.write("train", step, loss=float(step), tokens_per_second=None)
+        writer.write("train", step, loss=float(step), tokens_per_second=None, source_tokens={"text": 7})
         writer.write("eval", step, source="text", loss=0.5, first=True)
     MetricsWriter(tmp_path, resumed_at=2).write("train", 3, loss=9.0)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert sorted(board.Tags()["scalars"]) == ["eval/text/loss", "train/loss"]
+    assert sorted(board.Tags()["scalars"]) == ["eval/text/loss", "train/loss", "train/source_tokens/text"]
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 9.0)]
 
 
