@@ -110,7 +110,8 @@ def parse(
     if resume or (auto and overwrite):
         config = stored_config(config, [key for key, _ in _flatten(given.as_dict())], overwrite=overwrite)
     if full["from_step"] is not None and not resume:
-        raise UserError("--from_step: says where to go on from; give --resume too")
+        there = f"there is no run in {config.output} yet" if auto else "give --resume too"
+        raise UserError(f"--from_step: says where to go on from; {there}")
     return Request(config, resume, overwrite, auto, full["from_step"], {name: full[name] for name in own})
 
 

@@ -159,19 +159,21 @@ def reopen(output: Path) -> None:
         (output / SUMMARY).unlink(missing_ok=True)
 
 
-def check_room(output: Path, *, checkpoint: int, keep: int, other: int) -> None:
+def check_room(output: Path, *, checkpoint: int, keep: int, other: int, overwrite: bool) -> None:
     """Refuse a run that its disk will not hold to the end, before it has done anything.
 
     Args:
         checkpoint: bytes of one; one more than ``keep`` of them are there while a new one is written.
         other: bytes of all else that is still to be written.
+        overwrite: the run that is there will be deleted; else its checkpoints give way to new ones.
 
     Raises:
-        UserError: too little is free, or no file may be as large as one of these.
+        UserError: too little is free.
     """
-    there = sum(path.stat().st_size for folder in complete_checkpoints(output) for path in folder.iterdir())
-    needed = max(0, (keep + 1) * checkpoint - there) + other
-    free = shutil.disk_usage(output).free
+    given_back = (output / name for name in (CONTENTS if overwrite else ("checkpoints",)))
+    files = (path for place in given_back for path in (place, *place.rglob("*")) if path.is_file())
+    free = shutil.disk_usage(output).free + sum(path.stat().st_size for path in files)
+    needed = (keep + 1) * checkpoint + other
     if needed > free:
         raise UserError(
             f"--output {output}: {free / 1e9:,.3g} GB are free there, and the run needs {needed / 1e9:,.3g} GB, for "

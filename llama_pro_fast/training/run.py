@@ -165,6 +165,7 @@ def _run(
             checkpoint=12 * question.job.num_trained,
             keep=config.train.keep_checkpoints,
             other=num_parameters(question.job.config) * stored.itemsize * (2 if makes_model else 1),
+            overwrite=overwrite,
         )
         if not resume:
             sources = [text.source.path for text in corpus.held_out if text.source.kind == "files"]
