@@ -170,7 +170,7 @@ def check_room(output: Path, *, checkpoint: int, keep: int, other: int, overwrit
     Raises:
         UserError: too little is free.
     """
-    given_back = (output / name for name in (CONTENTS if overwrite else ("checkpoints",)))
+    given_back = [output / name for name in CONTENTS] if overwrite else complete_checkpoints(output)
     files = (path for place in given_back for path in (place, *place.rglob("*")) if path.is_file())
     free = shutil.disk_usage(output).free + sum(path.stat().st_size for path in files)
     needed = (keep + 1) * checkpoint + other
