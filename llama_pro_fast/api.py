@@ -100,12 +100,15 @@ def load(
     )
 
 
-def train(config: RunConfig | str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any] | None:
+def train(
+    config: RunConfig | str | os.PathLike[str], *, overwrite: bool = False, from_step: int | None = None
+) -> dict[str, Any] | None:
     """Start a run, or go on with one.
 
     Args:
         config: of the new run; or the folder of a run, which goes on where its last checkpoint stands.
         overwrite: delete the run that is in the new one's folder.
+        from_step: the checkpoint to go on from; by default the last.
 
     Returns:
         The content of ``report/summary.json``; None when the run was stopped (and saved).
@@ -119,16 +122,21 @@ def train(config: RunConfig | str | os.PathLike[str], *, overwrite: bool = False
             raise UserError("overwrite: the folder of a run goes on; to delete it give the new run's RunConfig")
         folder = os.path.abspath(os.path.expanduser(config))
         config = dataclasses.replace(load_config(Path(folder)), output=folder)
+    elif from_step is not None:
+        raise UserError("from_step: a new run has no checkpoint to go on from; give the folder of a run")
     with contextlib.suppress(Stopped):
-        return run_training(config, resume=resume, overwrite=overwrite)
+        return run_training(config, resume=resume, overwrite=overwrite, from_step=from_step)
     return None
 
 
-def export(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+def export(
+    run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, from_step: int | None = None
+) -> Path:
     """Write a run's model, as its last complete checkpoint has it, as an ordinary Hugging Face folder.
 
     Args:
         out: by default ``RUN/export``.
+        from_step: the checkpoint to take; by default the last.
 
     Returns:
         The folder.
@@ -136,7 +144,7 @@ def export(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = Non
     Raises:
         UserError: there is no run, it has no checkpoint yet, or the folder cannot be written.
     """
-    return export_run(Path(run), None if out is None else Path(out))[0]
+    return export_run(Path(run), None if out is None else Path(out), from_step=from_step)[0]
 
 
 def freeze_to_new_blocks(model: torch.nn.Module) -> list[str]:

@@ -68,7 +68,7 @@ def parse(
 ) -> Request:
     """Read a command line of ``train``, or of a verb that takes the same options.
 
-    With ``--resume`` the configuration is the stored one; what the command line says besides must agree with it.
+    With ``--resume`` the configuration is the stored one, with what may change as the command line has it.
 
     Args:
         own: the verb's own options, by name, and what argparse is told of them.

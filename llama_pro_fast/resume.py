@@ -14,7 +14,16 @@ from typing import Any
 
 import yaml
 
-from llama_pro_fast.config import Change, RunConfig, Settled, Source, options
+from llama_pro_fast.config import (
+    MAY_STAY_OPEN,
+    Change,
+    RunConfig,
+    Settled,
+    Source,
+    check_micro_batch,
+    check_values,
+    options,
+)
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line, sync
 
@@ -68,6 +77,7 @@ _KEPT = {
 }
 """Why a key, or a section, stays."""
 
+# What was chosen along with a key, and is chosen anew where that has changed and it is not given itself.
 _SETTLED_WITH = {
     "train.memory": ("train.micro_batch_size", "train.recompute"),
     "train.micro_batch_size": ("train.recompute",),
@@ -102,11 +112,12 @@ def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) 
     run = Path(asked.output)
     stored = load_config(run)
     wanted, kept = ({key: value for key, value, _ in options(config)} for config in (asked, stored))
-    # `auto` and an empty value leave the choice to the run, which has made it.
+    # `auto` and an empty value leave the choice to the run, which has made it, but where empty is a choice.
+    optional = [key for key in MAY_CHANGE if key in MAY_STAY_OPEN and key != "train.tokens"]
     changed = {
         key: wanted[key]
         for key in given
-        if key in wanted and wanted[key] not in ("auto", None) and wanted[key] != kept[key]
+        if key in wanted and wanted[key] != kept[key] and (wanted[key] not in ("auto", None) or key in optional)
     }
     for key, value in changed.items():
         _check_may_change(key, kept[key], value, "on the command line")
@@ -118,7 +129,10 @@ def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) 
     for key, follow in _SETTLED_WITH.items():
         if key in changed:
             changed = {other: _OPEN[other] for other in follow} | changed
-    return _with(stored, changed | {"output": asked.output})
+    config = _with(stored, changed | {"output": asked.output})
+    check_values(config)
+    check_micro_batch(config.train)
+    return config
 
 
 def changes(then: RunConfig, now: RunConfig, *, step: int) -> list[Change]:
@@ -171,7 +185,7 @@ def load_config(run: Path) -> Settled:
         raise UserError(f"{run}: no run there (no {CONFIG_NAME}); give the folder of a run")
     try:
         return from_dict(Settled, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not readable as the configuration of a run ({first_line(error)})") from error
 
 

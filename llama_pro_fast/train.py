@@ -12,6 +12,9 @@ from llama_pro_fast.runs import run_folder
 from llama_pro_fast.training.run import run_training
 from llama_pro_fast.training.signals import Stopped
 
+PREDECESSOR = 300
+"""Seconds that `--resume auto` waits for the process before it, which a scheduler may still be ending."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """The verb `train`; without options the quickstart."""
@@ -23,12 +26,19 @@ def main(argv: list[str] | None = None) -> int:
         argv = ["--config", str(RECIPES / "quickstart.yaml"), "--output", str(output)]
     request = parse(argv)
     output = request.config.output and Path(request.config.output)
-    if request.auto and request.resume and run_folder.nothing_left(output, request.config):
+    going_on = request.auto and request.resume and request.from_step is None
+    if going_on and run_folder.nothing_left(output, request.config):
         with unheard():
             say(f"{run_folder.shown(output)}: finished already")
         return 0
     try:
-        run_training(request.config, resume=request.resume, overwrite=request.overwrite, from_step=request.from_step)
+        run_training(
+            request.config,
+            resume=request.resume,
+            overwrite=request.overwrite,
+            from_step=request.from_step,
+            patience=PREDECESSOR if request.auto else 0.3,
+        )
     except Stopped as stopped:
         return stopped.exit_code
     return 0

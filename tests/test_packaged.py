@@ -126,7 +126,7 @@ def asked(monkeypatch) -> list:
     """What `train` was asked to run; nothing is run."""
     calls = []
 
-    def run(config, *, resume=False, overwrite=False, from_step=None):
+    def run(config, *, resume=False, overwrite=False, **_):
         calls.append((config, resume, overwrite))
         return {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from llama_pro_fast.config import DataConfig
@@ -97,14 +97,17 @@ class Corpus:
         measured = [(text.source.role, text.source.name, text.store.key) for text in held_out]
         return cls(train, held_out, fingerprint, hashlib.sha256(repr(measured).encode()).hexdigest())
 
-    def documents(self, start: int, count: int, tokenizer, limit: int) -> list[str]:
-        """The documents of training sequences ``start`` to ``start + count``, for a person to find them.
+    def documents(self, ranges: Iterable[tuple[int, int]], tokenizer, limit: int) -> list[str]:
+        """The documents of some training sequences, for a person to find them.
+
+        Args:
+            ranges: (first, count) of sequences, counted from the start of the run.
 
         Returns:
             At most ``limit`` texts like ``mine, document 17: "How it begins…"``, where 17 counts, from 1, the source's
             documents that train; where there are more, one that says how many.
         """
-        found = self.train.documents(start, count)
+        found = list(dict.fromkeys(each for first, count in ranges for each in self.train.documents(first, count)))
         texts = []
         for source, number in found[:limit]:
             text, split = self.held_out[source], self.held_out[source].store.train

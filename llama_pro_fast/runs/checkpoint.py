@@ -65,7 +65,7 @@ class LogState:
         unlogged: losses of the steps since the last row, without those that were left out.
         skipped: steps left out since the last row.
         bad_in_a_row: steps left out up to the last one, without a good one between.
-        source_tokens: tokens trained on so far, by the source's name.
+        source_tokens: tokens gone through so far, by the source's name.
     """
 
     unlogged: list[float] = field(default_factory=list)
@@ -187,11 +187,13 @@ def save(
     info: CheckpointInfo,
     *,
     keep: int,
+    purge: bool = True,
     entering: Callable[[str], None] = lambda phase: None,
 ) -> Saved:
     """Write a checkpoint and drop the oldest beyond ``keep``.
 
     Args:
+        purge: whether any is to be dropped now.
         tensors: as :func:`tensor_file` groups them into files.
         entering: told "saving", and "completing" once everything but COMPLETE is written.
 
@@ -219,19 +221,27 @@ def save(
             sync(folder)
             entering("completing")
             # The marker comes after everything it vouches for is on disk, and the old ones go after it is.
-            marker = folder / (COMPLETE + ".new")
-            marker.write_text(_marker_text(info, files), encoding="utf-8")
-            sync(marker)
-            marker.rename(folder / COMPLETE)
-            sync(folder)
+            _write_marker(folder, info, files)
             sync(folder.parent)
         except BaseException:
             if not (folder / COMPLETE).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        _purge(run, keep)
+        if purge:
+            _purge(run, keep)
     num_bytes = sum(entry["bytes"] for entry in files.values())
     return Saved(folder, num_bytes, time.perf_counter() - started)
+
+
+def restate(folder: Path, info: CheckpointInfo) -> None:
+    """Let a checkpoint say ``info`` of itself from now on; its tensors stay.
+
+    Raises:
+        UserError: it is damaged, or the place cannot be written; it is what it was then.
+    """
+    _, files = _read_marker(folder)
+    with writing_to(folder):
+        _write_marker(folder, info, files)
 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -346,6 +356,14 @@ def _digests(folder: Path, names: Mapping[str, Any]) -> dict[str, str]:
             return dict(zip(names, pool.map(digest, names), strict=True))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _write_marker(folder: Path, info: CheckpointInfo, files: dict[str, Any]) -> None:
+    marker = folder / (COMPLETE + ".new")
+    marker.write_text(_marker_text(info, files), encoding="utf-8")
+    sync(marker)
+    marker.replace(folder / COMPLETE)
+    sync(folder)
 
 
 def _marker_text(info: CheckpointInfo, files: dict[str, Any]) -> str:

@@ -17,17 +17,18 @@ from typing import Any, Protocol
 
 from llama_pro_fast.console import say
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.files import first_line, writing_to
+from llama_pro_fast.files import first_line, sync, writing_to
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends rows to ``metrics.jsonl`` (one JSON object a line, ``kind`` is ``train`` or ``eval``) and to the boards.
+    """Appends rows to ``metrics.jsonl`` (one JSON object a line; its kinds: docs/data.md) and to the boards.
 
     Args:
         run: the run's folder.
-        resumed_at: the step a resumed run starts from; what a crashed run wrote beyond it is dropped.
+        resumed_at: the step a resumed run starts from; what a crashed run wrote beyond it is dropped, and so are its
+            rows of kind ``change``, which whoever resumes writes.
         evaluated: whether the evaluation at that step was made to its end; where not, its rows are dropped too.
         wandb: project of Weights & Biases.
 
@@ -44,11 +45,13 @@ class MetricsWriter:
             if not self.path.exists():
                 say(f"{self.path}: is gone; its rows up to step {resumed_at} are lost")
             for row in read_metrics(run):
-                if row["step"] < resumed_at or (row["step"] == resumed_at and (evaluated or row["kind"] != "eval")):
+                undone = ("change",) if evaluated else ("change", "eval")
+                if row["step"] < resumed_at or (row["step"] == resumed_at and row["kind"] not in undone):
                     kept.append(row)
         with writing_to(run):
             replacement = self.path.with_suffix(".new")
             replacement.write_bytes(b"".join(map(_line, kept)))
+            sync(replacement)
             replacement.replace(self.path)
         self.waiting: list[bytes] = []
         self.complained = False

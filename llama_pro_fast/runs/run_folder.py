@@ -20,11 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama_pro_fast.cli import PROGRAM
-from llama_pro_fast.config import RunConfig, Settled, options
+from llama_pro_fast.config import RunConfig, Settled
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import writing_to
-from llama_pro_fast.resume import CONFIG_NAME, load_config, save_config
-from llama_pro_fast.runs.checkpoint import complete_checkpoints, read_info
+from llama_pro_fast.resume import CONFIG_NAME, changes, load_config, save_config
+from llama_pro_fast.runs.checkpoint import complete_checkpoints, read_info, step_of
 
 LOCK = ".lock"
 SUMMARY = "report/summary.json"  # what makes a run complete: written last, deleted first
@@ -57,10 +57,14 @@ def phase_of(run: Path) -> str | None:
 
 
 @contextmanager
-def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[Claim]:
+def claimed(output: Path, *, resume: bool, overwrite: bool, patience: float = 0.3) -> Iterator[Claim]:
     """Hold a run's folder: with ``resume`` one that holds a run, else a new or empty one, with ``overwrite`` a run too.
 
     Nothing is deleted yet (see :func:`begin`).
+
+    Args:
+        patience: seconds to wait for another process that holds it. A report does for an instant, to see whether a run
+            does; and a run that is asked to stop saves first.
 
     Raises:
         UserError: the folder is not of that kind, another process holds it, or it cannot be written.
@@ -73,7 +77,7 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[Claim]:
         has_lock = (output / LOCK).exists()
         lock = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # held open as long as the folder is
     try:
-        _take(lock, output)
+        _take(lock, output, patience)
         claim = Claim(lock)
         try:
             if resume:
@@ -93,13 +97,16 @@ def claimed(output: Path, *, resume: bool, overwrite: bool) -> Iterator[Claim]:
         os.close(lock)
 
 
-def _take(lock: int, output: Path) -> None:
-    for _ in range(3):
+def _take(lock: int, output: Path, patience: float) -> None:
+    until = time.monotonic() + patience
+    while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            time.sleep(0.1)  # a report asks whether a run holds it, and lets go at once
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
     raise UserError(f"--output {output}: another run is writing there; wait for it or stop it")
 
 
@@ -114,11 +121,17 @@ def is_complete(run: Path) -> bool:
 
 
 def nothing_left(run: Path, config: RunConfig) -> bool:
-    """Whether a run is complete, and ``config``, what it would be resumed with, asks for nothing more."""
+    """Whether a run is complete, and ``config``, what it would be resumed with, asks for nothing more than its last
+    checkpoint was written with.
+
+    Raises:
+        UserError: it asks for what a run keeps.
+    """
     if not is_complete(run):
         return False
-    stored = {key: value for key, value, _ in options(load_config(run))}
-    return all(key in ("output", "data.cache") or value == stored[key] for key, value, _ in options(config))
+    complete = complete_checkpoints(run)
+    then = read_info(complete[-1]).config if complete else load_config(run)
+    return not changes(then, config, step=0)
 
 
 def first_free(folder: Path) -> Path:
@@ -159,18 +172,21 @@ def reopen(output: Path) -> None:
         (output / SUMMARY).unlink(missing_ok=True)
 
 
-def check_room(output: Path, *, checkpoint: int, keep: int, other: int, overwrite: bool) -> None:
+def check_room(output: Path, *, checkpoint: int, keep: int, other: int, overwrite: bool, from_step: int | None) -> None:
     """Refuse a run that its disk will not hold to the end, before it has done anything.
 
     Args:
         checkpoint: bytes of one; one more than ``keep`` of them are there while a new one is written.
         other: bytes of all else that is still to be written.
         overwrite: the run that is there will be deleted; else its checkpoints give way to new ones.
+        from_step: but for those beyond this step, which stay.
 
     Raises:
         UserError: too little is free.
     """
-    given_back = [output / name for name in CONTENTS] if overwrite else complete_checkpoints(output)
+    given_back = [output / name for name in CONTENTS]
+    if not overwrite:
+        given_back = [f for f in complete_checkpoints(output) if from_step is None or step_of(f) <= from_step]
     files = (path for place in given_back for path in (place, *place.rglob("*")) if path.is_file())
     free = shutil.disk_usage(output).free + sum(path.stat().st_size for path in files)
     needed = (keep + 1) * checkpoint + other

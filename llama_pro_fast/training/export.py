@@ -17,7 +17,7 @@ from llama_pro_fast.expansion.lineage import difference, intact_bases, model_ide
 from llama_pro_fast.expansion.manifest import MANIFEST_KEY, Manifest
 from llama_pro_fast.expansion.rewrite import write_json
 from llama_pro_fast.files import new_folder
-from llama_pro_fast.hf.config import CONFIG_FILE, with_older_rope_keys
+from llama_pro_fast.hf.config import CONFIG_FILE, resolve, with_older_rope_keys
 from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
 from llama_pro_fast.hf.loading import EMBEDDING, HEAD, hf_tensors
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, write_header
@@ -49,7 +49,7 @@ def export_run(run: Path, out: Path | None = None, *, from_step: int | None = No
     """
     config = load_config(run)
     checkpoint, info = last_checkpoint(run, from_step)
-    base = PretrainedFolder(run / info.model)
+    base = _folder_of(run, info)
     if (changed := difference(info.identity, model_identity(base))) is not None:
         raise UserError(f"{base.path}: is not the model {run} was trained on any more: {changed}; put it back")
     trained = _TrainedTensors(checkpoint, base)
@@ -90,7 +90,13 @@ def last_checkpoint(run: Path, from_step: int | None = None) -> tuple[Path, Chec
 def trained_folder(run: Path) -> PretrainedFolder:
     """The model's folder that a run trains, which its last complete checkpoint names."""
     checkpoints = complete_checkpoints(run)
-    return PretrainedFolder(run / (read_info(checkpoints[-1]) if checkpoints else last_checkpoint(run)[1]).model)
+    return _folder_of(run, read_info(checkpoints[-1]) if checkpoints else last_checkpoint(run)[1])
+
+
+def _folder_of(run: Path, info: CheckpointInfo) -> PretrainedFolder:
+    """Where the checkpoint says, or where config.yaml does since the model was moved; its identity tells."""
+    there = run / info.model
+    return PretrainedFolder(there if there.is_dir() else resolve(load_config(run).model.path))
 
 
 class _TrainedTensors:

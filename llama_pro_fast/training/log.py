@@ -150,24 +150,22 @@ class Log:
         # JSON has no NaN.
         loss, norm = str(math.fsum(losses) if not bad else losses[bad[0]]), str(norm)
         self.metrics.write("skipped", step, loss=loss, grad_norm=norm, documents=documents)
+        shown = "; ".join(documents[:3]) + (" …" if len(documents) > 3 else "")
         place = f"micro-batch {bad[0] + 1} of {len(losses)}" if bad else "its micro-batches"
-        say(
-            f"step {step}: left out, no weight was touched: loss {loss}, gradient norm {norm}; in {place}: "
-            f"{'; '.join(documents)}"
-        )
+        say(f"step {step}: left out, no weight was touched: loss {loss}, gradient norm {norm}; in {place}: {shown}")
         if self.bad_in_a_row >= self.config.train.max_bad_steps:
             raise UserError(self._too_many(step))
 
     def _too_many(self, step: int) -> str:
-        output, lower = Path(self.config.output), lower_rate(self.config.optim)
-        saved = [step_of(folder) for folder in complete_checkpoints(output)]
-        command = f"{resume_command(output)} --optim.lr {lower:g}"
-        start = f"go on from step {saved[-1]}" if saved else "it starts anew"
-        earlier = f", from an earlier checkpoint with --from_step {saved[0]}" if len(saved) > 1 else ""
+        train, rate, command = self.config.train, self.config.optim.lr, resume_command(Path(self.config.output))
+        saved = [step_of(folder) for folder in complete_checkpoints(Path(self.config.output))]
+        start = f"go on from step {saved[-1]} with a lower one" if saved else "start anew with a lower one"
+        earlier = f"  (--from_step {saved[0]} takes an earlier checkpoint)" if len(saved) > 1 else ""
         return (
             f"step {step}: {self.bad_in_a_row} steps in a row were left out (train.max_bad_steps), their losses or "
-            f"gradients were not finite: the rate {self.config.optim.lr:g} is too high, or the text is broken; "
-            f"with a lower rate {start}: {command}{earlier}"
+            f"gradients were not finite. If the text is broken there, go past it: {command} --train.max_bad_steps "
+            f"{10 * train.max_bad_steps}; if the rate {rate:g} is too high, {start}: {command} --optim.lr "
+            f"{lower_rate(self.config.optim):g}{earlier}"
         )
 
     def _write(self, step: int) -> None:

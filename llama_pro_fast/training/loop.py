@@ -70,116 +70,169 @@ def train(run: Run, signals: StopSignals) -> tuple[Progress, str | None]:
         Stopped: a signal asked for it; what was done is saved.
         UserError: the disk is full, or too many steps in a row were not finite.
     """
-    config, output, corpus, device, claim = run.config, run.output, run.corpus, run.device, run.claim
-    steps, seq_len = config.train.steps, config.train.seq_len
-    claim.enter("loading")
-    model = load_model(
-        run.folder,
-        trained=run.trained,
-        dtype=DTYPES[config.train.dtype],
-        device=device,
-        max_length=seq_len,
-        attention=config.train.attention,
-        recompute=run.planned.recompute,
-    )
-    optimizer = Optimizer(model, model.trained_parameters(), config.optim, steps)
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.trained_parameters().items()}
-    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state().items()}
-    info = starting_info(run)
-    if run.start is not None:
-        folder, then = run.start
-        restored = tensors | checkpoint.random_state(device)
-        checkpoint.load(folder, restored)
-        checkpoint.set_random_state(restored)
-        optimizer.restored()
-        info = replace(info, progress=then.progress, evaluated=then.evaluated, log=then.log)
-        if then.config.stop == config.stop:
-            info = replace(info, ended=then.ended)
-        say(f"resumed at step {then.progress.step} of {steps} from {run_folder.shown(folder)}")
-    done = info.progress
-    measured_anew = run.start is not None and run.start[1].measured != info.measured
-    if measured_anew:
-        say("another text is measured than before: what is gained and forgotten counts from this step on")
-    metrics = MetricsWriter(
-        output,
-        resumed_at=done.step if run.start is not None else None,
-        evaluated=info.evaluated,
-        wandb=config.train.wandb,
-    )
-    for change in config.history:
-        if change.step == done.step:
-            metrics.write("change", done.step, key=change.key, before=change.before, after=change.after)
-    show_start(config, run.folder.config, run.trained, corpus, run.planned)
-
-    meter = Meter(model, corpus, config, metrics, run.trained)
-    log = Log(
-        config,
-        metrics,
-        device,
-        done=done.step,
-        state=info.log,
-        flops_per_token=run.planned.cost.total,
-        device_flops=peak_flops(device),
-        sources=[text.source.name for text in corpus.held_out],
-        documents=partial(_documents_of, run),
-    )
-    saved_step, saved_at, ended = done.step if run.start is not None else None, time.monotonic(), info.ended
-
-    def save(*, evaluated: bool) -> None:
-        nonlocal saved_step, saved_at
-        if saved_step == done.step or done.step == 0:
-            return
-        log.pause(done.step)
-        optimizer.check_finite()
-        metrics.sync()
-        state = replace(info, progress=done, evaluated=evaluated, ended=ended, log=log.state)
-        everything = tensors | checkpoint.random_state(device)
-        saved = checkpoint.save(output, everything, state, keep=config.train.keep_checkpoints, entering=claim.enter)
-        log.saved(done.step, saved)
-        saved_step, saved_at = done.step, time.monotonic()
-
-    def measure(*, first: bool = False) -> None:
-        claim.enter("evaluating")
-        meter.measure(done.step, first=first, between=signals.check)
-
-    with signals.patient():
-        evaluated = True
-        try:
-            if done.step == 0 or measured_anew or not info.evaluated:
-                evaluated = False
-                measure(first=done.step == 0 or measured_anew)
-                evaluated = True
-                ended = ended or (meter.bound_passed() if done.step else None)
-            while done.step < steps and not ended:
-                claim.enter("training")
-                signals.check()
-                log.start()
-                scalars = train_step(model, optimizer, corpus, config, done, signals)
-                log.saw(corpus.train.source_tokens(done.sequences, config.train.batch_size))
-                done = done.advanced(sequences=config.train.batch_size, tokens=config.train.batch_size * seq_len)
-                log.step(done.step, scalars)
-                last = done.step == steps
-                if last or done.step % config.eval.every == 0:
-                    log.pause(done.step)
-                    evaluated = False
-                    measure()
-                    evaluated = True
-                    ended = meter.bound_passed()
-                if last or ended or _save_is_due(config, done.step, saved_at):
-                    log.pause(done.step)
-                    # While steps are left out the weights stand still, and an older checkpoint may be the better one.
-                    if last or ended or not log.bad_in_a_row:
-                        save(evaluated=True)
-        except Stopped as stopped:
-            optimizer.drop_gradients()
-            metrics.write("stop", done.step, reason=str(stopped))
-            save(evaluated=evaluated)
-            raise
-    if ended and ended != info.ended:
-        metrics.write("stop", done.step, reason=ended)
-    metrics.close()
+    loop = _Loop(run, signals)
+    try:
+        with signals.patient():
+            loop.run()
+    finally:
+        loop.metrics.close()
     signals.check()
-    return done, ended
+    return loop.done, loop.ended
+
+
+class _Loop:
+    """The state of a run while it goes.
+
+    Attributes:
+        done: how far it is.
+        evaluated: whether the evaluation of this step, if it has one, is done.
+        ended: which bound ended it, in words.
+        saved_step: the step of the last checkpoint; None where there is none.
+    """
+
+    def __init__(self, run: Run, signals: StopSignals) -> None:
+        self.settled, self.config, self.signals = run, run.config, signals
+        run.claim.enter("loading")
+        self.model = load_model(
+            run.folder,
+            trained=run.trained,
+            dtype=DTYPES[self.config.train.dtype],
+            device=run.device,
+            max_length=self.config.train.seq_len,
+            attention=self.config.train.attention,
+            recompute=run.planned.recompute,
+        )
+        parameters = self.model.trained_parameters()
+        self.optimizer = Optimizer(self.model, parameters, self.config.optim, self.config.train.steps)
+        self.tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+        self.tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
+        self.info = starting_info(run)
+        if run.start is not None:
+            self._restore(*run.start)
+        self.done, self.evaluated, self.ended = self.info.progress, self.info.evaluated, self.info.ended
+        self.saved_step, self.saved_at = (None if run.start is None else self.done.step), time.monotonic()
+        # What is gained and forgotten counts from the first evaluation of a text.
+        self.first = run.start is None or run.start[1].measured != self.info.measured
+        if self.first and run.start is not None:
+            say("another text is measured than before: what is gained and forgotten counts from this step on")
+
+        self.metrics = MetricsWriter(
+            run.output,
+            resumed_at=None if run.start is None else self.done.step,
+            evaluated=self.evaluated,
+            wandb=self.config.train.wandb,
+        )
+        for change in self.config.history:
+            if change.step == self.done.step:
+                self.metrics.write("change", change.step, key=change.key, before=change.before, after=change.after)
+        self.meter = Meter(self.model, run.corpus, self.config, self.metrics, run.trained)
+        self.log = Log(
+            self.config,
+            self.metrics,
+            run.device,
+            done=self.done.step,
+            state=self.info.log,
+            flops_per_token=run.planned.cost.total,
+            device_flops=peak_flops(run.device),
+            sources=[text.source.name for text in run.corpus.held_out],
+            documents=partial(_documents_of, run),
+        )
+        show_start(self.config, run.folder.config, run.trained, run.corpus, run.planned)
+
+    def _restore(self, folder: Path, then: CheckpointInfo) -> None:
+        """The weights, the optimizer, the random state and the place of a checkpoint."""
+        stored = checkpoint.stored_tensors(folder)
+        # Another device has other generators.
+        random = {name: t for name, t in checkpoint.random_state(self.settled.device).items() if name in stored}
+        checkpoint.load(folder, self.tensors | random)
+        checkpoint.set_random_state(random)
+        self.optimizer.restored()
+        ended = then.ended if then.config.stop == self.config.stop else None
+        self.info = replace(self.info, progress=then.progress, evaluated=then.evaluated, ended=ended, log=then.log)
+        say(f"resumed at step {then.progress.step} of {self.config.train.steps} from {run_folder.shown(folder)}")
+        if ended:
+            say(f"the run has ended there by {ended}; with that bound raised it goes on")
+
+    def run(self) -> None:
+        """To the last step, or to where a bound or a signal ends it.
+
+        Raises:
+            Stopped: after what was done was saved.
+            UserError: as :func:`train`.
+        """
+        config = self.config
+        try:
+            if self.first or not self.evaluated:
+                self._measure()
+            while self.done.step < config.train.steps and not self.ended:
+                self._step()
+                last = self.done.step == config.train.steps
+                if last or self.done.step % config.eval.every == 0:
+                    self._measure()
+                if last or self.ended or self._save_is_due():
+                    self.log.pause(self.done.step)
+                    # While steps are left out the weights stand still, and an older checkpoint may be the better one.
+                    if last or self.ended or not self.log.bad_in_a_row:
+                        self._save()
+        except Stopped as stopped:
+            self.optimizer.drop_gradients()
+            self.metrics.write("stop", self.done.step, reason=str(stopped))
+            self._save()
+            raise
+        if self.settled.start is not None and self.saved_step == self.settled.start[1].progress.step:
+            self._restate()
+
+    def _step(self) -> None:
+        config = self.config
+        self.settled.claim.enter("training")
+        self.signals.check()
+        self.log.start()
+        scalars = train_step(self.model, self.optimizer, self.settled.corpus, config, self.done, self.signals)
+        self.log.saw(self.settled.corpus.train.source_tokens(self.done.sequences, config.train.batch_size))
+        tokens = config.train.batch_size * config.train.seq_len
+        self.done = self.done.advanced(sequences=config.train.batch_size, tokens=tokens)
+        self.log.step(self.done.step, scalars)
+
+    def _measure(self) -> None:
+        self.log.pause(self.done.step)
+        self.settled.claim.enter("evaluating")
+        self.evaluated = False
+        self.meter.measure(self.done.step, first=self.first, between=self.signals.check)
+        self.evaluated, self.first = True, False
+        if self.done.step and not self.ended and (passed := self.meter.bound_passed()):
+            self.ended = passed
+            say(f"ended at step {self.done.step} by {passed}")
+            self.metrics.write("stop", self.done.step, reason=passed)
+
+    def _save_is_due(self) -> bool:
+        train = self.config.train
+        by_steps = train.checkpoint_every is not None and self.done.step % train.checkpoint_every == 0
+        return by_steps or time.monotonic() - self.saved_at >= 60 * train.checkpoint_minutes
+
+    def _save(self) -> None:
+        if self.saved_step == self.done.step or self.done.step == 0:
+            return
+        self.log.pause(self.done.step)
+        self.optimizer.check_finite()
+        self.metrics.sync()
+        saved = checkpoint.save(
+            self.settled.output,
+            self.tensors | checkpoint.random_state(self.settled.device),
+            replace(self.info, progress=self.done, evaluated=self.evaluated, ended=self.ended, log=self.log.state),
+            keep=self.config.train.keep_checkpoints,
+            purge=not self.log.bad_in_a_row,
+            entering=self.settled.claim.enter,
+        )
+        self.log.saved(self.done.step, saved)
+        self.saved_step, self.saved_at = self.done.step, time.monotonic()
+
+    def _restate(self) -> None:
+        """No step was made since the checkpoint: what else has become of the run is written into it."""
+        folder, then = self.settled.start
+        now = replace(self.info, config=then.config, evaluated=self.evaluated, ended=self.ended)
+        if now != then:
+            self.metrics.sync()
+            checkpoint.restate(folder, now)
 
 
 def starting_info(run: Run) -> CheckpointInfo:
@@ -214,22 +267,10 @@ def check_unchanged(run: Run) -> None:
         )
 
 
-def _save_is_due(config: Settled, step: int, saved_at: float) -> bool:
-    every = config.train.checkpoint_every
-    by_steps = every is not None and step % every == 0
-    return by_steps or time.monotonic() - saved_at >= 60 * config.train.checkpoint_minutes
-
-
 def _documents_of(run: Run, step: int, micro_batches: list[int]) -> list[str]:
     train = run.config.train
-    first = (step - 1) * train.batch_size
-    micro = train.micro_batch_size
-    found = [
-        text
-        for index in micro_batches
-        for text in run.corpus.documents(first + index * micro, micro, run.tokenizer, limit=4)
-    ]
-    return list(dict.fromkeys(found))[:8]
+    first, micro = (step - 1) * train.batch_size, train.micro_batch_size
+    return run.corpus.documents([(first + index * micro, micro) for index in micro_batches], run.tokenizer, limit=200)
 
 
 def train_step(

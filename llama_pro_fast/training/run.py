@@ -39,6 +39,7 @@ from llama_pro_fast.training.cards import show_end
 from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.loop import Run, check_unchanged, train
 from llama_pro_fast.training.settle import (
+    check_bounds,
     check_recipe,
     choose,
     question_of,
@@ -52,13 +53,19 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def run_training(
-    config: RunConfig, *, resume: bool = False, overwrite: bool = False, from_step: int | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    from_step: int | None = None,
+    patience: float = 0.3,
 ) -> dict[str, Any]:
     """A whole run, in any thread; threads, determinism and device are the process', so one at a time.
 
     Args:
         config: with ``resume``, as :func:`~llama_pro_fast.resume.stored_config` gives it.
         from_step: with ``resume``, the checkpoint to go on from; by default the last.
+        patience: seconds to wait for another process that holds the run's folder.
 
     Returns:
         The content of ``report/summary.json``.
@@ -74,7 +81,7 @@ def run_training(
     try:
         with unheard(), StopSignals() as signals:
             try:
-                return _run(config, signals, resume=resume, overwrite=overwrite, from_step=from_step)
+                return _run(config, signals, resume=resume, overwrite=overwrite, from_step=from_step, patience=patience)
             except Stopped as stopped:
                 _say_stopped(stopped, Path(config.output))
                 raise
@@ -92,7 +99,7 @@ def _say_stopped(stopped: Stopped, output: Path) -> None:
 
 
 def _run(
-    config: RunConfig, signals: StopSignals, *, resume: bool, overwrite: bool, from_step: int | None
+    config: RunConfig, signals: StopSignals, *, resume: bool, overwrite: bool, from_step: int | None, patience: float
 ) -> dict[str, Any]:
     # What can be refused is refused before any work.
     if not resume:
@@ -101,7 +108,7 @@ def _run(
     config = absolute(config)
     output = Path(config.output)
     run_folder.check_not_inside("data.cache", config.data.cache or default_cache(), output)
-    with run_folder.claimed(output, resume=resume, overwrite=overwrite) as claim:
+    with run_folder.claimed(output, resume=resume, overwrite=overwrite, patience=patience) as claim:
         start = newest(output, from_step) if resume else None
         if start is not None:
             changes(start[1].config, config, step=start[1].progress.step)  # refuses what a run keeps
@@ -118,6 +125,7 @@ def _run(
             plan=plan,
             name=str(base.path),
         )
+        check_bounds(config, trained)
         device = start_device(config)
         config = settle_computation(config, base, device)
         # A resumed run keeps its plan, unless it is told to make another.
@@ -166,6 +174,7 @@ def _run(
             keep=config.train.keep_checkpoints,
             other=num_parameters(question.job.config) * stored.itemsize * (2 if makes_model else 1),
             overwrite=overwrite,
+            from_step=from_step,
         )
         if not resume:
             sources = [text.source.path for text in corpus.held_out if text.source.kind == "files"]
@@ -197,6 +206,7 @@ def _run(
             start=start,
             claim=claim,
         )
+        check_bounds(config, run.trained)
         if resume:
             run = go_on(run)
         done, ended = train(run, signals)

@@ -69,6 +69,17 @@ def check_model(config: RunConfig) -> None:
     check_micro_batch(train)
 
 
+def check_bounds(config: RunConfig, trained: Trained) -> None:
+    """Refuse bounds on what is forgotten where that cannot be measured.
+
+    Raises:
+        UserError: the base is not in the model.
+    """
+    for key, bound in (("kl_above", config.stop.kl_above), ("general_rise", config.stop.general_rise)):
+        if bound is not None and trained.base_gone:
+            raise UserError(f"--stop.{key} {bound:g}: nothing to hold against: {trained.base_gone}; leave it out")
+
+
 def start_device(config: RunConfig) -> torch.device:
     """The device of a run, and the process set up for it: threads, allocator, what `deterministic` needs.
 

@@ -7,16 +7,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from stopping import stop_in_step
 
 from llama_pro_fast import resume
 from llama_pro_fast.config import RunConfig, options
+from llama_pro_fast.export import main as export_main
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import MAY_CHANGE, load_config
+from llama_pro_fast.runs import checkpoint
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, read_info
 from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.train import main as train_main
+from llama_pro_fast.training import loop
 from llama_pro_fast.training.run import run_training
 from llama_pro_fast.training.schedule import learning_rate
 from llama_pro_fast.training.signals import Stopped
@@ -209,6 +213,70 @@ def test_a_run_of_a_gpu_goes_on_without_one(stopped, cli, monkeypatch):
     assert code == 0, err
     assert load_config(stopped).train.attention == "cpu_flash"
     assert load_config(stopped).train.memory != 70.0
+
+
+def test_a_run_of_a_cpu_goes_on_on_a_gpu(stopped, cli, monkeypatch):
+    """Of another device the generators' state is not in the checkpoint: it is drawn from as it is."""
+    both = checkpoint.random_state
+    monkeypatch.setattr(checkpoint, "random_state", lambda device: both(device) | {"random.cuda": torch.zeros(16)})
+    monkeypatch.setattr(checkpoint, "set_random_state", lambda state: seen.append(sorted(state)))
+    seen = []
+    assert cli(train_main, "--output", stopped, "--resume")[0] == 0
+    assert seen == [["random.cpu"]]
+
+
+def test_what_is_optional_can_be_taken_away_again(stopped, cli):
+    edit(stopped, "train", checkpoint_every=3)
+    code, out, _ = cli(train_main, "--output", stopped, "--resume", "--train.checkpoint_every", "null")
+    assert code == 0
+    assert load_config(stopped).train.checkpoint_every is None
+    assert "changed: train.checkpoint_every" not in out, "the checkpoint was written without one"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.threads", 0),
+        ("train.micro_batch_size", 0),
+        ("train.micro_batch_size", 3),
+        ("eval.every", 0),
+        ("optim.lr", -1),
+    ],
+)
+def test_a_value_on_the_command_line_is_checked_too(key, value, stopped, cli):
+    code, _, err = cli(train_main, "--output", stopped, "--resume", f"--{key}", value)
+    cli.refused(code, err, f"--{key}: {value} ")
+
+
+def test_an_edited_config_of_a_finished_run_is_seen_by_auto(a_run, cli):
+    edit(a_run, "train", steps=7)
+    code, out, _ = cli(train_main, "--output", a_run, "--resume", "auto")
+    assert (code, "resumed at step 6 of 7" in out) == (0, True)
+
+
+def test_a_change_is_one_row_however_often_the_run_is_resumed_there(stopped, cli, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", lambda *_: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                cli(train_main, "--output", stopped, "--resume", "--optim.lr", "0.004")
+    assert cli(train_main, "--output", stopped, "--resume")[0] == 0
+    assert [(row["step"], row["after"]) for row in rows(stopped, "change")] == [(2, 0.004)]
+
+
+def test_a_model_that_moved_is_told_by_its_digest_to_the_end(make_config, finished, tmp_path, cli):
+    """The folder that trains is the user's own: resumed after it was moved, and exported, also by hand."""
+    shutil.copytree(finished / "export", tmp_path / "mine")
+    config = make_config(model={"path": str(tmp_path / "mine")}, expand={"groups": None}, train={"steps": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_pro_fast.training.run.finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_training(config)
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    code, _, err = cli(train_main, "--output", tmp_path / "run", "--resume")
+    cli.refused(code, err, tmp_path / "mine")
+    assert cli(train_main, "--output", tmp_path / "run", "--resume", "--model.path", tmp_path / "moved")[0] == 0
+    assert cli(export_main, tmp_path / "run", tmp_path / "out")[0] == 0
 
 
 def test_an_attention_backend_that_is_not_here_is_replaced_when_told_so(stopped, cli):

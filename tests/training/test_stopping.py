@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from llama_pro_fast.data.corpus import Corpus
+from llama_pro_fast.errors import UserError
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.recipe import parse
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, read_info
 from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.train import main as train_main
@@ -213,7 +215,7 @@ def test_auto_and_overwrite_contradict_each_other(command, cli, a_run):
 def test_the_loop_of_the_docs_brings_a_run_to_its_end_through_kills(command, finished, tmp_path):
     """docs/long-runs.md's loop, as it stands there, over a command that is killed once and asked to stop once."""
     page = (Path(__file__).parents[2] / "docs" / "long-runs.md").read_text()
-    (loop_text,) = re.findall(r"```sh\n(until .*?)```", page, re.DOTALL)
+    (loop_text,) = re.findall(r"```sh\n(for .*?)```", page, re.DOTALL)
     driver = tmp_path / "driver.py"
     driver.write_text(
         "import os, signal, sys, pathlib\n"
@@ -233,7 +235,7 @@ def test_the_loop_of_the_docs_brings_a_run_to_its_end_through_kills(command, fin
         "loop.train_step = ending\n"
         "sys.exit(run_entry_point(main))\n"
     )
-    script = re.sub(r"llama-pro-fast train .*?; do", lambda _: f'{sys.executable} {driver} "$@"; do', loop_text)
+    script = re.sub(r"llama-pro-fast train .*? &&", lambda _: f'{sys.executable} {driver} "$@" &&', loop_text)
     assert script != loop_text
     script = re.sub(r"sleep \d+", "sleep 0", script)
     command = ["bash", "-c", script, "loop", *command, "--train.checkpoint_every", "1"]
@@ -241,9 +243,11 @@ def test_the_loop_of_the_docs_brings_a_run_to_its_end_through_kills(command, fin
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "times").read_text() == "xxx"
     assert weights(tmp_path / "run") == weights(finished)
-    # And a mistake of the user's ends the loop at once.
-    mistake = re.sub(r"until .*?; do", "until (exit 2); do", script)
-    assert subprocess.run(["bash", "-c", mistake], check=False).returncode == 2
+    # A mistake of the user's and Ctrl-C end the loop at once, a crash that comes again and again does in the end.
+    for code, times in ((2, 1), (130, 1), (1, 50)):
+        ending = re.sub(r"    \S+python\S* .*? && exit", f"    (echo again; exit {code}) && exit", script)
+        ended = subprocess.run(["bash", "-c", ending], capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stdout.count("again")) == (code, times)
 
 
 def test_a_bound_of_the_recipe_ends_a_run_saved_and_exported(make_config, tmp_path, cli):
@@ -255,5 +259,20 @@ def test_a_bound_of_the_recipe_ends_a_run_saved_and_exported(make_config, tmp_pa
     # It is finished, until the bound is raised.
     code, out, _ = cli(train_main, "--output", run, "--resume", "auto")
     assert (code, "finished already" in out) == (0, True)
-    assert cli(train_main, "--output", run, "--resume", "--stop.kl_above", "100")[0] == 0
-    assert json.loads((run / "report" / "summary.json").read_text())["steps"] == 6
+    code, out, _ = cli(train_main, "--output", run, "--resume", "--train.steps", "7")
+    assert (code, "the run has ended there by stop.kl_above" in out) == (0, True)
+    # Another amount of text is measured once, and not again at each resume.
+    for _ in range(2):
+        assert cli(train_main, "--output", run, "--resume", "--eval.tokens", "128")[0] == 0
+    firsts = [row["step"] for row in read_metrics(run) if row.get("first") and row["role"] == "general"]
+    assert firsts == [0, 1]
+    assert cli(train_main, "--output", run, "--resume", "--stop.kl_above", "null")[0] == 0
+    assert load_config(run).stop.kl_above is None
+    assert json.loads((run / "report" / "summary.json").read_text())["steps"] == 7
+
+
+def test_a_bound_on_what_cannot_be_measured_is_refused(make_config, tmp_path):
+    config = make_config(train={"parameters": "all"}, expand={"groups": None}, stop={"kl_above": 1.0})
+    with pytest.raises(UserError, match=r"--stop.kl_above 1: nothing to hold against: all parameters train"):
+        run_training(config)
+    assert not (tmp_path / "run").exists()
