@@ -240,7 +240,7 @@ def test_what_is_optional_can_be_taken_away_again(stopped, cli):
         ("train.micro_batch_size", 0),
         ("train.micro_batch_size", 3),
         ("eval.every", 0),
-        ("optim.lr", -1),
+        ("optim.lr", -1.0),
     ],
 )
 def test_a_value_on_the_command_line_is_checked_too(key, value, stopped, cli):
