@@ -33,7 +33,8 @@ from llama_pro_fast.config import DataConfig, EvalConfig, ExpandConfig, ModelCon
 from llama_pro_fast.hf.config import resolve
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.resume import load_config
-from llama_pro_fast.runs.checkpoint import complete_checkpoints, read_info
+from llama_pro_fast.runs.checkpoint import complete_checkpoints
+from llama_pro_fast.runs.marker import read_info
 from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.training.run import run_training
 

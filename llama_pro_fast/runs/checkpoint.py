@@ -3,102 +3,30 @@
     runs/NAME/checkpoints/step-000123/   shard-*.safetensors   PyTorch distributed checkpoint (DCP), safetensors storage
                                          COMPLETE              written last: all that is no tensor, and what proves it
 
-`COMPLETE` names every file with its size and SHA-256, and its own digest. A folder with it is a checkpoint, and is
-believed only once all of that holds; one without it is what a crash has left: never read, never written into, swept
-away before the next save. Any other name in `checkpoints/` is the user's, and left alone. Nothing here can run code:
-the tensors are safetensors, the rest is JSON. The frozen base is not copied but named by path and digest.
+A folder with COMPLETE (marker.py) is a checkpoint, and is believed only once all that this says holds; one without it is
+what a crash has left: never read, never written into, swept away before the next save. Any other name in `checkpoints/`
+is the user's, and left alone. The frozen base is not copied but named by path and digest.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llama_pro_fast.config import Settled
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line, sync, writing_to
-from llama_pro_fast.resume import CONFIG_NAME, from_dict, to_dict
-
-COMPLETE = "COMPLETE"
-FORMAT = 2
-_NAME = re.compile(r"step-([0-9]{6,})")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps done, those that were left out among them.
-        sequences: sequences consumed; the position in the data.
-        tokens: tokens consumed.
-    """
-
-    step: int = 0
-    sequences: int = 0
-    tokens: int = 0
-
-    def advanced(self, *, sequences: int, tokens: int) -> Progress:
-        """After one more step over that many."""
-        return Progress(self.step + 1, self.sequences + sequences, self.tokens + tokens)
-
-
-@dataclass(frozen=True)
-class LogState:
-    """What the log has counted and no row holds yet; a run that was stopped goes on as if it had not been.
-
-    Attributes:
-        unlogged: losses of the steps since the last row, without those that were left out.
-        skipped: steps left out since the last row.
-        bad_in_a_row: steps left out up to the last one, without a good one between.
-        source_tokens: tokens gone through so far, by the source's name.
-    """
-
-    unlogged: list[float] = field(default_factory=list)
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    source_tokens: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint says of itself.
-
-    Attributes:
-        progress: how far the run was.
-        config: the run's settings at that step.
-        model: path of the model folder the run trains, relative to the run where it lies in it (a run can be moved).
-        identity: of that folder, as :func:`~llama_pro_fast.expansion.lineage.model_identity` gives it.
-        data: fingerprint of the training text and its order.
-        measured: fingerprint of the held-out text.
-        evaluated: whether the evaluation of this step, if it has one, is done.
-        ended: which bound of `stop` ended the run at this step, in words; None where none did.
-        log: see :class:`LogState`.
-    """
-
-    progress: Progress
-    config: Settled
-    model: str
-    identity: dict[str, Any]
-    data: str
-    measured: str
-    evaluated: bool = True
-    ended: str | None = None
-    log: LogState = field(default_factory=LogState)
+from llama_pro_fast.resume import CONFIG_NAME
+from llama_pro_fast.runs.marker import COMPLETE, STEP, CheckpointInfo, digests_of, read_marker, step_of, write_marker
 
 
 @dataclass(frozen=True)
@@ -158,7 +86,7 @@ def verified(folder: Path) -> CheckpointInfo:
     Raises:
         UserError: it is not; the message names the file.
     """
-    info, files = _read_marker(folder)
+    info, files = read_marker(folder)
     for name in sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files):
         raise UserError(f"{folder}: holds {name}, which was not written with it")
     sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in files}
@@ -166,19 +94,10 @@ def verified(folder: Path) -> CheckpointInfo:
         if sizes[name] != entry["bytes"]:
             found = "is not there" if sizes[name] is None else f"has {sizes[name]:,} bytes, not {entry['bytes']:,}"
             raise UserError(f"{folder}: damaged: {name} {found}")
-    for name, digest in _digests(folder, files).items():
+    for name, digest in digests_of(folder, files).items():
         if digest != files[name]["sha256"]:
             raise UserError(f"{folder}: damaged: {name} does not hold the bytes that were written")
     return info
-
-
-def read_info(folder: Path) -> CheckpointInfo:
-    """What ``folder``'s COMPLETE says, itself proved by its digest; the other files are not looked at.
-
-    Raises:
-        UserError: it is damaged, of another step, or of another version of this program.
-    """
-    return _read_marker(folder)[0]
 
 
 def save(
@@ -216,12 +135,12 @@ def save(
                 )
                 dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
             files = {path.name: {"bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
-            for name, digest in _digests(folder, files).items():
+            for name, digest in digests_of(folder, files).items():
                 files[name]["sha256"] = digest
             sync(folder)
             entering("completing")
             # The marker comes after everything it vouches for is on disk, and the old ones go after it is.
-            _write_marker(folder, info, files)
+            write_marker(folder, info, files)
             sync(folder.parent)
         except BaseException:
             if not (folder / COMPLETE).exists():
@@ -239,9 +158,9 @@ def restate(folder: Path, info: CheckpointInfo) -> None:
     Raises:
         UserError: it is damaged, or the place cannot be written; it is what it was then.
     """
-    _, files = _read_marker(folder)
+    _, files = read_marker(folder)
     with writing_to(folder):
-        _write_marker(folder, info, files)
+        write_marker(folder, info, files)
 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -306,16 +225,11 @@ def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["random.cuda"])
 
 
-def step_of(folder: Path) -> int:
-    """The step a checkpoint's folder is named by."""
-    return int(_NAME.fullmatch(folder.name)[1])
-
-
 def _ours(run: Path) -> list[Path]:
     """What in ``run/checkpoints`` is ours, oldest first: folders named by :func:`folder_of`, and no links."""
     if not (run / "checkpoints").is_dir():
         return []
-    named = [path for path in (run / "checkpoints").iterdir() if _NAME.fullmatch(path.name)]
+    named = [path for path in (run / "checkpoints").iterdir() if STEP.fullmatch(path.name)]
     ours = [path for path in named if path == folder_of(run, step_of(path)) and path.is_dir() and not path.is_symlink()]
     return sorted(ours, key=step_of)
 
@@ -330,7 +244,7 @@ def _purge(run: Path, keep: int) -> None:
             shutil.rmtree(folder)
             continue
         try:
-            _, files = _read_marker(folder)
+            _, files = read_marker(folder)
             whole += all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
         except (UserError, OSError):
             continue
@@ -342,67 +256,6 @@ def _spread(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     groups = {name: match[0] if (match := re.search(r"blocks\.\d+\.", name)) else "" for name in tensors}
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.values()), start=1)}
     return {name: numbers[group] for name, group in groups.items()}
-
-
-def _digests(folder: Path, names: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of files, a few side by side: hashlib lets go of the interpreter while it hashes."""
-
-    def digest(name: str) -> str:
-        with open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    try:
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            return dict(zip(names, pool.map(digest, names), strict=True))
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-
-def _write_marker(folder: Path, info: CheckpointInfo, files: dict[str, Any]) -> None:
-    marker = folder / (COMPLETE + ".new")
-    marker.write_text(_marker_text(info, files), encoding="utf-8")
-    sync(marker)
-    marker.replace(folder / COMPLETE)
-    sync(folder)
-
-
-def _marker_text(info: CheckpointInfo, files: dict[str, Any]) -> str:
-    content = {"format": FORMAT, **asdict(info), "config": to_dict(info.config), "files": files}
-    return json.dumps(content | {"digest": _own_digest(content)}, indent=1)
-
-
-def _own_digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read_marker(folder: Path) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
-    try:
-        content = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        if not {"format", "digest"} & content.keys() and "progress" in content:
-            raise UserError(
-                f"{folder}: was written by an older version, with pickles, which can run code and are not read; finish "
-                "that run with the older version"
-            )
-        if content.pop("digest") != _own_digest(content):
-            raise ValueError("its digest is another")
-        if content.pop("format") != FORMAT:
-            raise UserError(f"{folder}: was written by a newer version of this program; use that one")
-        files = content.pop("files")
-        info = CheckpointInfo(
-            **content
-            | {
-                "progress": Progress(**content["progress"]),
-                "config": from_dict(Settled, content["config"]),
-                "log": LogState(**content["log"]),
-            }
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder}: damaged: {COMPLETE} is not readable ({first_line(error)})") from error
-    if info.progress.step != step_of(folder):
-        raise UserError(f"{folder}: damaged: its {COMPLETE} is of step {info.progress.step}")
-    return info, files
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from llama_pro_fast.config import RunConfig, Settled
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import writing_to
 from llama_pro_fast.resume import CONFIG_NAME, changes, load_config, save_config
-from llama_pro_fast.runs.checkpoint import complete_checkpoints, read_info, step_of
+from llama_pro_fast.runs.checkpoint import complete_checkpoints
+from llama_pro_fast.runs.marker import read_info, step_of
 
 LOCK = ".lock"
 SUMMARY = "report/summary.json"  # what makes a run complete: written last, deleted first

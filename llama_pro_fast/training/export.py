@@ -22,14 +22,8 @@ from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
 from llama_pro_fast.hf.loading import EMBEDDING, HEAD, hf_tensors
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, write_header
 from llama_pro_fast.resume import load_config
-from llama_pro_fast.runs.checkpoint import (
-    CheckpointInfo,
-    complete_checkpoints,
-    load,
-    newest,
-    read_info,
-    stored_tensors,
-)
+from llama_pro_fast.runs.checkpoint import complete_checkpoints, load, newest, stored_tensors
+from llama_pro_fast.runs.marker import CheckpointInfo, read_info
 
 
 def export_run(run: Path, out: Path | None = None, *, from_step: int | None = None) -> tuple[Path, int]:

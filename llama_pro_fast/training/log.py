@@ -14,7 +14,8 @@ from llama_pro_fast.config import Settled
 from llama_pro_fast.console import amount, duration, say
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.host import peak_memory_gib
-from llama_pro_fast.runs.checkpoint import LogState, Saved, complete_checkpoints, step_of
+from llama_pro_fast.runs.checkpoint import Saved, complete_checkpoints
+from llama_pro_fast.runs.marker import LogState, step_of
 from llama_pro_fast.runs.metrics import MetricsWriter
 from llama_pro_fast.runs.run_folder import resume_command, shown
 from llama_pro_fast.training.schedule import learning_rate, lower_rate

@@ -22,7 +22,7 @@ from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.devices import peak_flops
 from llama_pro_fast.planning.search import Fit
 from llama_pro_fast.runs import checkpoint, run_folder
-from llama_pro_fast.runs.checkpoint import CheckpointInfo, Progress
+from llama_pro_fast.runs.marker import CheckpointInfo, Progress
 from llama_pro_fast.runs.metrics import MetricsWriter
 from llama_pro_fast.runs.run_folder import Claim
 from llama_pro_fast.training.cards import show_start

@@ -32,7 +32,8 @@ from llama_pro_fast.recipe import absolute
 from llama_pro_fast.reporting.summary import summarise, write_report
 from llama_pro_fast.resume import CONFIG_NAME, MAY_CHANGE, changes, load_config, save_config
 from llama_pro_fast.runs import run_folder
-from llama_pro_fast.runs.checkpoint import Progress, complete_checkpoints, newest, set_aside_after
+from llama_pro_fast.runs.checkpoint import complete_checkpoints, newest, set_aside_after
+from llama_pro_fast.runs.marker import Progress
 from llama_pro_fast.runs.metrics import check_wandb
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.cards import show_end

@@ -20,7 +20,8 @@ from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs import checkpoint
-from llama_pro_fast.runs.checkpoint import complete_checkpoints, read_info
+from llama_pro_fast.runs.checkpoint import complete_checkpoints
+from llama_pro_fast.runs.marker import read_info
 from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.train import main as train_main
 from llama_pro_fast.training.optimizer import Optimizer

@@ -19,8 +19,9 @@ from llama_pro_fast.export import main as export_main
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import load_config, to_dict
-from llama_pro_fast.runs import checkpoint, run_folder
+from llama_pro_fast.runs import checkpoint, marker, run_folder
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, newest, save, verified
+from llama_pro_fast.runs.marker import CheckpointInfo, Progress
 from llama_pro_fast.train import main as train_main
 from llama_pro_fast.training.run import run_training
 
@@ -175,7 +176,7 @@ def test_what_is_not_named_as_a_checkpoint_is_left_alone(make_config, a_run, cli
     assert cli(export_main, a_run)[0] == 0
 
 
-def a_state(run: Path) -> tuple[dict[str, torch.Tensor], checkpoint.CheckpointInfo]:
+def a_state(run: Path) -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
     """What a save takes, read from the run's last checkpoint."""
     folder, info = newest(run)
     tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in checkpoint.stored_tensors(folder).items()}
@@ -183,10 +184,10 @@ def a_state(run: Path) -> tuple[dict[str, torch.Tensor], checkpoint.CheckpointIn
     return tensors, info
 
 
-def at(info: checkpoint.CheckpointInfo, step: int) -> checkpoint.CheckpointInfo:
+def at(info: CheckpointInfo, step: int) -> CheckpointInfo:
     from dataclasses import replace
 
-    return replace(info, progress=checkpoint.Progress(step, step * 4, step * 128))
+    return replace(info, progress=Progress(step, step * 4, step * 128))
 
 
 def test_a_save_sweeps_what_is_half_written_and_keeps_as_many_whole_ones_as_asked(a_run):
@@ -211,7 +212,7 @@ def test_a_save_that_fails_leaves_no_half_and_the_ones_before_whole(written, a_r
     if written == "write":
         monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
     else:
-        monkeypatch.setattr(checkpoint, "_marker_text", full)
+        monkeypatch.setattr(marker, "_marker_text", full)
     with pytest.raises(UserError, match=r"step-000007: .*No space left"):
         save(a_run, tensors, at(info, 7), keep=2)
     assert [f.name for f in sorted((a_run / "checkpoints").iterdir())] == ["step-000004", "step-000006"]

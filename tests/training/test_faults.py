@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from llama_pro_fast.resume import to_dict
-from llama_pro_fast.runs.checkpoint import complete_checkpoints, step_of, verified
+from llama_pro_fast.runs.checkpoint import complete_checkpoints, verified
+from llama_pro_fast.runs.marker import step_of
 from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.runs.run_folder import is_complete, phase_of
 from llama_pro_fast.training.run import run_training

@@ -1,0 +1,173 @@
+"""COMPLETE, the file that makes a folder a checkpoint: all of it that is no tensor, and what proves the rest.
+
+It names every file with its size and SHA-256, and holds its own digest. It is JSON, so to read it runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_pro_fast.config import Settled
+from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import first_line, sync
+from llama_pro_fast.resume import from_dict, to_dict
+
+COMPLETE = "COMPLETE"
+FORMAT = 2
+STEP = re.compile(r"step-([0-9]{6,})")
+"""The name of a checkpoint's folder."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps done, those that were left out among them.
+        sequences: sequences consumed; the position in the data.
+        tokens: tokens consumed.
+    """
+
+    step: int = 0
+    sequences: int = 0
+    tokens: int = 0
+
+    def advanced(self, *, sequences: int, tokens: int) -> Progress:
+        """After one more step over that many."""
+        return Progress(self.step + 1, self.sequences + sequences, self.tokens + tokens)
+
+
+@dataclass(frozen=True)
+class LogState:
+    """What the log has counted and no row holds yet; a run that was stopped goes on as if it had not been.
+
+    Attributes:
+        unlogged: losses of the steps since the last row, without those that were left out.
+        skipped: steps left out since the last row.
+        bad_in_a_row: steps left out up to the last one, without a good one between.
+        source_tokens: tokens gone through so far, by the source's name.
+    """
+
+    unlogged: list[float] = field(default_factory=list)
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    source_tokens: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        progress: how far the run was.
+        config: the run's settings at that step.
+        model: path of the model folder the run trains, relative to the run where it lies in it (a run can be moved).
+        identity: of that folder, as :func:`~llama_pro_fast.expansion.lineage.model_identity` gives it.
+        data: fingerprint of the training text and its order.
+        measured: fingerprint of the held-out text.
+        evaluated: whether the evaluation of this step, if it has one, is done.
+        ended: which bound of `stop` ended the run at this step, in words; None where none did.
+        log: see :class:`LogState`.
+    """
+
+    progress: Progress
+    config: Settled
+    model: str
+    identity: dict[str, Any]
+    data: str
+    measured: str
+    evaluated: bool = True
+    ended: str | None = None
+    log: LogState = field(default_factory=LogState)
+
+
+def step_of(folder: Path) -> int:
+    """The step a checkpoint's folder is named by."""
+    return int(STEP.fullmatch(folder.name)[1])
+
+
+def write_marker(folder: Path, info: CheckpointInfo, files: dict[str, Any]) -> None:
+    """Write COMPLETE, all of it or none.
+
+    Args:
+        files: by name their ``bytes`` and ``sha256``.
+    """
+    marker = folder / (COMPLETE + ".new")
+    marker.write_text(_marker_text(info, files), encoding="utf-8")
+    sync(marker)
+    marker.replace(folder / COMPLETE)
+    sync(folder)
+
+
+def _marker_text(info: CheckpointInfo, files: dict[str, Any]) -> str:
+    content = {"format": FORMAT, **asdict(info), "config": to_dict(info.config), "files": files}
+    return json.dumps(content | {"digest": _own_digest(content)}, indent=1)
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_info(folder: Path) -> CheckpointInfo:
+    """What ``folder``'s COMPLETE says, itself proved by its digest; the other files are not looked at.
+
+    Raises:
+        UserError: as :func:`read_marker`.
+    """
+    return read_marker(folder)[0]
+
+
+def read_marker(folder: Path) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
+    """What COMPLETE says: of the run, and of each file its ``bytes`` and ``sha256``.
+
+    Raises:
+        UserError: it is damaged, of another step, or of another version of this program.
+    """
+    try:
+        content = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        if not {"format", "digest"} & content.keys() and "progress" in content:
+            raise UserError(
+                f"{folder}: was written by an older version, with pickles, which can run code and are not read; finish "
+                "that run with the older version"
+            )
+        if content.pop("digest") != _own_digest(content):
+            raise ValueError("its digest is another")
+        if content.pop("format") != FORMAT:
+            raise UserError(f"{folder}: was written by a newer version of this program; use that one")
+        files = content.pop("files")
+        info = CheckpointInfo(
+            **content
+            | {
+                "progress": Progress(**content["progress"]),
+                "config": from_dict(Settled, content["config"]),
+                "log": LogState(**content["log"]),
+            }
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder}: damaged: {COMPLETE} is not readable ({first_line(error)})") from error
+    if info.progress.step != step_of(folder):
+        raise UserError(f"{folder}: damaged: its {COMPLETE} is of step {info.progress.step}")
+    return info, files
+
+
+def digests_of(folder: Path, names: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of files, a few side by side: hashlib lets go of the interpreter while it hashes."""
+
+    def digest(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    try:
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            return dict(zip(names, pool.map(digest, names), strict=True))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
