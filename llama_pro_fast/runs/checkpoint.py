@@ -3,9 +3,9 @@
     runs/NAME/checkpoints/step-000123/   shard-*.safetensors   PyTorch distributed checkpoint (DCP), safetensors storage
                                          COMPLETE              written last: all that is no tensor, and what proves it
 
-A folder with COMPLETE (marker.py) is a checkpoint, and is believed only once all that this says holds; one without it is
-what a crash has left: never read, never written into, swept away before the next save. Any other name in `checkpoints/`
-is the user's, and left alone. The frozen base is not copied but named by path and digest.
+A folder with COMPLETE (marker.py) is a checkpoint, and is believed only once all that this says holds; one without it
+is what a crash has left: never read, never written into, swept away before the next save. Any other name in
+`checkpoints/` is the user's, and left alone. The frozen base is not copied but named by path and digest.
 """
 
 from __future__ import annotations
