@@ -7,6 +7,7 @@ run's folder and is what ``--resume`` reads.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
@@ -32,6 +33,9 @@ NOT_BELOW_0 = Bounds(lambda value: 0 <= value < math.inf, "is not a number from 
 BELOW_1 = Bounds(lambda value: 0 <= value < 1, "is not between 0 and 1 (1 excluded)")
 RATIO = Bounds(lambda value: 0 <= value <= 1, "is not between 0 and 1")
 BETWEEN_0_AND_1 = Bounds(lambda value: 0 < value < 1, "is not between 0 and 1; 0.02 keeps every 50th document")
+
+
+LARGEST_NUMBER = sys.float_info.max
 
 
 def number(default: Any, bounds: Bounds) -> Any:
@@ -321,6 +325,9 @@ def check_values(config: Any, prefix: str = "") -> None:
             wanted = _in_words(hints[each.name])
             hint = "; in YAML one with an exponent needs a point, 1.0e-3" if "number" in wanted else ""
             raise UserError(f"--{key}: {value!r:.60} is not {wanted}{hint if isinstance(value, str) else ''}")
+        for row in value if isinstance(value, list) else ():
+            if is_dataclass(row):
+                check_values(row, f"{key}: ")
         bounds = each.metadata.get("bounds")
         if bounds is not None and value not in (None, "auto") and not bounds.holds(value):
             raise UserError(f"--{key}: {value} {bounds.otherwise}")
@@ -343,10 +350,16 @@ def _is_of(value: Any, hint: Any) -> bool:
         return any(_is_of(value, part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(
+            _is_of(part, kind) for pair in value.items() for part, kind in zip(pair, get_args(hint), strict=True)
+        )
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_is_of(part, get_args(hint)[0]) for part in value)
+    if hint is Any:
+        return True
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
     return isinstance(value, hint)
 
 
@@ -355,6 +368,8 @@ def _in_words(hint: Any) -> str:
         return " or ".join(_in_words(part) for part in get_args(hint) if part is not NoneType)
     if get_origin(hint) is Literal:
         return " or ".join(get_args(hint))
+    if get_origin(hint) is dict:
+        return "a section"
     if get_origin(hint) is list:
         return f"a list ({_in_words(get_args(hint)[0])})"
     words = {

@@ -82,21 +82,14 @@ _SETTLED_WITH = {
     "train.memory": ("train.micro_batch_size", "train.recompute"),
     "train.micro_batch_size": ("train.recompute",),
     "train.device": ("train.memory", "train.micro_batch_size", "train.recompute", "train.attention", "train.threads"),
+    "train.steps": ("train.tokens",),
+    "train.tokens": ("train.steps",),
 }
-_OPEN = {
-    "train.memory": "auto",
-    "train.micro_batch_size": None,
-    "train.recompute": "auto",
-    "train.attention": "auto",
-    "train.threads": None,
-}
+_OPEN = dict.fromkeys(("train.memory", "train.recompute", "train.attention"), "auto")
 
 
 def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) -> RunConfig:
     """The configuration to resume a run with: the stored one, with what may change as the command line has it.
-
-    What hangs on a changed key and is not given itself is left open, to be settled anew: on another device everything
-    that was chosen for the old one.
 
     Args:
         asked: what the command line comes to.
@@ -121,18 +114,23 @@ def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) 
     }
     for key, value in changed.items():
         _check_may_change(key, kept[key], value, "on the command line")
-    length = [key for key in ("train.steps", "train.tokens") if key in changed]
-    if len(length) == 2:
+    if changed.keys() >= {"train.steps", "train.tokens"}:
         raise UserError("--train.steps and --train.tokens both set the length; give one of them")
-    if length:
-        changed |= {key: None for key in ("train.steps", "train.tokens") if key not in length}
-    for key, follow in _SETTLED_WITH.items():
-        if key in changed:
-            changed = {other: _OPEN[other] for other in follow} | changed
     config = _with(stored, changed | {"output": asked.output})
     check_values(config)
     check_micro_batch(config.train)
     return config
+
+
+def opened(then: RunConfig, now: RunConfig) -> RunConfig:
+    """``now`` with what hangs on a changed key, and has not changed itself, left open to be settled anew: on another
+    device all that was chosen for the old one; of the two lengths the one that has not changed."""
+    before, after = ({key: value for key, value, _ in options(config)} for config in (then, now))
+    changed = {key for key, value in after.items() if value != before[key]}
+    if after["train.tokens"] is None:
+        changed.discard("train.tokens")
+    follow = {other for key in changed & _SETTLED_WITH.keys() for other in _SETTLED_WITH[key]} - changed
+    return _with(now, {key: _OPEN.get(key) for key in follow})
 
 
 def changes(then: RunConfig, now: RunConfig, *, step: int) -> list[Change]:
@@ -209,7 +207,8 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     """
     known = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(values, dict) or not values.keys() <= known:
-        raise ValueError(f"{values!r:.60} is not of {', '.join(sorted(known))}")
+        odd = sorted(map(str, values.keys() - known)) if isinstance(values, dict) else [f"{values!r:.60}"]
+        raise ValueError(f"there is no key {odd[0]}; there is {', '.join(sorted(known))}")
     built = {}
     for f in dataclasses.fields(cls):
         if f.name not in values:
@@ -219,6 +218,9 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
             value = from_dict(f.default_factory, value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             row_of = Change if f.name == "history" else Source
-            value = [row_of(**row) for row in value]
+            try:
+                value = [row_of(**row) for row in value]
+            except TypeError as error:
+                raise ValueError(f"{f.name}: {str(error).split('__init__() ')[-1]}") from error
         built[f.name] = value
     return cls(**built)

@@ -136,7 +136,9 @@ def results(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for (role, source), mine in by_source(rows).items():
         last = mine[-1]
         firsts = [row for row in mine if row.get("first") is True and row.get("measured") == last.get("measured")]
-        before, after = ({key: row.get(key) for key in keep} if row else None for row in ((firsts or [None])[0], last))
+        before, after = (
+            {key: number(row.get(key)) for key in keep} if row else None for row in ((firsts or [None])[0], last)
+        )
         found.append({"source": source, "role": role, "before": before, "after": after})
     return found
 

@@ -23,8 +23,9 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from llama_pro_fast.console import say
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.files import first_line, sync, writing_to
+from llama_pro_fast.files import first_line, sync, why_refused, writing_to
 from llama_pro_fast.resume import CONFIG_NAME
 from llama_pro_fast.runs.marker import COMPLETE, STEP, CheckpointInfo, digests_of, read_marker, step_of, write_marker
 
@@ -44,7 +45,10 @@ def folder_of(run: Path, step: int) -> Path:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The run's folders that call themselves complete, oldest first; whether they are is for :func:`verified`."""
-    return [folder for folder in _ours(run) if (folder / COMPLETE).exists()]
+    try:
+        return [folder for folder in _ours(run) if (folder / COMPLETE).exists()]
+    except OSError as error:
+        raise UserError(f"{error.filename or run / 'checkpoints'}: cannot be read: {why_refused(error)}") from error
 
 
 def newest(run: Path, step: int | None = None) -> tuple[Path, CheckpointInfo] | None:
@@ -86,10 +90,13 @@ def verified(folder: Path) -> CheckpointInfo:
     Raises:
         UserError: it is not; the message names the file.
     """
-    info, files = read_marker(folder)
+    info, files = read_marker(folder / COMPLETE)
     for name in sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files):
         raise UserError(f"{folder}: holds {name}, which was not written with it")
-    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in files}
+    try:
+        sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in files}
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {why_refused(error)}") from error
     for name, entry in files.items():
         if sizes[name] != entry["bytes"]:
             found = "is not there" if sizes[name] is None else f"has {sizes[name]:,} bytes, not {entry['bytes']:,}"
@@ -125,7 +132,7 @@ def save(
         raise UserError(f"{run}: the run's folder is gone, and with it what a checkpoint would need; nothing was saved")
     with writing_to(folder):
         for remains in _ours(run):
-            if not (remains / COMPLETE).exists():
+            if not (remains / COMPLETE).exists() and not remains.is_symlink():
                 shutil.rmtree(remains)
         folder.mkdir(parents=True)
         try:
@@ -140,7 +147,7 @@ def save(
             sync(folder)
             entering("completing")
             # The marker comes after everything it vouches for is on disk, and the old ones go after it is.
-            write_marker(folder, info, files)
+            write_marker(folder / COMPLETE, info, files)
             sync(folder.parent)
         except BaseException:
             if not (folder / COMPLETE).exists():
@@ -158,9 +165,9 @@ def restate(folder: Path, info: CheckpointInfo) -> None:
     Raises:
         UserError: it is damaged, or the place cannot be written; it is what it was then.
     """
-    _, files = read_marker(folder)
+    _, files = read_marker(folder / COMPLETE)
     with writing_to(folder):
-        write_marker(folder, info, files)
+        write_marker(folder / COMPLETE, info, files)
 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -226,12 +233,12 @@ def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
 
 
 def _ours(run: Path) -> list[Path]:
-    """What in ``run/checkpoints`` is ours, oldest first: folders named by :func:`folder_of`, and no links."""
+    """What in ``run/checkpoints`` is ours, oldest first: folders named by :func:`folder_of`. A link to one is read, but
+    never deleted."""
     if not (run / "checkpoints").is_dir():
         return []
     named = [path for path in (run / "checkpoints").iterdir() if STEP.fullmatch(path.name)]
-    ours = [path for path in named if path == folder_of(run, step_of(path)) and path.is_dir() and not path.is_symlink()]
-    return sorted(ours, key=step_of)
+    return sorted((path for path in named if path == folder_of(run, step_of(path)) and path.is_dir()), key=step_of)
 
 
 def _purge(run: Path, keep: int) -> None:
@@ -240,14 +247,23 @@ def _purge(run: Path, keep: int) -> None:
     whole = 0
     for folder in reversed(complete_checkpoints(run)):
         if whole >= keep:
-            (folder / COMPLETE).unlink()
-            shutil.rmtree(folder)
+            if not folder.is_symlink():
+                _delete(folder)
             continue
         try:
-            _, files = read_marker(folder)
+            _, files = read_marker(folder / COMPLETE)
             whole += all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
         except (UserError, OSError):
             continue
+
+
+def _delete(folder: Path) -> None:
+    """COMPLETE first, so that a crash on the way leaves what is known as remains."""
+    try:
+        (folder / COMPLETE).unlink()
+        shutil.rmtree(folder)
+    except OSError as error:  # the checkpoint that it gives way to is saved
+        say(f"{folder}: could not be deleted ({error.strerror}); delete it by hand")
 
 
 def _spread(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -1,6 +1,7 @@
-"""COMPLETE, the file that makes a folder a checkpoint: all of it that is no tensor, and what proves the rest.
+"""What a run says of itself, in files that prove themselves: JSON with a digest of its own, so to read it runs no code.
 
-It names every file with its size and SHA-256, and holds its own digest. It is JSON, so to read it runs no code.
+COMPLETE makes a folder a checkpoint: all of it that is no tensor, and the size and SHA-256 of every file. START in a
+run's folder says the same of its first step: what model, text and settings it was begun with.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_pro_fast.config import Settled
+from llama_pro_fast.config import NOT_BELOW_0, Settled, check_values, number
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.files import first_line, sync
+from llama_pro_fast.files import first_line, sync, why_refused
 from llama_pro_fast.resume import from_dict, to_dict
 
 COMPLETE = "COMPLETE"
+START = "start.json"
 FORMAT = 2
 STEP = re.compile(r"step-([0-9]{6,})")
 """The name of a checkpoint's folder."""
@@ -35,9 +38,9 @@ class Progress:
         tokens: tokens consumed.
     """
 
-    step: int = 0
-    sequences: int = 0
-    tokens: int = 0
+    step: int = number(0, NOT_BELOW_0)
+    sequences: int = number(0, NOT_BELOW_0)
+    tokens: int = number(0, NOT_BELOW_0)
 
     def advanced(self, *, sequences: int, tokens: int) -> Progress:
         """After one more step over that many."""
@@ -93,17 +96,17 @@ def step_of(folder: Path) -> int:
     return int(STEP.fullmatch(folder.name)[1])
 
 
-def write_marker(folder: Path, info: CheckpointInfo, files: dict[str, Any]) -> None:
-    """Write COMPLETE, all of it or none.
+def write_marker(path: Path, info: CheckpointInfo, files: dict[str, Any]) -> None:
+    """Write COMPLETE or START, all of it or none.
 
     Args:
         files: by name their ``bytes`` and ``sha256``.
     """
-    marker = folder / (COMPLETE + ".new")
+    marker = path.with_name(path.name + ".new")
     marker.write_text(_marker_text(info, files), encoding="utf-8")
     sync(marker)
-    marker.replace(folder / COMPLETE)
-    sync(folder)
+    marker.replace(path)
+    sync(path.parent)
 
 
 def _marker_text(info: CheckpointInfo, files: dict[str, Any]) -> str:
@@ -121,42 +124,57 @@ def read_info(folder: Path) -> CheckpointInfo:
     Raises:
         UserError: as :func:`read_marker`.
     """
-    return read_marker(folder)[0]
+    return read_marker(folder / COMPLETE)[0]
 
 
-def read_marker(folder: Path) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
-    """What COMPLETE says: of the run, and of each file its ``bytes`` and ``sha256``.
+def read_marker(path: Path) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
+    """What COMPLETE or START says: of the run, and of each file its ``bytes`` and ``sha256``.
 
     Raises:
         UserError: it is damaged, of another step, or of another version of this program.
     """
-    try:
-        content = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        if not {"format", "digest"} & content.keys() and "progress" in content:
-            raise UserError(
-                f"{folder}: was written by an older version, with pickles, which can run code and are not read; finish "
-                "that run with the older version"
-            )
-        if content.pop("digest") != _own_digest(content):
+    folder = path.parent
+    with _readable(path):
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        is_old = not {"format", "digest"} & content.keys() and "progress" in content
+        if not is_old and content.pop("digest") != _own_digest(content):
             raise ValueError("its digest is another")
-        if content.pop("format") != FORMAT:
-            raise UserError(f"{folder}: was written by a newer version of this program; use that one")
-        files = content.pop("files")
-        info = CheckpointInfo(
-            **content
-            | {
-                "progress": Progress(**content["progress"]),
-                "config": from_dict(Settled, content["config"]),
-                "log": LogState(**content["log"]),
-            }
+    if is_old:
+        raise UserError(
+            f"{folder}: was written by an older version, with pickles, which can run code and are not read; finish "
+            "that run with the older version"
         )
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder}: damaged: {COMPLETE} is not readable ({first_line(error)})") from error
-    if info.progress.step != step_of(folder):
+    if content.pop("format", None) != FORMAT:
+        raise UserError(f"{folder}: was written by a newer version of this program; use that one")
+    with _readable(path):
+        files = content.pop("files")
+        _check_files(files)
+        config = from_dict(Settled, content.pop("config"))
+        progress, log = Progress(**content.pop("progress")), LogState(**content.pop("log"))
+        info = CheckpointInfo(progress=progress, config=config, log=log, **content)
+        check_values(info)
+    if path.name == COMPLETE and info.progress.step != step_of(folder):
         raise UserError(f"{folder}: damaged: its {COMPLETE} is of step {info.progress.step}")
     return info, files
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file's content: it is damaged."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: {why_refused(error)}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path.parent}: damaged: {path.name} is not readable ({first_line(error)})") from error
+
+
+def _check_files(files: Any) -> None:
+    for name, entry in files.items():
+        if Path(name).name != name or type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise ValueError(f"its entry of {name} is not one")
 
 
 def digests_of(folder: Path, names: Mapping[str, Any]) -> dict[str, str]:

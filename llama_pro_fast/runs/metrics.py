@@ -44,7 +44,7 @@ class MetricsWriter:
         if resumed_at is not None:
             if not self.path.exists():
                 say(f"{self.path}: is gone; its rows up to step {resumed_at} are lost")
-            for row in read_metrics(run):
+            for row in self._before():
                 undone = ("change",) if evaluated else ("change", "eval")
                 if row["step"] < resumed_at or (row["step"] == resumed_at and row["kind"] not in undone):
                     kept.append(row)
@@ -59,6 +59,15 @@ class MetricsWriter:
         self._board("TensorBoard", lambda: _TensorBoard(run, 0 if resumed_at is None else resumed_at + 1))
         if wandb is not None:
             self._board("Weights & Biases", lambda: _WandB(run, wandb))
+
+    def _before(self) -> list[dict[str, Any]]:
+        """What the run has logged; a file that cannot be read is kept under another name."""
+        if self.path.exists() and not os.access(self.path, os.R_OK):
+            aside = self.path.with_name(f"{METRICS_FILE}.{secrets.token_hex(4)}")
+            with writing_to(self.path):
+                self.path.rename(aside)
+            say(f"{self.path}: cannot be read, check its permissions; it is kept as {aside.name}")
+        return read_metrics(self.path.parent)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Add a row; what is a number in it (a flag is none) goes to the boards as well."""
@@ -232,10 +241,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())
+            row = json.loads(line.decode(), parse_int=_number)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
+        if isinstance(row, dict) and isinstance(row.get("kind"), str) and _is_step(row.get("step")):
             rows.append(row)
         else:
             damaged.append(number)
@@ -243,6 +252,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         places = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         _warn(f"{path}: {len(damaged)} damaged rows left out (line {places})")
     return rows
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _number(text: str) -> int | float:
+    """No run counts so far, and arithmetic fails on what no float holds."""
+    return int(text) if len(text) < 19 else float(text)
 
 
 _warn = functools.cache(say)

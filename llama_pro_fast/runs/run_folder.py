@@ -25,12 +25,13 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import writing_to
 from llama_pro_fast.resume import CONFIG_NAME, changes, load_config, save_config
 from llama_pro_fast.runs.checkpoint import complete_checkpoints
-from llama_pro_fast.runs.marker import read_info, step_of
+from llama_pro_fast.runs.marker import START, read_info, step_of
 
 LOCK = ".lock"
 SUMMARY = "report/summary.json"  # what makes a run complete: written last, deleted first
 FOLDERS = ("report", "tensorboard", "checkpoints", "expanded", "initial", "export", "wandb")
-CONTENTS = (*(name + end for name in FOLDERS for end in ("", ".partial", ".old")), "metrics.jsonl", "metrics.new")
+FILES = ("metrics.jsonl", "metrics.new", START, f"{START}.new")
+CONTENTS = (*(name + end for name in FOLDERS for end in ("", ".partial", ".old")), *FILES)
 
 
 class Claim:
@@ -76,7 +77,8 @@ def claimed(output: Path, *, resume: bool, overwrite: bool, patience: float = 0.
         created = [folder for folder in (output, *output.parents) if not folder.exists()]
         output.mkdir(parents=True, exist_ok=True)
         has_lock = (output / LOCK).exists()
-        lock = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # held open as long as the folder is
+        # Held open as long as the folder is.
+        lock = os.open(output / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         _take(lock, output, patience)
         claim = Claim(lock)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from llama_pro_fast.config import Settled
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.lineage import difference, intact_bases, model_identity
 from llama_pro_fast.expansion.manifest import MANIFEST_KEY, Manifest
@@ -43,6 +44,16 @@ def export_run(run: Path, out: Path | None = None, *, from_step: int | None = No
     """
     config = load_config(run)
     checkpoint, info = last_checkpoint(run, from_step)
+    try:
+        _export(run, config, checkpoint, info, out)
+    except UserError:
+        if from_step is not None or checkpoint.exists():
+            raise
+        return export_run(run, out)  # the run goes on, and has given this one up for a newer one
+    return out or run / "export", info.progress.step
+
+
+def _export(run: Path, config: Settled, checkpoint: Path, info: CheckpointInfo, out: Path | None) -> None:
     base = _folder_of(run, info)
     if (changed := difference(info.identity, model_identity(base))) is not None:
         raise UserError(f"{base.path}: is not the model {run} was trained on any more: {changed}; put it back")
@@ -66,7 +77,6 @@ def export_run(run: Path, out: Path | None = None, *, from_step: int | None = No
             intact = config.train.parameters != "all" and intact_bases(base)[-1]
             raw_config[MANIFEST_KEY] = dataclasses.replace(manifest, base_intact=intact).to_config()
         write_json(partial / CONFIG_FILE, raw_config)
-    return out or run / "export", info.progress.step
 
 
 def last_checkpoint(run: Path, from_step: int | None = None) -> tuple[Path, CheckpointInfo]:

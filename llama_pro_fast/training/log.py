@@ -159,14 +159,21 @@ class Log:
 
     def _too_many(self, step: int) -> str:
         train, rate, command = self.config.train, self.config.optim.lr, resume_command(Path(self.config.output))
-        saved = [step_of(folder) for folder in complete_checkpoints(Path(self.config.output))]
-        start = f"go on from step {saved[-1]} with a lower one" if saved else "start anew with a lower one"
-        earlier = f"  (--from_step {saved[0]} takes an earlier checkpoint)" if len(saved) > 1 else ""
+        lower, saved = lower_rate(self.config.optim), complete_checkpoints(Path(self.config.output))
+        # The weights before the first bad step may be what is bad.
+        good = [step_of(folder) for folder in saved if step_of(folder) < step - self.bad_in_a_row]
+        if good:
+            again = f"go on from an earlier checkpoint: {command} --from_step {good[-1]} --optim.lr {lower:g}"
+        elif saved:
+            again = (
+                f"start anew with --overwrite --optim.lr {lower:g} in place of --resume: no earlier checkpoint is left"
+            )
+        else:
+            again = f"start anew with a lower one: {command} --optim.lr {lower:g}"
         return (
             f"step {step}: {self.bad_in_a_row} steps in a row were left out (train.max_bad_steps), their losses or "
             f"gradients were not finite. If the text is broken there, go past it: {command} --train.max_bad_steps "
-            f"{10 * train.max_bad_steps}; if the rate {rate:g} is too high, {start}: {command} --optim.lr "
-            f"{lower_rate(self.config.optim):g}{earlier}"
+            f"{10 * train.max_bad_steps}; if the rate {rate:g} is too high, {again}"
         )
 
     def _write(self, step: int) -> None:

@@ -23,7 +23,7 @@ from llama_pro_fast.planning.devices import peak_flops
 from llama_pro_fast.planning.search import Fit
 from llama_pro_fast.runs import checkpoint, run_folder
 from llama_pro_fast.runs.marker import CheckpointInfo, Progress
-from llama_pro_fast.runs.metrics import MetricsWriter
+from llama_pro_fast.runs.metrics import MetricsWriter, read_metrics
 from llama_pro_fast.runs.run_folder import Claim
 from llama_pro_fast.training.cards import show_start
 from llama_pro_fast.training.log import Log, StepScalars
@@ -44,7 +44,8 @@ class Run:
         corpus, tokenizer: its text.
         device: where it computes.
         planned: what it should take.
-        start: the checkpoint it goes on from, and what that says of itself; None at the first step.
+        start: the checkpoint that it goes on from, or START of a run that was begun and has none, and what that says of
+            itself; None for a new run.
         claim: on its folder, which is told what the run is at.
     """
 
@@ -107,18 +108,22 @@ class _Loop:
         self.tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
         self.tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         self.info = starting_info(run)
-        if run.start is not None:
+        # START has the place of the first step, and no tensors.
+        resumed = run.start is not None and run.start[1].progress.step > 0
+        if resumed:
             self._restore(*run.start)
+        elif run.start is not None:
+            say("no checkpoint yet: starting from the first step")
         self.done, self.evaluated, self.ended = self.info.progress, self.info.evaluated, self.info.ended
-        self.saved_step, self.saved_at = (None if run.start is None else self.done.step), time.monotonic()
+        self.saved_step, self.saved_at = self.done.step if resumed else None, time.monotonic()
         # What is gained and forgotten counts from the first evaluation of a text.
-        self.first = run.start is None or run.start[1].measured != self.info.measured
-        if self.first and run.start is not None:
+        self.first = not resumed or run.start[1].measured != self.info.measured
+        if self.first and resumed:
             say("another text is measured than before: what is gained and forgotten counts from this step on")
 
         self.metrics = MetricsWriter(
             run.output,
-            resumed_at=None if run.start is None else self.done.step,
+            resumed_at=self.done.step if resumed else None,
             evaluated=self.evaluated,
             wandb=self.config.train.wandb,
         )
@@ -174,6 +179,8 @@ class _Loop:
                     # While steps are left out the weights stand still, and an older checkpoint may be the better one.
                     if last or self.ended or not self.log.bad_in_a_row:
                         self._save()
+            if not self._is_measured():
+                self._measure()
         except Stopped as stopped:
             self.optimizer.drop_gradients()
             self.metrics.write("stop", self.done.step, reason=str(stopped))
@@ -203,6 +210,13 @@ class _Loop:
             self.ended = passed
             say(f"ended at step {self.done.step} by {passed}")
             self.metrics.write("stop", self.done.step, reason=passed)
+
+    def _is_measured(self) -> bool:
+        """Whether the metrics have every evaluation of this step: not where a run was cut to end here, or rows are
+        damaged."""
+        rows = [row for row in read_metrics(self.settled.output) if row["kind"] == "eval"]
+        there = {(row.get("role"), row.get("source")) for row in rows if row["step"] == self.done.step}
+        return there >= {(text.source.role, text.source.name) for text in self.settled.corpus.held_out}
 
     def _save_is_due(self) -> bool:
         train = self.config.train
@@ -254,15 +268,13 @@ def check_unchanged(run: Run) -> None:
     Raises:
         UserError: one of them has changed.
     """
-    if run.start is None:
-        return
-    folder, then = run.start
+    place, then = run.start
     now = starting_info(run)
     if (changed := difference(then.identity, now.identity)) is not None:
-        raise UserError(f"{run.folder.path}: is not the model {folder} was made with: {changed}; put it back")
+        raise UserError(f"{run.folder.path}: is not the model {place} was made with: {changed}; put it back")
     if then.data != now.data:
         raise UserError(
-            f"{folder}: the training text has changed since it was written, so the order of the data is another; "
+            f"{place}: the training text has changed since it was written, so the order of the data is another; "
             "put the text back, or start a new run"
         )
 

@@ -42,13 +42,14 @@ def find(path_or_id: str) -> Path:
     return folder
 
 
-def with_export(config: RunConfig) -> RunConfig:
+def with_export(config: RunConfig, *, resume: bool) -> RunConfig:
     """``config`` with its export in place of a run as the model: what is trained stays what it is should that run go
-    on."""
-    if _run(config.model.path) is None:
+    on. With ``resume`` the export is the one that is there."""
+    if (run := _run(config.model.path)) is None:
         return config
     run_folder.check_not_inside("model.path", config.model.path, Path(config.output))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(find(config.model.path))))
+    path = run / "export" if resume else find(config.model.path)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(path)))
 
 
 def config_of(path_or_id: str) -> str:

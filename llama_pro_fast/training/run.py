@@ -30,15 +30,15 @@ from llama_pro_fast.planning.explain import why
 from llama_pro_fast.planning.search import fit
 from llama_pro_fast.recipe import absolute
 from llama_pro_fast.reporting.summary import summarise, write_report
-from llama_pro_fast.resume import CONFIG_NAME, MAY_CHANGE, changes, load_config, save_config
+from llama_pro_fast.resume import CONFIG_NAME, MAY_CHANGE, changes, load_config, opened, save_config
 from llama_pro_fast.runs import run_folder
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, newest, set_aside_after
-from llama_pro_fast.runs.marker import Progress
-from llama_pro_fast.runs.metrics import check_wandb
+from llama_pro_fast.runs.marker import START, CheckpointInfo, Progress, read_marker, write_marker
+from llama_pro_fast.runs.metrics import check_wandb, read_metrics
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.cards import show_end
 from llama_pro_fast.training.export import export_run
-from llama_pro_fast.training.loop import Run, check_unchanged, train
+from llama_pro_fast.training.loop import Run, check_unchanged, starting_info, train
 from llama_pro_fast.training.settle import (
     check_bounds,
     check_recipe,
@@ -110,15 +110,20 @@ def _run(
     output = Path(config.output)
     run_folder.check_not_inside("data.cache", config.data.cache or default_cache(), output)
     with run_folder.claimed(output, resume=resume, overwrite=overwrite, patience=patience) as claim:
-        start = newest(output, from_step) if resume else None
+        start = starting_point(output, from_step) if resume else None
         if start is not None:
-            changes(start[1].config, config, step=start[1].progress.step)  # refuses what a run keeps
+            then = start[1].config
+            changes(then, config, step=start[1].progress.step)  # refuses what a run keeps
+            config = opened(then, config)
         # A resumed run that made its model's folder needs no base any more.
         folder, plan = model_folder.existing(output) if resume else None, None
         base = folder
         if base is None:
-            config = config if resume else model_folder.with_export(config)
+            config = model_folder.with_export(config, resume=resume)
             base, plan = model_folder.open_base(config)
+        elif start is not None and config.model.path != then.model.path:
+            say(f"--model.path {config.model.path}: not needed, the run trains {run_folder.shown(folder.path)}")
+            config = dataclasses.replace(config, model=then.model)
         trained = what_trains(
             base.raw_config,
             base.config.num_hidden_layers,
@@ -208,10 +213,33 @@ def _run(
             claim=claim,
         )
         check_bounds(config, run.trained)
-        if resume:
+        if start is not None:
             run = go_on(run)
+        else:
+            with writing_to(output):
+                save_config(config, output / CONFIG_NAME)
+                write_marker(output / START, starting_info(run), {})
         done, ended = train(run, signals)
         return finish(run, done, ended)
+
+
+def starting_point(output: Path, from_step: int | None) -> tuple[Path, CheckpointInfo] | None:
+    """Where a run goes on: its last checkpoint or the one asked for, or its first step; None where it was killed before
+    that, while its model was made.
+
+    Raises:
+        UserError: what is there is damaged, or the checkpoints are gone.
+    """
+    if (found := newest(output, from_step)) is not None:
+        return found
+    saved = max((row["step"] for row in read_metrics(output) if row["kind"] == "save"), default=0)
+    if saved or run_folder.is_complete(output):
+        raise UserError(
+            f"{output}: has saved step {saved or 'its last'}, and no checkpoint is in {output / 'checkpoints'}; put "
+            "them back, or start a new run in another folder"
+        )
+    start = output / START
+    return (start, read_marker(start)[0]) if start.exists() else None
 
 
 def go_on(run: Run) -> Run:
@@ -220,22 +248,19 @@ def go_on(run: Run) -> Run:
     Raises:
         UserError: the model, the text or a key that the run keeps is another; nothing has been written then.
     """
-    config, output, stored = run.config, run.output, load_config(run.output)
-    step, then, kept = 0, stored, stored.history
-    if run.start is not None:
-        step, then = run.start[1].progress.step, run.start[1].config
-        kept = [
-            change for change in stored.history if change.step < step
-        ]  # what was changed at this step is found anew
+    config, output, then = run.config, run.output, run.start[1]
+    step = then.progress.step
     if step > config.train.steps:
         raise UserError(
             f"--train.steps {config.train.steps}: the run has done {step} already; give at least as many, or go on "
             "from an earlier checkpoint with --from_step"
         )
-    found = changes(then, config, step=step)
+    found = changes(then.config, config, step=step)
     check_unchanged(run)
     for change in found:
         say(f"changed: {change.key} {change.before} -> {change.after}; {MAY_CHANGE[change.key]}")
+    # What was changed at this step itself is found anew.
+    kept = [change for change in load_config(output).history if change.step < step]
     config = dataclasses.replace(config, history=kept + found)
     for aside in set_aside_after(output, step):
         say(f"a checkpoint beyond step {step} is kept as {run_folder.shown(aside)}")

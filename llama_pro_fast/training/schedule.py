@@ -40,7 +40,10 @@ def settle_schedule(optim: OptimConfig, steps: int) -> OptimConfig:
     """
     warmup = round(0.06 * steps) if optim.warmup_steps is None else optim.warmup_steps
     if warmup > steps:
-        raise UserError(f"--optim.warmup_steps {warmup}: longer than the run of {steps} steps; shorten it")
+        raise UserError(
+            f"--optim.warmup_steps {warmup}: longer than the run of {steps} steps; make the run longer or, before its "
+            "start, the warm-up shorter"
+        )
     decay = min(round(0.2 * steps), steps - warmup) if optim.decay_steps is None else optim.decay_steps
     if optim.schedule == "wsd" and warmup + decay > steps:
         raise UserError(

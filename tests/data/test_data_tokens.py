@@ -473,7 +473,7 @@ def test_training_documents_are_named_by_source_number_and_beginning(tmp_path, t
     config = DataConfig(domain=sources, held_out=0.2, cache=str(tmp_path / "cache"))
     corpus = Corpus.prepare(config, tokenizer, seq_len=64, seed=0, default_general=False)
     count = corpus.train.sequences_in_epoch(0)
-    found = corpus.documents(0, count, tokenizer, limit=10**6)
+    found = corpus.documents([(0, count)], tokenizer, limit=10**6)
     known = set()
     for name in texts:
         train = next(text for text in corpus.held_out if text.source.name == name).store.train
@@ -486,5 +486,5 @@ def test_training_documents_are_named_by_source_number_and_beginning(tmp_path, t
     assert len(found) == len(set(found)) > 10
     assert any(text.startswith("law") and '"first line [31m word' in text for text in found)
     assert any("医" * 60 + "…" in text for text in found)
-    assert corpus.documents(0, count, tokenizer, limit=3) == [*found[:3], f"and {len(found) - 3} more"]
-    assert corpus.documents(0, count, tokenizer, limit=len(found)) == found
+    assert corpus.documents([(0, count)], tokenizer, limit=3) == [*found[:3], f"and {len(found) - 3} more"]
+    assert corpus.documents([(0, count)], tokenizer, limit=len(found)) == found

@@ -121,8 +121,8 @@ def test_too_many_in_a_row_end_the_run_and_no_checkpoint_is_given_up_for_them(ma
             run_training(config)
     run = tmp_path / "run"
     assert [folder.name for folder in complete_checkpoints(run)] == ["step-000001", "step-000002"]
-    assert "go on from step 2 with a lower one: " in str(caught.value)
-    assert "(--from_step 1 takes an earlier checkpoint)" in str(caught.value)
+    # The weights of step 2 may be what is bad: the one before is advised for a rate that is too high.
+    assert f"--output {run} --resume --from_step 1 --optim.lr 0.0001" in str(caught.value)
     with pytest.MonkeyPatch.context() as patch:
         always_bad(patch, after=0)
         with pytest.raises(UserError, match="step 6: 4 steps in a row"):

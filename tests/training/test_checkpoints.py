@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -93,9 +94,33 @@ def nested(folder: Path) -> None:
     (folder / "COMPLETE").write_text("[" * 100_000)
 
 
+def a_pipe(folder: Path) -> None:
+    (folder / "COMPLETE").unlink()
+    os.mkfifo(folder / "COMPLETE")
+
+
+def forged(folder: Path) -> None:
+    """Made by somebody who can count a digest, of another form."""
+    content = json.loads((folder / "COMPLETE").read_text())
+    content["log"]["unlogged"] = ["x"]
+    content["digest"] = marker._own_digest({key: value for key, value in content.items() if key != "digest"})
+    (folder / "COMPLETE").write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     "damage",
-    [emptied, cut, lost, of_another_step, with_the_marker_of_another, with_one_file_more, without_words, nested],
+    [
+        a_pipe,
+        forged,
+        emptied,
+        cut,
+        lost,
+        of_another_step,
+        with_the_marker_of_another,
+        with_one_file_more,
+        without_words,
+        nested,
+    ],
 )
 def test_a_damaged_checkpoint_is_named_with_the_whole_one_before_it(damage, a_run, tmp_path, cli):
     folder = complete_checkpoints(a_run)[-1]
@@ -166,7 +191,7 @@ def test_what_is_not_named_as_a_checkpoint_is_left_alone(make_config, a_run, cli
     (place / "step-notes").mkdir()
     (place / "step-notes" / "notes.txt").write_text("mine")
     (place / "step-000099").write_text("a file")
-    (place / "step-000007").symlink_to(place / "step-notes")
+    (place / "step-000007").symlink_to(place / "step-notes")  # what it leads to is no checkpoint
     (place / "step-００００１２").mkdir()  # digits, but not ASCII's
     kept = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.parent.name != "step-000006"}
     kept = {path: time for path, time in kept.items() if "step-000004" not in str(path) and path.name != "step-000006"}

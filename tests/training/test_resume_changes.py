@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -50,7 +51,7 @@ def stopped_once(config_at, tmp_path_factory) -> Path:
 @pytest.fixture
 def stopped(stopped_once, tmp_path) -> Path:
     """A run of 4 steps, saved at its second, that the test may go on with."""
-    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
+    return Path(shutil.copytree(stopped_once, tmp_path / "stopped"))
 
 
 def test_a_rate_changed_on_the_command_line_is_said_stored_and_used(stopped, cli):
@@ -198,6 +199,107 @@ def test_a_finished_run_is_prolonged_by_steps_or_by_tokens(a_run, cli, finished)
     assert [row["loss"] for row in rows(a_run, "train")][:6] == before
 
 
+def test_what_hangs_on_a_key_edited_by_hand_follows_it(a_run, stopped, cli):
+    """As on the command line: another length in tokens is another number of steps, another memory another plan."""
+    edit(a_run, "train", tokens=1024.0)
+    assert cli(train_main, "--output", a_run, "--resume", "auto")[0] == 0
+    assert load_config(a_run).train.steps == 8
+    edit(stopped, "train", memory=2.0)
+    assert cli(train_main, "--output", stopped, "--resume")[0] == 0
+    assert load_config(stopped).train.micro_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("history", [{"step": "x", "key": "optim.lr", "before": 1, "after": 2}], "history"),
+        ("history", [{"step": 1}], "history"),
+        ("history", [5], "history"),
+        ("train", {"stepz": 3}, "no key stepz"),
+        ("optim", {"lr": 10**400}, "optim.lr"),
+        ("data", {"domain": [{"path": "x", "weight": "abc"}]}, "weight"),
+        ("data", {"domain": [{"path": 5}]}, "path"),
+    ],
+)
+def test_an_odd_config_is_one_line(section, values, said, stopped, cli):
+    raw = yaml.safe_load((stopped / "config.yaml").read_text())
+    raw[section] = raw[section] | values if isinstance(values, dict) else values
+    (stopped / "config.yaml").write_text(yaml.safe_dump(raw))
+    code, _, err = cli(train_main, "--output", stopped, "--resume")
+    cli.refused(code, err, "config.yaml", said)
+
+
+# -- before the first checkpoint, and without one ------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(make_config, tmp_path) -> Path:
+    """A run that was stopped before it had anything to save."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(1, patch)
+        with pytest.raises(Stopped):
+            run_training(make_config(train={"steps": 4, "checkpoint_every": None}))
+    return tmp_path / "run"
+
+
+def test_before_its_first_checkpoint_a_run_knows_what_it_was_begun_with(begun, cli):
+    config, weights = begun / "expanded" / "config.json", begun / "expanded" / "model.safetensors"
+    whole = config.read_text(), weights.read_bytes()
+    raw = json.loads(whole[0])
+    config.write_text(json.dumps(raw | {"rope_parameters": raw["rope_parameters"] | {"rope_theta": 500.0}}))
+    code, _, err = cli(train_main, "--output", begun, "--resume")
+    cli.refused(code, err, "is not the model", "rope_theta")
+    config.write_text(whole[0])
+    weights.write_bytes(whole[1][:-1] + bytes([whole[1][-1] ^ 1]))
+    code, _, err = cli(train_main, "--output", begun, "--resume")
+    cli.refused(code, err, "is not the model", "weights")
+    weights.write_bytes(whole[1])
+    edit(begun, "expand", groups=4)
+    code, _, err = cli(train_main, "--output", begun, "--resume")
+    cli.refused(code, err, "expand.groups")
+    edit(begun, "expand", groups=2)
+    code, out, _ = cli(train_main, "--output", begun, "--resume", "--optim.lr", "0.004")
+    assert (code, "no checkpoint yet: starting from the first step" in out) == (0, True)
+    assert [(change.step, change.after) for change in load_config(begun).history] == [(0, 0.004)]
+
+
+def test_checkpoints_that_are_gone_are_missed(a_run, stopped, cli, tmp_path):
+    """Nothing is started anew over a run that has saved; links to its checkpoints do."""
+    (stopped / "checkpoints").rename(tmp_path / "elsewhere")
+    before = (stopped / "metrics.jsonl").read_bytes()
+    code, _, err = cli(train_main, "--output", stopped, "--resume", "auto")
+    cli.refused(code, err, "has saved step 2", "put them back")
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+    (stopped / "checkpoints").mkdir()
+    (stopped / "checkpoints" / "step-000002").symlink_to(tmp_path / "elsewhere" / "step-000002")
+    edit(stopped, "train", keep_checkpoints=1)
+    assert cli(train_main, "--output", stopped, "--resume")[0] == 0
+    assert (tmp_path / "elsewhere" / "step-000002" / "COMPLETE").exists(), "what a link leads to was deleted"
+
+
+# -- the last step -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_cut_to_end_between_evaluations_is_measured_there(a_run, cli, read_back):
+    arguments = ["--output", a_run, "--resume", "--from_step", "4", "--train.steps", "4"]
+    code, _, err = cli(train_main, *arguments)
+    assert code == 0, err
+    assert [row["step"] for row in rows(a_run, "eval") if row["role"] == "domain"] == [0, 3, 4]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\n" * 5])
+def test_without_its_metrics_a_run_still_comes_to_its_end(content, a_run, cli, read_back):
+    (a_run / "report" / "summary.json").unlink()
+    (a_run / "metrics.jsonl").unlink()
+    if content:
+        (a_run / "metrics.jsonl").write_bytes(content)
+    code, _, err = cli(train_main, "--output", a_run, "--resume")
+    assert code == 0, err
+    summary = json.loads((a_run / "report" / "summary.json").read_text())
+    assert [row["before"] for row in summary["results"]] == [None, None]
+    assert summary["export_check"]["equal"] > 0
+
+
 def test_both_lengths_at_once_are_refused(a_run, cli):
     code, _, err = cli(train_main, "--output", a_run, "--resume", "--train.steps", "8", "--train.tokens", "1280")
     cli.refused(code, err, "both set the length")
@@ -205,9 +307,10 @@ def test_both_lengths_at_once_are_refused(a_run, cli):
 
 def test_a_run_of_a_gpu_goes_on_without_one(stopped, cli, monkeypatch):
     """The stored device is not here: one line names the way on, which works; what was chosen for it is chosen anew."""
-    raw = yaml.safe_load((stopped / "config.yaml").read_text())
-    raw["train"] |= {"device": "cuda", "attention": "flash", "memory": 70.0, "threads": 16}
-    (stopped / "config.yaml").write_text(yaml.safe_dump(raw))
+    gpu = {"device": "cuda", "attention": "flash", "memory": 70.0, "threads": 16}
+    edit(stopped, "train", **gpu)
+    (folder,) = complete_checkpoints(stopped)
+    checkpoint.restate(folder, dataclasses.replace(read_info(folder), config=load_config(stopped)))
     code, _, err = cli(train_main, "--output", stopped, "--resume")
     cli.refused(code, err, "PyTorch sees no GPU here", "--train.device cpu")
     code, _, err = cli(train_main, "--output", stopped, "--resume", "--train.device", "cpu")
