@@ -38,7 +38,7 @@ from llama_pro_fast.runs.marker import read_info
 from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.training.run import run_training
 
-NOT_REPEATABLE = {"tokens_per_second", "peak_memory_gib", "seconds"}
+NOT_REPEATABLE = {"tokens_per_second", "peak_memory_gib", "peak_share", "seconds", "data_seconds"}
 """Keys of metrics.jsonl that tell of this execution and not of the training."""
 
 
@@ -118,6 +118,7 @@ def metrics(output: Path) -> dict[tuple, dict[str, Any]]:
     return {
         (row["kind"], row["step"], row.get("source")): {k: v for k, v in row.items() if k not in NOT_REPEATABLE}
         for row in read_metrics(output)
+        if row["kind"] in ("train", "eval")
     }
 
 

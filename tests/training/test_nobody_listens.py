@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -12,11 +11,10 @@ from pathlib import Path
 
 import forked
 import pytest
+import streams
 
 from llama_pro_fast.config import options
 from llama_pro_fast.console import say, unheard
-from llama_pro_fast.evaluation import export_check
-from llama_pro_fast.reporting import summary
 from llama_pro_fast.runs.metrics import read_metrics
 
 
@@ -26,32 +24,11 @@ def words(config) -> list[str]:
     return ["train", *(word for key, value in given for word in (f"--{key}", str(value)))]
 
 
-def with_streams(how: str, argv: list[str]) -> None:
-    """Run the command line in a process whose streams are as a shell would have left them, and know only ASCII.
-
-    What takes longest at the end of a run is left out.
-    """
-    summary.draw_loss = lambda *_, **__: None
-    export_check.available_memory = lambda: 0
-    read, write = os.openpty() if how == "terminal gone" else os.pipe()
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if how == "missing":
-            setattr(sys, name, None)  # as the interpreter does, should it find them closed
-            os.close(number)
-        else:
-            os.dup2(write, number)
-            stream = io.BufferedWriter(io.FileIO(number, "w"))
-            setattr(sys, name, io.TextIOWrapper(stream, "ascii", line_buffering=name == "stderr"))
-    if how == "missing":
-        sys.__stdout__ = sys.__stderr__ = None
-    os.close(write)
-    os.close(read)
-    forked.typed(["llama-pro-fast", *argv])
-
-
 @pytest.mark.parametrize("how", ["reader gone", "terminal gone", "missing"])
 def test_a_run_whose_output_is_gone_is_like_any_other(make_config, tmp_path, how):
-    process = forked.start(with_streams, how, words(make_config(train={"steps": 3})), screen=tmp_path / "screen.txt")
+    process = forked.start(
+        streams.typed_with, how, words(make_config(train={"steps": 3})), screen=tmp_path / "screen.txt"
+    )
     process.join()
     screen = (tmp_path / "screen.txt").read_text()
     assert (process.exitcode, screen) == (0, "")
@@ -63,7 +40,7 @@ def test_a_run_whose_output_is_gone_is_like_any_other(make_config, tmp_path, how
 @pytest.mark.parametrize("how", ["reader gone", "terminal gone", "missing"])
 def test_an_error_that_nobody_hears_of_keeps_its_exit_code(tmp_path, how):
     argv = ["train", "--output", str(tmp_path / "run"), "--resume"]
-    process = forked.start(with_streams, how, argv, screen=tmp_path / "screen.txt")
+    process = forked.start(streams.typed_with, how, argv, screen=tmp_path / "screen.txt")
     process.join()
     assert (process.exitcode, (tmp_path / "screen.txt").read_text()) == (2, "")
 

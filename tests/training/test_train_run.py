@@ -259,7 +259,7 @@ def test_a_resumed_run_says_when_the_measured_text_has_changed(make_config, stop
     stopped_at_2(make_config(data={"general": str(general)}, train={"steps": 3}))
     general.write_text(general.read_text().upper())
     summary = run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
-    assert "the held-out text has changed" in capsys.readouterr().out
+    assert "another text is measured than before" in capsys.readouterr().out
     # Before and after are of the new text: its base loss is one figure, and not the old text's.
     (result,) = (row for row in summary["results"] if row["role"] == "general")
     assert (result["before"]["step"], result["after"]["step"]) == (2, 3)
