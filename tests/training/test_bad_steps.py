@@ -51,8 +51,8 @@ def bad_document(monkeypatch, texts, tokenizer) -> str:
 
 def test_one_bad_document_does_not_end_a_run_and_is_named(make_config, bad_document, tmp_path, capsys):
     """All of the text once and more: the document comes, its step is left out, the run goes to its end by itself."""
-    config = make_config(train={"steps": 40, "log_every": 4, "checkpoint_every": None}, eval={"every": 40})
-    assert run_training(config)["steps"] == 40
+    config = make_config(train={"steps": 30, "log_every": 4, "checkpoint_every": None}, eval={"every": 30})
+    assert run_training(config)["steps"] == 30
     run, said = tmp_path / "run", capsys.readouterr().out
     skipped = rows(run, "skipped")
     assert 1 <= len(skipped) <= 4
@@ -68,12 +68,12 @@ def test_one_bad_document_does_not_end_a_run_and_is_named(make_config, bad_docum
     (name,) = [name for name in checkpoint.stored_tensors(folder) if name.endswith("blocks.2.o_proj.weight.step")]
     count = {name: torch.zeros(())}
     checkpoint.load(folder, count)
-    assert count[name] == 40 - len(skipped)
+    assert count[name] == 30 - len(skipped)
 
 
 def test_it_is_the_same_after_a_resume(make_config, bad_document, tmp_path):
     """Stopped just behind the bad step, between two rows of the log."""
-    settings = {"train": {"steps": 40, "log_every": 7, "checkpoint_every": None}, "eval": {"every": 40}}
+    settings = {"train": {"steps": 16, "log_every": 7, "checkpoint_every": None}, "eval": {"every": 40}}
     run_training(make_config(**settings, output=str(tmp_path / "whole")))
     bad = rows(tmp_path / "whole", "skipped")[0]["step"]
     with pytest.MonkeyPatch.context() as patch:

@@ -59,9 +59,7 @@ def shell(line: str) -> subprocess.CompletedProcess:
     [
         ("| true; exit ${PIPESTATUS[0]}", 141, ""),
         ("> /dev/full", 2, "llama-pro-fast: error: stdout cannot be written: No space left on device; free space"),
-        (">&-", 0, ""),
-        (">&- 2>&-", 0, ""),
-        ("<&- > /dev/null", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
     ],
 )
 def test_what_is_only_words_says_where_they_could_not_go(redirections, code, said):
@@ -72,15 +70,7 @@ def test_what_is_only_words_says_where_they_could_not_go(redirections, code, sai
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "redirections",
-    [
-        "| head -5 > /dev/null; exit ${PIPESTATUS[0]}",
-        "2>&1 | true; exit ${PIPESTATUS[0]}",
-        "> /dev/full 2>&1",
-        ">&- 2>&- <&-",
-    ],
-)
+@pytest.mark.parametrize("redirections", ["2>&1 | true; exit ${PIPESTATUS[0]}", ">&- 2>&- <&-"])
 def test_a_run_from_a_shell_with_nobody_there(make_config, tmp_path, redirections):
     done = shell(f"LPF {shlex.join(words(make_config()))} {redirections}")
     assert done.returncode == 0, done.stderr
