@@ -22,6 +22,7 @@ from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.recipe import OF_PLAN, parse
 from llama_pro_fast.resume import load_config
+from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.train import main as train_main
 from llama_pro_fast.training import model_folder, settle
 from llama_pro_fast.training.run import run_training
@@ -100,6 +101,14 @@ def test_the_process_is_made_deterministic_before_a_backend_is_chosen(make_confi
 def test_a_limit_of_memory_is_stored_as_it_was_given(make_config, tmp_path):
     run_training(make_config(train={"memory": 0.004, "steps": 1}))
     assert load_config(tmp_path / "run").train.memory == 0.004
+
+
+def test_a_short_run_measures_no_more_than_it_trains(make_config, tmp_path):
+    run_training(make_config(train={"steps": 8}, eval={"every": None, "tokens": None}))
+    steps = {row["step"] for row in read_metrics(tmp_path / "run") if row["kind"] == "eval"}
+    texts, tokens = 2, load_config(tmp_path / "run").eval.tokens
+    assert tokens >= 32
+    assert len(steps) * texts * tokens <= 8 * 4 * 32
 
 
 # -- what trains ---------------------------------------------------------------------------------------------------
