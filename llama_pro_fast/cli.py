@@ -22,6 +22,7 @@ PROGRAM = "llama-pro-fast"
 VERBS = {
     "plan": "what a run will need in memory and cost, from the model's config alone",
     "expand": "insert identity copies of decoder blocks into a Llama-family checkpoint",
+    "prepare": "tokenise the text of a run, once, with all CPUs, and say what is in it",
     "train": "train the new blocks of an expanded checkpoint on a domain",
     "report": "one page about runs, also while they are going on: curves, what was learned and forgotten",
     "export": "write a run's model as an ordinary Hugging Face checkpoint",

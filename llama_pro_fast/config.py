@@ -32,7 +32,7 @@ GIBIBYTES = Bounds(lambda value: 0 < value < 2**30, "is not a number of GiB abov
 NOT_BELOW_0 = Bounds(lambda value: 0 <= value < math.inf, "is not a number from 0 up")
 BELOW_1 = Bounds(lambda value: 0 <= value < 1, "is not between 0 and 1 (1 excluded)")
 RATIO = Bounds(lambda value: 0 <= value <= 1, "is not between 0 and 1")
-BETWEEN_0_AND_1 = Bounds(lambda value: 0 < value < 1, "is not between 0 and 1; 0.02 keeps every 50th document")
+BETWEEN_0_AND_1 = Bounds(lambda value: 0 < value < 1, "is not between 0 and 1 (both excluded)")
 
 
 LARGEST_NUMBER = sys.float_info.max
@@ -82,16 +82,26 @@ class Source:
     """One place text comes from."""
 
     path: str
-    """A .jsonl, .txt or .parquet file, a folder of them, or `stdlib:code` / `stdlib:prose`."""
+    """A file, a folder, a pattern such as `crawl/*.jsonl.gz`, a data set of the hub, an address that fsspec opens
+    (`s3://...`), or `stdlib:code` / `stdlib:prose`."""
 
-    weight: float | None = None
-    """How often this source's tokens count in an epoch. Default: 1 for `domain`; 0 for `general`, which is then only
-    measured. A general source with a weight is replayed in training."""
+    weight: float | None = number(None, NOT_BELOW_0)
+    """How often each document stands in an epoch: at 1.5 once, and every other one a second time. Default: 1 for
+    `domain`; 0 for `general`, which is then only measured."""
+
+    share: float | None = number(None, BETWEEN_0_AND_1)
+    """Instead of a weight: this source's share of the tokens of every step."""
 
     text: str = "text"
-    """The column that holds the text (jsonl, parquet)."""
+    """The column that holds the text (jsonl, json, csv, parquet, arrow)."""
+
+    subset: str | None = None
+    """Of a data set of the hub: its subset (configuration)."""
 
     split: str | None = None
+    """Of a data set of the hub, or of a folder that holds several splits: which one; by default `train`."""
+
+    split_by: str | None = None
     """A column whose value decides whether a row trains or is held out, so that rows of one value (a repository, a
     book) are never on both sides. Default: the row's text."""
 
@@ -109,8 +119,27 @@ class DataConfig:
     general: str | list[Source] | None = None
     """What not to forget: a path, or a list of sources. Without one the built-in prose (`stdlib:prose`) is measured."""
 
+    replay: float = number(0.0, BELOW_1)
+    """Share of the tokens of every step that comes from the general sources, which are then trained on too."""
+
+    packing: Literal["best_fit", "concat"] = "best_fit"
+    """`best_fit` cuts no document that fits a sequence; `concat` lays documents end to end and cuts every sequence."""
+
     held_out: float = number(0.02, BETWEEN_0_AND_1)
     """Share of the documents kept out of training for evaluation, chosen by a hash of the document."""
+
+    max_bad_share: float = number(0.01, RATIO)
+    """Rows that cannot be read are left out and counted; more than this share of a source's rows is refused."""
+
+    drop_duplicates: bool = False
+    """Leave out the documents of a source that repeat one before them, character for character."""
+
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What the names of control tokens are where they stand in a text: `text`, or the `tokens` themselves. The
+    end-of-text token's name ends a document in both."""
+
+    workers: int | None = number(None, THREADS)
+    """Processes that tokenise; by default one for each CPU."""
 
     cache: str | None = None
     """Where tokens are kept between runs; by default `llama-pro-fast` in the user's cache folder."""
@@ -259,6 +288,7 @@ MAY_STAY_OPEN = (
     "expand.after",
     "data.general",
     "data.cache",
+    "data.workers",
     "train.tokens",
     "train.checkpoint_every",
     "train.wandb",

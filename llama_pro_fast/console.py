@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -109,11 +110,24 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
 
 
+LOG_SECONDS = 60.0
+"""In a log, which keeps what it is told, a wait is heard of once in so many seconds."""
+
+
 @contextmanager
 def waiting(text: str) -> Iterator[Callable[[str], None]]:
-    """A line that is gone when the wait is over, and a function that changes it; nothing where nobody would see it."""
+    """A line that is gone when the wait is over, and a function that changes it; in a log a line a minute."""
+    said = time.monotonic()
+
+    def update(text: str) -> None:
+        nonlocal said
+        status.update(text)
+        if not console.is_terminal and time.monotonic() - said >= LOG_SECONDS:
+            say(text)
+            said = time.monotonic()
+
     with console.status(text) as status:
-        yield status.update
+        yield update
 
 
 def box(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -18,10 +18,10 @@ import yaml
 from base_text import DOCUMENT, HELD_OUT, Package, Text, cleaned, download, packages, texts
 
 from llama_pro_fast.config import DataConfig, Source
-from llama_pro_fast.data.documents import Document, is_held_out
-from llama_pro_fast.data.sources import iterate_documents, resolve_sources
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.recipe import RECIPES
+from llama_pro_fast.text.documents import Document, is_held_out
+from llama_pro_fast.text.sources import iterate_documents, resolve_sources
 
 LICENSES = {"MIT", "BSD-2-Clause", "BSD-3-Clause", "Apache-2.0", "PSF-2.0"}
 MODULES = [f"module{number}" for number in range(100)]
@@ -296,7 +296,7 @@ def test_the_file_is_rows_that_a_source_split_by_module_reads(collect, tmp_path,
     path = tmp_path / "out.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert {frozenset(row) for row in rows} == {frozenset({"text", "module", "package", "license", "path"})}
-    source = resolve_sources(DataConfig(domain=[Source(path=str(path), split="module")]))[0]
+    source = resolve_sources(DataConfig(domain=[Source(path=str(path), split_by="module")]))[0]
     assert [document.split_key for document in iterate_documents(source)] == [row["module"] for row in rows]
     assert {row["module"] for row in rows} == {HELD_OUT_MODULE, TRAINED_MODULE}
 

@@ -29,11 +29,11 @@ import yaml
 
 from llama_pro_fast.cli import ArgumentParser, run_entry_point
 from llama_pro_fast.console import amount, say
-from llama_pro_fast.data.documents import is_held_out
-from llama_pro_fast.data.stdlib import prose_documents, stdlib_files
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line, writing_to
 from llama_pro_fast.hf.config import ASSETS
+from llama_pro_fast.text.documents import is_held_out
+from llama_pro_fast.text.stdlib import prose_documents, stdlib_files
 
 HELD_OUT = 0.1
 """Share of the modules that no base or run of this package trains on; the recipes say the same number."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from llama_pro_fast.config import DataConfig
-from llama_pro_fast.data.packing import HeldOutSample, PackedDataset
-from llama_pro_fast.data.sources import ResolvedSource, resolve_sources
-from llama_pro_fast.data.tokens import TokenStore, tokenize_source
+from llama_pro_fast.console import amount, duration
+from llama_pro_fast.data.dataset import Mixed, PackedDataset
+from llama_pro_fast.data.sample import HeldOutSample
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.text.preparing import default_cache, tokenize_source
+from llama_pro_fast.text.sources import ResolvedSource, resolve_sources
+from llama_pro_fast.text.store import TokenStore
 
 BEGINNING, BEGINNING_TOKENS = 60, 256
 """Characters of a document that name it, and tokens that hold so many in any script."""
@@ -49,13 +57,15 @@ class Corpus:
     """A run's text.
 
     Attributes:
-        train: every source that has a weight, packed.
+        train: every source that trains, packed.
+        mixed: every source and what of it trains; in the order of ``held_out``.
         held_out: every source's held-out side.
         fingerprint: changes when the order or the content of the training text does.
         measured: changes when the held-out text does.
     """
 
     train: PackedDataset
+    mixed: list[Mixed]
     held_out: list[HeldOut]
     fingerprint: str
     measured: str
@@ -68,34 +78,46 @@ class Corpus:
         *,
         seq_len: int,
         seed: int,
+        batch_size: int,
         default_general: bool,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Callable[[str], None] | None = None,
     ) -> Corpus:
         """Find the sources, tokenise what the cache does not hold, and set up the order.
 
         Args:
+            batch_size: sequences of a step, in each of which the sources have their shares.
             default_general: measure the built-in prose where the recipe names no general text.
-            progress: called with a source's name, documents and tokens written so far.
+            progress: told how far it is, in words.
 
         Raises:
-            UserError: a source is missing, unreadable, empty or too small.
+            UserError: a source is missing, unreadable, empty or too small, or the shares do not fit each other.
         """
-        held_out = []
-        for source in resolve_sources(config, default_general=default_general):
-
-            def report(documents: int, tokens: int, name: str = source.name) -> None:
-                if progress is not None:
-                    progress(name, documents, tokens)
-
-            store = tokenize_source(
-                source, tokenizer, held_out=config.held_out, cache_dir=config.cache, progress=report
+        cache = Path(config.cache).expanduser() if config.cache is not None else default_cache()
+        sources = resolve_sources(config, default_general=default_general)
+        stores = [
+            tokenize_source(
+                source,
+                tokenizer,
+                held_out=config.held_out,
+                special_tokens=config.special_tokens,
+                cache_dir=cache,
+                workers=config.workers,
+                max_bad_share=config.max_bad_share,
+                progress=_telling(source.name, progress or (lambda text: None)),
             )
-            held_out.append(HeldOut(source, store, seq_len))
-        train = PackedDataset([(text.store, text.source.weight) for text in held_out], seq_len=seq_len, seed=seed)
-        trained = [(text.store.key, text.source.weight) for text in held_out if text.source.weight > 0]
-        fingerprint = hashlib.sha256(repr((trained, seq_len, seed)).encode()).hexdigest()
-        measured = [(text.source.role, text.source.name, text.store.key) for text in held_out]
-        return cls(train, held_out, fingerprint, hashlib.sha256(repr(measured).encode()).hexdigest())
+            for source in sources
+        ]
+        mixed = mix(sources, stores, replay=config.replay, drop_duplicates=config.drop_duplicates)
+        packed = {"seq_len": seq_len, "seed": seed, "batch_size": batch_size, "packing": config.packing}
+        trained = [(each.store.key, each.weight, each.share) for each in mixed if each.trains]
+        measured = [(source.role, source.name, store.key) for source, store in zip(sources, stores, strict=True)]
+        return cls(
+            PackedDataset(mixed, **packed, cache=cache),
+            mixed,
+            [HeldOut(source, store, seq_len) for source, store in zip(sources, stores, strict=True)],
+            _digest([trained, sorted(packed.items()), config.drop_duplicates]),
+            _digest(measured),
+        )
 
     def documents(self, ranges: Iterable[tuple[int, int]], tokenizer, limit: int) -> list[str]:
         """The documents of some training sequences, for a person to find them.
@@ -104,28 +126,99 @@ class Corpus:
             ranges: (first, count) of sequences, counted from the start of the run.
 
         Returns:
-            At most ``limit`` texts like ``mine, document 17: "How it begins…"``, where 17 counts, from 1, the source's
-            documents that train; where there are more, one that says how many.
+            At most ``limit`` texts like ``mine, crawl.jsonl line 17: "How it begins…"``; where there are more, one that
+            says how many.
         """
         found = list(dict.fromkeys(each for first, count in ranges for each in self.train.documents(first, count)))
         texts = []
         for source, number in found[:limit]:
-            text, split = self.held_out[source], self.held_out[source].store.train
-            begin, end = split.offsets[number : number + 2].tolist()
-            tokens = split.tokens[begin : min(end, begin + BEGINNING_TOKENS)].tolist()
-            beginning = _one_line(tokenizer.decode(tokens, skip_special_tokens=True))
-            more = "…" if len(beginning) > BEGINNING or end > begin + BEGINNING_TOKENS else ""
-            texts.append(f'{text.source.name}, document {number + 1}: "{beginning[:BEGINNING].rstrip()}{more}"')
+            text, store = self.held_out[source], self.held_out[source].store
+            begin, length = store.extent(number)
+            beginning = _one_line(
+                tokenizer.decode(
+                    store.tokens(np.array([begin]), np.array([min(length, BEGINNING_TOKENS)])), skip_special_tokens=True
+                )
+            )
+            more = "…" if len(beginning) > BEGINNING or length > BEGINNING_TOKENS else ""
+            texts.append(f'{where(text, number)}: "{beginning[:BEGINNING].rstrip()}{more}"')
         return texts if len(found) <= limit else [*texts, f"and {len(found) - limit:,} more"]
 
     def description(self) -> str:
-        """Sources with their training tokens and weights, for a person."""
+        """Sources with their training tokens, weights and shares, and how well they are packed, for a person."""
         parts = []
-        for text in self.held_out:
-            if text.source.weight > 0:
-                times = "" if text.source.weight == 1 else f" x {text.source.weight:g}"
-                parts.append(f"{text.source.name} {text.store.train.num_tokens:,} tokens{times}")
+        for each in self.mixed:
+            if not each.trains:
+                continue
+            times = f", {each.share:.3g} of every step" if each.share is not None else ""
+            times = f" x {each.weight:g}" if each.weight not in (None, 1) else times
+            parts.append(f"{each.name} {each.num_tokens:,} tokens{times}")
         return "; ".join(parts)
+
+    def packing(self) -> str:
+        """How full the sequences are, and what stands in them without its beginning, for a person."""
+        return (
+            f"sequences {self.train.filled:.2%} full, {self.train.without_beginning:.1%} of the tokens in a piece "
+            "without its document's beginning"
+        )
+
+
+def mix(
+    sources: Sequence[ResolvedSource], stores: Sequence[TokenStore], *, replay: float, drop_duplicates: bool
+) -> list[Mixed]:
+    """What of each source trains.
+
+    Args:
+        replay: share of a step that the general sources have together; among them it is divided by their weights times
+            their tokens.
+    """
+    mixed = []
+    for source, store in zip(sources, stores, strict=True):
+        mask = ~repeated(store)[store.train.numbers] if drop_duplicates else None
+        weight = source.weight if source.share is None else None
+        mixed.append(Mixed(store=store, weight=weight, share=source.share, name=source.name, mask=mask))
+    if replay:
+        general = [n for n, source in enumerate(sources) if source.role == "general" and source.weight]
+        amounts = {n: mixed[n].weight * mixed[n].num_tokens for n in general}
+        for n in general:
+            share = replay * amounts[n] / sum(amounts.values())
+            mixed[n] = dataclasses.replace(mixed[n], weight=None, share=share)
+    return mixed
+
+
+def repeated(store: TokenStore) -> np.ndarray:
+    """Which of a source's documents repeat one before them, ``[documents]`` bool."""
+    first = np.zeros(len(store.digests), bool)
+    first[np.unique(store.digests, return_index=True)[1]] = True
+    return ~first
+
+
+def where(text: HeldOut, number: int) -> str:
+    """The place of a document of a source: ``mine, crawl.jsonl line 17``."""
+    file, line = text.store.place(number)
+    named = "" if Path(file).stem == text.source.name else f"{text.source.name}, "
+    return f"{named}{file} line {line:,}"
+
+
+def _telling(name: str, tell: Callable[[str], None]) -> Callable[[int, int, int, int, int], None]:
+    """A function that turns the counts of :func:`tokenize_source` into words."""
+    started, at_start = time.monotonic(), None
+
+    def progress(done: int, total: int, text: int, documents: int, tokens: int) -> None:
+        nonlocal at_start
+        at_start = done if at_start is None else at_start
+        seconds = time.monotonic() - started
+        speed = (done - at_start) / seconds if seconds > 0 else 0
+        pace = f", {text / seconds / 1e6:.1f} MB of text/s, {duration((total - done) / speed)} left" if speed else ""
+        tell(
+            f"tokenising {name}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB ({done / max(1, total):.0%}){pace}; "
+            f"{documents:,} documents, {amount(tokens)} tokens"
+        )
+
+    return progress
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _one_line(text: str) -> str:

@@ -12,11 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_pro_fast.data.corpus import HeldOut
-from llama_pro_fast.data.tokens import TokenSplit
-
-COUNTED_TOKENS, COUNTED_STRETCHES = 2**24, 256
-"""Training tokens counted at most, and in how many stretches spread over the store: a corpus may be of any size, and
-its beginning is one file's."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,8 @@ def references(text: HeldOut, tokenizer, *, vocab_size: int, max_tokens: int) ->
     if not text.store.train.num_tokens:
         return None
     sample = text.sample(max_tokens)
-    counts = _counts(text.store.train, vocab_size) + 1.0
+    counts = np.ones(vocab_size)
+    counts[: len(text.store.counts)] += text.store.counts
     nats = math.log(counts.sum()) - np.log(counts)
     documents = sample.documents()
     # Of a document's tokens all but the first are predicted.
@@ -54,15 +50,3 @@ def references(text: HeldOut, tokenizer, *, vocab_size: int, max_tokens: int) ->
         unigram_bits_per_byte=total / math.log(2) / sample.num_bytes if sample.num_bytes else None,
         gzip_bits_per_byte=8 * len(gzip.compress(written, 9)) / max(1, len(written)),
     )
-
-
-def _counts(split: TokenSplit, vocab_size: int) -> np.ndarray:
-    """How often each token stands where it is predicted, anywhere but first in a document, ``[vocab_size]``."""
-    total = split.num_tokens
-    length = total if total <= COUNTED_TOKENS else COUNTED_TOKENS // COUNTED_STRETCHES
-    counts = np.zeros(vocab_size, np.int64)
-    for begin in np.linspace(0, total - length, 1 if length == total else COUNTED_STRETCHES).astype(np.int64):
-        first, last = np.searchsorted(split.offsets[:-1], (begin, begin + length))
-        counts += np.bincount(split.tokens[begin : begin + length], minlength=vocab_size)
-        counts -= np.bincount(split.tokens[split.offsets[first:last]], minlength=vocab_size)
-    return counts

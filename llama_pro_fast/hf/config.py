@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 
@@ -47,12 +47,16 @@ COMPANION_PATTERNS = (
 )
 
 
-def resolve(path_or_id: str, *, weights: bool = True) -> Path:
+TOKENIZER_FILES = ["*.json", "*.jinja", *COMPANION_PATTERNS]
+WANTED = {"model": ["*.safetensors", *TOKENIZER_FILES], "tokenizer": TOKENIZER_FILES, "config": [CONFIG_FILE]}
+
+
+def resolve(path_or_id: str, *, wanted: Literal["model", "tokenizer", "config"] = "model") -> Path:
     """The local folder of a model: itself, one in the package (``builtin:name``), or the hub's snapshot of an id such
     as ``org/name``.
 
     Args:
-        weights: whether the hub is asked for more than config.json.
+        wanted: what the hub is asked for: everything, all but the weights, or config.json alone.
 
     Raises:
         UserError: neither a folder nor an id the hub gave us.
@@ -72,7 +76,7 @@ def resolve(path_or_id: str, *, weights: bool = True) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 path_or_id,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", *COMPANION_PATTERNS] if weights else CONFIG_FILE,
+                allow_patterns=WANTED[wanted],
                 # A second copy of the weights in a format of their authors' own.
                 ignore_patterns=["consolidated*", "original/*"],
             )
@@ -178,7 +182,7 @@ def find_config(path_or_id: str) -> tuple[dict[str, Any], Any]:
     if path_or_id in SHAPES and not os.path.isdir(path_or_id):
         shape = SHAPES[path_or_id]
         return shape, transformers.AutoConfig.for_model(**shape)
-    return read_config(resolve(path_or_id, weights=False) / CONFIG_FILE)
+    return read_config(resolve(path_or_id, wanted="config") / CONFIG_FILE)
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:

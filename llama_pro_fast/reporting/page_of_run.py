@@ -184,13 +184,19 @@ def _costs(run: Record) -> list[tuple[str, str]]:
 
 
 def _sources(run: Record) -> Html | None:
-    tokens = next((row["source_tokens"] for row in reversed(run.of_kind("train")) if row.get("source_tokens")), None)
+    last = next((row for row in reversed(run.of_kind("train")) if row.get("source_tokens")), {})
+    tokens, epochs = last.get("source_tokens"), last.get("source_epochs")
     if not isinstance(tokens, dict):
         return None
+    epochs = epochs if isinstance(epochs, dict) else {}
     counts = {str(name): value for name, count in tokens.items() if (value := number(count)) is not None}
     total = sum(counts.values())
-    rows = [[name, f"{count:,.0f}", f"{count / total:.1%}" if total else UNKNOWN] for name, count in counts.items()]
-    return table("", ["source", "tokens trained on", "share"], rows, words=1)
+    rows = []
+    for name, count in counts.items():
+        gone = number(epochs.get(name))
+        share = f"{count / total:.1%}" if total else UNKNOWN
+        rows.append([name, f"{count:,.0f}", share, UNKNOWN if gone is None else f"{gone:,.2f}"])
+    return table("", ["source", "tokens trained on", "share", "epochs"], rows, words=1)
 
 
 def _skipped(run: Record) -> Html | None:

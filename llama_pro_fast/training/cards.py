@@ -57,6 +57,7 @@ def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, pl
             ("trained", f"{amount(count)} of {amount(parameters)} parameters ({count / parameters:.1%})"),
             ("cost", f"{planned.cost.total / 1e9:.4g} GFLOP per token (causal attention, its backward 2x)"),
             ("text", corpus.description()),
+            ("packing", corpus.packing()),
             ("step", f"{train.batch_size} x {train.seq_len} = {train.batch_size * train.seq_len:,} tokens, "
                      f"{train.batch_size // train.micro_batch_size} micro-batches of {train.micro_batch_size}; "
                      f"{train.steps:,} steps, "

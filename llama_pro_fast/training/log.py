@@ -57,6 +57,7 @@ class Log:
         device_flops: what the device can do in a second; None where that is not known.
         sources: names of the texts.
         documents: ``(step, micro-batches) -> texts``: what is in some of a step's micro-batches, for people.
+        epochs: ``step -> numbers``: how often each text has been gone through after it.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Log:
         device_flops: float | None,
         sources: Sequence[str],
         documents: Callable[[int, list[int]], list[str]],
+        epochs: Callable[[int], Iterable[float]],
     ) -> None:
-        self.config, self.metrics, self.device, self.documents = config, metrics, device, documents
+        self.config, self.metrics, self.device = config, metrics, device
+        self.documents, self.epochs = documents, epochs
         self.tokens_per_step = config.train.batch_size * config.train.seq_len
         self.flops_per_token, self.device_flops = flops_per_token, device_flops
         self.first = done + 1
@@ -197,6 +200,11 @@ class Log:
             peak_share=share,
             peak_memory_gib=memory,
             source_tokens=self.source_tokens,
+            source_epochs={
+                name: round(float(epochs), 4)
+                for name, epochs in zip(self.sources, self.epochs(step), strict=True)
+                if name in self.source_tokens
+            },
         )
         left = (steps - step) * self.tokens_per_step
         eta = "–" if speed is None else duration(left / speed)

@@ -141,6 +141,7 @@ class _Loop:
             device_flops=peak_flops(run.device),
             sources=[text.source.name for text in run.corpus.held_out],
             documents=partial(_documents_of, run),
+            epochs=lambda step: run.corpus.train.epochs_seen(step * self.config.train.batch_size),
         )
         show_start(self.config, run.folder.config, run.trained, run.corpus, run.planned)
 

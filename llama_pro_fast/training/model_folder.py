@@ -13,16 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_pro_fast.config import RunConfig
 from llama_pro_fast.console import progress_bars, say
-from llama_pro_fast.data.sources import resolve_sources
-from llama_pro_fast.data.tokenizer import save_tokenizer, train_tokenizer
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
 from llama_pro_fast.expansion.rewrite import write_json
 from llama_pro_fast.files import new_folder
-from llama_pro_fast.hf.config import CONFIG_FILE, read_config, resolve, with_older_rope_keys
+from llama_pro_fast.hf.config import BUILTIN, CONFIG_FILE, read_config, resolve, with_older_rope_keys
 from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import check_tensors
 from llama_pro_fast.runs import run_folder
+from llama_pro_fast.text.sources import resolve_sources
+from llama_pro_fast.text.tokenizer import save_tokenizer, train_tokenizer
 from llama_pro_fast.training.export import export_run, trained_folder
 
 
@@ -78,6 +78,20 @@ def open_base(config: RunConfig) -> tuple[PretrainedFolder, ExpansionPlan | None
     if not config.expand.wanted:
         return base, None
     return base, ExpansionPlan.from_config(base.config.num_hidden_layers, config.expand)
+
+
+def text_side(config: RunConfig) -> PretrainedFolder:
+    """The model the recipe names, for its config and tokenizer: its weights need not be there.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return PretrainedFolder(resolve(config_of(config.model.path), wanted="tokenizer"))
+
+
+def is_packaged(path_or_id: str) -> bool:
+    """Whether the model is the one in the package."""
+    return path_or_id.startswith(BUILTIN)
 
 
 def existing(output: Path) -> PretrainedFolder | None:

@@ -6,6 +6,7 @@ Each line that is more than a step of the story lives in a module of its own.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -14,15 +15,17 @@ from typing import Any
 import torch
 
 from llama_pro_fast.config import RunConfig
-from llama_pro_fast.console import amount, say, unheard, waiting
+from llama_pro_fast.console import say, unheard, waiting
 from llama_pro_fast.data.corpus import Corpus
-from llama_pro_fast.data.tokens import default_cache
+from llama_pro_fast.data.remarks import remarks, untrained_tokens
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation.baselines import references
 from llama_pro_fast.evaluation.export_check import read_export_back, unchecked
 from llama_pro_fast.expansion.lineage import intact_bases
 from llama_pro_fast.expansion.manifest import what_trains
 from llama_pro_fast.files import writing_to
+from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.loading import EMBEDDING
 from llama_pro_fast.host import peak_memory_gib
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB
@@ -35,6 +38,8 @@ from llama_pro_fast.runs import run_folder
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, newest, set_aside_after
 from llama_pro_fast.runs.marker import START, CheckpointInfo, Progress, read_marker, write_marker
 from llama_pro_fast.runs.metrics import check_wandb, read_metrics
+from llama_pro_fast.text.preparing import default_cache
+from llama_pro_fast.text.tokenizer_checks import warnings
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.cards import show_end
 from llama_pro_fast.training.export import export_run
@@ -149,10 +154,9 @@ def _run(
                 tokenizer,
                 seq_len=config.train.seq_len,
                 seed=config.train.seed,
+                batch_size=config.train.batch_size,
                 default_general=not trained.everything,
-                progress=lambda name, documents, tokens: update(
-                    f"tokenising {name}: {documents:,} documents, {amount(tokens)} tokens"
-                ),
+                progress=update,
             )
         question = question_of(config, base, trained, plan, document=corpus.train.mean_document)
         found = (
@@ -167,6 +171,8 @@ def _run(
             sequences_in_epoch=corpus.train.sequences_in_epoch(0),
             sources=len(corpus.held_out),
         )
+        if not resume:
+            say_remarks(config, corpus, tokenizer, folder or base)
         if not has_plan:
             say(f"memory: {why(question, found)}")
         for text in corpus.held_out:
@@ -183,8 +189,7 @@ def _run(
             from_step=from_step,
         )
         if not resume:
-            sources = [text.source.path for text in corpus.held_out if text.source.kind == "files"]
-            run_folder.check_apart(output, sources, config.data.cache or default_cache())
+            run_folder.check_apart(output, local_paths(corpus), config.data.cache or default_cache())
             run_folder.begin(config, output, overwrite=overwrite)
 
         # The model's folder: from here on only its manifest says which blocks train.
@@ -221,6 +226,28 @@ def _run(
                 write_marker(output / START, starting_info(run), {})
         done, ended = train(run, signals)
         return finish(run, done, ended)
+
+
+def say_remarks(config: RunConfig, corpus: Corpus, tokenizer: Any, base: PretrainedFolder) -> None:
+    """What a person should know of the text and the tokenizer before anything is trained."""
+    for line in warnings(tokenizer, base.path, base.config):
+        say(line)
+    for line in remarks(corpus, config.data, packaged_base=model_folder.is_packaged(config.model.path)):
+        say(line)
+    if config.model.init == "pretrained" and config.train.parameters != "all":
+        embedding = base.tensor(EMBEDDING).view(torch.uint8).numpy()
+        for line in untrained_tokens(corpus, embedding, tokenizer.convert_ids_to_tokens):
+            say(line)
+
+
+def local_paths(corpus: Corpus) -> list[str]:
+    """The files and folders of this machine that a corpus is read from."""
+    paths = []
+    for text in corpus.held_out:
+        given = os.path.expanduser(text.source.path)
+        files = [file.path for file in text.source.files if "://" not in file.path]
+        paths += [given] if os.path.exists(given) else files if text.source.kind == "files" else []
+    return paths
 
 
 def starting_point(output: Path, from_step: int | None) -> tuple[Path, CheckpointInfo] | None:

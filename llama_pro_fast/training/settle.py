@@ -36,13 +36,25 @@ def check_recipe(config: RunConfig) -> None:
     """
     if not config.output:
         raise UserError("--output: say where the run goes, for example --output runs/mine")
-    check_model(config)
-    if not config.data.domain:
-        raise UserError("--data.domain: say what to learn: a .jsonl, .txt or .parquet file or folder, or stdlib:code")
+    check_text(config)
     if config.optim.lr is None:
         raise UserError(
             "--optim.lr: there is no default, it depends on the base; the paper took 2e-4 for LLaMA-2-7B and 2e-5 for "
             "Mistral-7B, 5e-5 is a careful start for other bases, 1e-3 for a small model from scratch"
+        )
+
+
+def check_text(config: RunConfig) -> None:
+    """The part of :func:`check_recipe` that preparing the text needs too: a model, a text, every bound.
+
+    Raises:
+        UserError: naming the key and the remedy.
+    """
+    check_model(config)
+    if not config.data.domain:
+        raise UserError(
+            "--data.domain: say what to learn: a file, a folder or a pattern of text (jsonl, parquet, csv, txt, source "
+            "code), a data set of the hub, or stdlib:code"
         )
 
 

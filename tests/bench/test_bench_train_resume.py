@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 DRIVER = """
 import sys
 from dataclasses import replace
-from llama_pro_fast.data import stdlib
+from llama_pro_fast.text import stdlib
 every_file = stdlib.stdlib_files
 stdlib.stdlib_files = lambda kind: every_file(kind)[::40]
 import train_resume

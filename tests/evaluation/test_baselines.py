@@ -6,20 +6,18 @@ import gzip
 import json
 import math
 from collections import Counter
-from itertools import pairwise
 
-import numpy as np
 import pytest
 
 from llama_pro_fast.config import DataConfig, Source
 from llama_pro_fast.data.corpus import HeldOut
-from llama_pro_fast.data.documents import is_held_out
-from llama_pro_fast.data.sources import resolve_sources
-from llama_pro_fast.data.tokenizer import train_tokenizer
-from llama_pro_fast.data.tokens import TokenSplit, TokenStore, tokenize_source
-from llama_pro_fast.evaluation import baselines as module
 from llama_pro_fast.evaluation.baselines import references
 from llama_pro_fast.model.batch import IGNORE_INDEX
+from llama_pro_fast.text.documents import is_held_out
+from llama_pro_fast.text.preparing import tokenize_source
+from llama_pro_fast.text.sources import resolve_sources
+from llama_pro_fast.text.store import Side, TokenStore
+from llama_pro_fast.text.tokenizer import train_tokenizer
 
 SIZE = 290
 SHARE = 0.3
@@ -52,8 +50,8 @@ def predicted(text: HeldOut, max_tokens: int) -> list[int]:
     return [token for batch in batches for token in batch.labels.tolist() if token != IGNORE_INDEX]
 
 
-def documents(side: TokenSplit) -> list[list[int]]:
-    return [side.tokens[a:b].tolist() for a, b in pairwise(side.offsets)]
+def documents(store: TokenStore, side: Side) -> list[list[int]]:
+    return [store.tokens(side.begins[n : n + 1], side.lengths[n : n + 1]).tolist() for n in range(side.num_documents)]
 
 
 def cuts(text: HeldOut) -> dict[str, int]:
@@ -66,7 +64,7 @@ def cuts(text: HeldOut) -> dict[str, int]:
 def test_the_unigram_loss_is_that_of_counting_by_hand(make, end):
     text, tokenizer = make()
     max_tokens = cuts(text)[end]
-    counts = Counter(token for document in documents(text.store.train) for token in document[1:])
+    counts = Counter(token for document in documents(text.store, text.store.train) for token in document[1:])
     total = counts.total() + SIZE
     nats = [-math.log((counts[token] + 1) / total) for token in predicted(text, max_tokens)]
     found = references(text, tokenizer, vocab_size=SIZE, max_tokens=max_tokens)
@@ -89,29 +87,6 @@ def test_the_frequencies_sum_to_one_over_the_models_vocabulary(make):
     losses = [references(text, tokenizer, vocab_size=size, max_tokens=ENOUGH).unigram_loss for size in (SIZE, 2 * SIZE)]
     tokens = text.store.train.num_tokens - text.store.train.num_documents  # a document's first is not predicted
     assert losses[1] - losses[0] == pytest.approx(math.log((tokens + 2 * SIZE) / (tokens + SIZE)), rel=1e-9)
-
-
-def test_of_a_large_training_side_stretches_from_all_over_are_counted(make, monkeypatch):
-    """Its files lie one after the other: one is all 5s here, the next all 6s."""
-    _, tokenizer = make()
-
-    def side(*rows: list[int]) -> TokenSplit:
-        offsets = np.cumsum([0, *map(len, rows)]).astype(np.int64)
-        return TokenSplit(
-            np.concatenate(rows).astype(np.uint16), offsets, np.array([len(row) for row in rows], np.int64)
-        )
-
-    train = side(*[[0] + [5] * 30] * 200, *[[0] + [6] * 30] * 200)
-    store = TokenStore(train, side([0, 5, 6, 5, 6, 5, 6]), num_skipped=0, key="")
-    text = HeldOut(None, store, seq_len=16)
-    whole = references(text, tokenizer, vocab_size=SIZE, max_tokens=ENOUGH).unigram_loss
-    assert whole == pytest.approx(-math.log((6000 + 1) / (12_000 + SIZE)), rel=1e-12)
-    monkeypatch.setattr(module, "COUNTED_TOKENS", 4096)
-    monkeypatch.setattr(module, "COUNTED_STRETCHES", 16)
-    some = references(text, tokenizer, vocab_size=SIZE, max_tokens=ENOUGH).unigram_loss
-    assert some == pytest.approx(whole, rel=0.1)
-    monkeypatch.setattr(module, "COUNTED_STRETCHES", 1)
-    assert references(text, tokenizer, vocab_size=SIZE, max_tokens=ENOUGH).unigram_loss > 1.5 * whole
 
 
 @pytest.mark.parametrize("end", ["all", "between documents"])

@@ -11,39 +11,31 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import in_memory_store, numbered
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llama_pro_fast.config import DataConfig, Source
 from llama_pro_fast.data.corpus import HeldOut
-from llama_pro_fast.data.packing import HeldOutSample
-from llama_pro_fast.data.sources import resolve_sources
-from llama_pro_fast.data.tokens import TokenSplit, TokenStore, tokenize_source
+from llama_pro_fast.data.sample import HeldOutSample
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation.held_out import evaluate
 from llama_pro_fast.model.batch import IGNORE_INDEX
+from llama_pro_fast.text.preparing import tokenize_source
+from llama_pro_fast.text.sources import resolve_sources
 
 quick = settings(deadline=None, max_examples=60)
 
 
-def held_out_store(documents: list[list[int]], num_bytes: list[int] | None = None) -> TokenStore:
-    tokens = np.array([token for document in documents for token in document], np.uint32)
-    offsets = np.cumsum([0] + [len(document) for document in documents]).astype(np.int64)
-    num_bytes = [4 * (len(document) - 1) for document in documents] if num_bytes is None else num_bytes
-    empty = TokenSplit(np.empty(0, np.uint32), np.zeros(1, np.int64), np.empty(0, np.int64))
-    return TokenStore(empty, TokenSplit(tokens, offsets, np.array(num_bytes, np.int64)), num_skipped=0, key="")
+def held_out_store(documents: list[list[int]], num_bytes: list[int] | None = None):
+    return in_memory_store(held_out=documents, num_bytes=num_bytes)
 
 
-def numbered(lengths: list[int]) -> list[list[int]]:
-    """Documents whose every token is a different number."""
-    counter = iter(range(10**6))
-    return [[next(counter) for _ in range(length)] for length in lengths]
-
-
-def order_of(store: TokenStore) -> list[int]:
+def order_of(store) -> list[int]:
     """First tokens of the documents in the order in which they are measured."""
     sample = HeldOutSample(store, seq_len=1, max_tokens=10**9)
-    firsts = set(store.held_out.tokens[store.held_out.offsets[:-1]].tolist())
+    begins = store.held_out.begins
+    firsts = set(store.tokens(begins, np.ones_like(begins)).tolist())
     return [id for batch in sample.batches(1) for id in batch.input_ids.tolist() if id in firsts]
 
 

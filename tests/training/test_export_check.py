@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_pro_fast.data.documents import is_held_out
-from llama_pro_fast.data.sources import iterate_documents, resolve_sources
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation import export_check
 from llama_pro_fast.evaluation.export_check import TIE, ExportCheck, compare_greedy, greedy, stock_greedy
@@ -22,6 +20,8 @@ from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.run_folder import first_free
+from llama_pro_fast.text.documents import is_held_out
+from llama_pro_fast.text.sources import iterate_documents, resolve_sources
 from llama_pro_fast.training import run as run_module
 from llama_pro_fast.training.run import run_training
 

@@ -144,7 +144,7 @@ def meter(finished, make_config, tokenizer):
     config = make_config()
     trained = Trained(6, (2, 5))
     model = load_model(PretrainedFolder(finished / "export"), trained=trained, max_length=32, attention="reference")
-    corpus = Corpus.prepare(config.data, tokenizer, seq_len=32, seed=0, default_general=True)
+    corpus = Corpus.prepare(config.data, tokenizer, seq_len=32, seed=0, batch_size=4, default_general=True)
     return Meter(model, corpus, config, Rows(), trained)
 
 

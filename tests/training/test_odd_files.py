@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_pro_fast.config import DataConfig
-from llama_pro_fast.data.sources import resolve_sources
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.hf.config import find_config
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES, num_not_finite, read_header
 from llama_pro_fast.plan import main as plan_main
+from llama_pro_fast.text.sources import resolve_sources
 
 LONG = "x" * 300
 
@@ -232,7 +232,7 @@ def test_pipes_are_refused_by_plan_and_train(both_refuse, refused, model, tmp_pa
         ("output", "dangling", "File exists; something is in the way"),
         ("output", "circle", "something is in the way"),
         ("output", "circle/run", "links lead in a circle"),
-        ("data.cache", "file", "File exists; something is in the way"),
+        ("data.cache", "file", "Not a directory; something is in the way"),
         ("data.domain", LONG, "no such file or folder"),
         ("data.domain", f"{LONG}.jsonl", "no such file or folder"),
         ("data.domain", "~nobody-of-that-name/a.jsonl", "no such file or folder"),

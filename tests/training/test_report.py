@@ -277,7 +277,9 @@ def test_damaged_rows_are_left_out_and_said(made, report):
 def test_what_happened_is_told(made, report):
     rows = [
         metered(0, 3.0, first=True, first_base_loss=2.75, first_kl=0.0),
-        train_row(1, peak_share=0.5, data_seconds=0.5, source_tokens={"law": 3000, "web": 1000}),
+        train_row(
+            1, peak_share=0.5, data_seconds=0.5, source_tokens={"law": 3000, "web": 1000}, source_epochs={"law": 1.5}
+        ),
         {"kind": "save", "step": 1, "seconds": 2.0, "bytes": 3 * 2**30},
         {"kind": "skipped", "step": 2, "loss": None, "grad_norm": None, "documents": ['law, document 17: "a <b>"']},
         {"kind": "change", "step": 2, "key": "optim.lr", "before": 0.01, "after": 0.005},
@@ -290,7 +292,8 @@ def test_what_happened_is_told(made, report):
     not_finite = ["not finite", "not finite"]
     assert found.rows("step", "loss", "gradient norm", "documents") == [["2", *not_finite, 'law, document 17: "a <b>"']]
     assert found.rows("step", "what", "") == [["2", "changed on resume", "optim.lr: 0.01 → 0.005"]]
-    assert found.rows("source", "tokens trained on", "share") == [["law", "3,000", "75.0%"], ["web", "1,000", "25.0%"]]
+    columns = ("source", "tokens trained on", "share", "epochs")
+    assert found.rows(*columns) == [["law", "3,000", "75.0%", "1.50"], ["web", "1,000", "25.0%", "–"]]
     columns = ("text", "role", "first base", "now − first base", "KL(first base ‖ now)")
     assert found.rows(*columns) == [["web", "general", "2.7500", "+0.7500", "0.8750"]]
     assert found.facts["saving"] == "2 times, 3.0 s each (median), 4.0 s at most; 3.00 GiB"

@@ -17,7 +17,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_pro_fast.config import Source
-from llama_pro_fast.data import stdlib
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.expansion.manifest import Manifest
 from llama_pro_fast.export import main as export_main
@@ -30,6 +29,7 @@ from llama_pro_fast.reporting.summary import summarise
 from llama_pro_fast.resume import to_dict
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, load
 from llama_pro_fast.runs.metrics import read_metrics
+from llama_pro_fast.text import stdlib
 from llama_pro_fast.training.run import run_training
 
 
@@ -330,7 +330,7 @@ def test_an_expanded_model_trains_without_another_expansion(make_config, finishe
 
 def test_general_text_with_a_weight_is_replayed(make_config, texts, tokenizer):
     general = [Source(path=str(texts / "general"), weight=0.5)]
-    options = {"seq_len": 32, "seed": 0, "default_general": True}
+    options = {"seq_len": 32, "seed": 0, "batch_size": 4, "default_general": True}
     without = Corpus.prepare(make_config().data, tokenizer, **options).train
     with_it = Corpus.prepare(make_config(data={"general": general}).data, tokenizer, **options).train
     assert with_it.sequences_in_epoch(0) > without.sequences_in_epoch(0)

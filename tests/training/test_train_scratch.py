@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_pro_fast.data.sources import resolve_sources
-from llama_pro_fast.data.tokenizer import train_tokenizer
 from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.runs.metrics import read_metrics
+from llama_pro_fast.text.sources import resolve_sources
+from llama_pro_fast.text.tokenizer import train_tokenizer
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.run import run_training
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_pro_fast.data.documents import is_held_out
-from llama_pro_fast.data.stdlib import (
+from llama_pro_fast.text.documents import is_held_out
+from llama_pro_fast.text.stdlib import (
     SKIPPED_FOLDERS,
     TOPICS_FILE,
     code_documents,

@@ -8,9 +8,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_pro_fast.data.documents import is_held_out
-from llama_pro_fast.data.sources import ResolvedSource, iterate_documents
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.text.documents import is_held_out
+from llama_pro_fast.text.sources import ResolvedSource, iterate_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +72,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def _training_texts(sources: Sequence[ResolvedSource], held_out: float) -> Iterator[str]:
     """The training documents, one of each source in turn."""
     left = READ_CHARACTERS
-    streams = [iterate_documents(source) for source in sources if source.weight > 0]
+    streams = [iterate_documents(source) for source in sources if source.trains]
     for document in chain.from_iterable(zip_longest(*streams)):
         if document is not None and not is_held_out(document.split_key, held_out):
             yield document.text

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_pro_fast.config import DataConfig, Source
-from llama_pro_fast.data import tokenizer as module
-from llama_pro_fast.data.documents import is_held_out
-from llama_pro_fast.data.sources import ResolvedSource, resolve_sources
-from llama_pro_fast.data.tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
-from llama_pro_fast.data.tokens import tokenize_source
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.text import tokenizer as module
+from llama_pro_fast.text.documents import is_held_out
+from llama_pro_fast.text.preparing import tokenize_source
+from llama_pro_fast.text.sources import ResolvedSource, resolve_sources
+from llama_pro_fast.text.tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
 
 TEXTS = [f"Document {n}: frozen blocks stay as they are, {'new ones learn ' * (n % 5)}and so on.\n" for n in range(60)]
 BYTES = 256
@@ -72,9 +73,10 @@ def test_markup_is_text(tokenizer, text):
 def test_a_document_begins_with_the_configs_bos_and_ends_with_its_eos(source, tmp_path, bos, eos):
     tokenizer = trained(source, bos=bos, eos=eos)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (bos, eos)
-    side = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=tmp_path).train
-    for begin, end in zip(side.offsets[:-1], side.offsets[1:], strict=True):
-        document = side.tokens[begin:end].tolist()
+    store = tokenize_source(source, tokenizer, held_out=0.2, cache_dir=tmp_path)
+    for number in store.train.numbers.tolist():
+        begin, length = store.extent(number)
+        document = store.tokens(np.array([begin]), np.array([length])).tolist()
         assert (document[0], document[-1]) == (bos, eos)
         assert not {bos, eos} & set(document[1:-1])
 
@@ -95,7 +97,7 @@ def test_which_documents_are_held_out_goes_by_the_sources_split(tmp_path):
     assert is_held_out("b4", 0.2)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    split = resolve_sources(DataConfig(domain=[Source(path=str(path), split="book")]))[0]
+    split = resolve_sources(DataConfig(domain=[Source(path=str(path), split_by="book")]))[0]
     kept = source_of(tmp_path / "kept.jsonl", [text for text in TEXTS if "learn" not in text])
     assert as_json(trained(split)) == as_json(trained(kept, held_out=1e-9))
 

@@ -27,7 +27,7 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llama_pro_fast.data.documents import Document
+from llama_pro_fast.text.documents import Document
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "turtledemo", "__pycache__", "pydoc_data"}
 TOPICS_FILE = "pydoc_data/topics.py"
