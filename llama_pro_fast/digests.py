@@ -68,6 +68,17 @@ def file_digests(paths: Iterable[Path], cache: Path) -> list[str]:
     return found
 
 
+def remember(digests: dict[Path, str], cache: Path) -> None:
+    """Note the digests of files that have just been written and will not be written to again."""
+    new = {}
+    for path, digest in digests.items():
+        with contextlib.suppress(OSError):
+            new[os.path.abspath(path)] = [*_state(os.stat(path)), digest]
+    if new:
+        with contextlib.suppress(OSError):
+            _write(cache / "digests.json", _read(cache / "digests.json") | new)
+
+
 def tensor_digest(file: Path, name: str, read: Callable[[], Iterable[memoryview]]) -> str:
     """SHA-256 of what ``read`` gives, the bytes of tensor ``name`` in ``file``; read again only if the file changes.
 

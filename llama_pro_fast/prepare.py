@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if request.own["stats"]:
         with waiting("comparing documents ..."):
             found, shared = statistics(corpus, seq_len), shared_documents(corpus)
-        _show_statistics(found, shared, seq_len)
+        _show_statistics(found, shared, seq_len, dropped=config.data.drop_duplicates)
     for text in shown_sequences(corpus, tokenizer, request.own["show"]):
         say(text)
     return 0
@@ -89,7 +89,9 @@ def _show_sources(corpus: Corpus, seq_len: int) -> None:
     say(f"an epoch: {sequences:,} sequences of {seq_len:,}, {amount(sequences * seq_len)} tokens; {corpus.packing()}")
 
 
-def _show_statistics(found: list[SourceStatistics], shared: dict[tuple[str, str], int], seq_len: int) -> None:
+def _show_statistics(
+    found: list[SourceStatistics], shared: dict[tuple[str, str], int], seq_len: int, *, dropped: bool
+) -> None:
     percentiles = [f"{percent} %" for percent in PERCENTILES]
     columns = ("text", "documents", "tokens", *percentiles, "longest", "longer")
     table(
@@ -104,7 +106,7 @@ def _show_statistics(found: list[SourceStatistics], shared: dict[tuple[str, str]
         if s.repeated:
             say(
                 f"{s.name}: {s.repeated:,} of {s.documents:,} documents ({amount(s.repeated_tokens)} tokens) repeat "
-                "one before them; --data.drop_duplicates true leaves these out"
+                f"one before them; {'they are left out' if dropped else '--data.drop_duplicates true leaves these out'}"
             )
         if s.leaked:
             more = f" and {len(s.leaked) - MOST_PLACES:,} more" if len(s.leaked) > MOST_PLACES else ""

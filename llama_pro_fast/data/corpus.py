@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from llama_pro_fast.text.preparing import default_cache, tokenize_source
 from llama_pro_fast.text.sources import ResolvedSource, resolve_sources
 from llama_pro_fast.text.store import TokenStore
 
+ORDER = 2
+"""Raise it when the same documents would come in another order, or packed in another way."""
 BEGINNING, BEGINNING_TOKENS = 60, 256
 """Characters of a document that name it, and tokens that hold so many in any script."""
 
@@ -94,6 +97,9 @@ class Corpus:
         """
         cache = Path(config.cache).expanduser() if config.cache is not None else default_cache()
         sources = resolve_sources(config, default_general=default_general)
+        for folder in (Path(source.path).expanduser() for source in sources if source.kind == "files"):
+            if folder.is_dir() and cache.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"--data.cache {cache}: lies in {folder}, a folder of text: give another place")
         stores = [
             tokenize_source(
                 source,
@@ -109,13 +115,15 @@ class Corpus:
         ]
         mixed = mix(sources, stores, replay=config.replay, drop_duplicates=config.drop_duplicates)
         packed = {"seq_len": seq_len, "seed": seed, "batch_size": batch_size, "packing": config.packing}
-        trained = [(each.store.key, each.weight, each.share) for each in mixed if each.trains]
-        measured = [(source.role, source.name, store.key) for source, store in zip(sources, stores, strict=True)]
+        trained = [(each.key, each.weight, each.share) for each in mixed if each.trains]
+        measured = [
+            (source.role, source.name, store.key(store.held_out)) for source, store in zip(sources, stores, strict=True)
+        ]
         return cls(
             PackedDataset(mixed, **packed, cache=cache),
             mixed,
             [HeldOut(source, store, seq_len) for source, store in zip(sources, stores, strict=True)],
-            _digest([trained, sorted(packed.items()), config.drop_duplicates]),
+            _digest([ORDER, trained, sorted(packed.items())]),
             _digest(measured),
         )
 
@@ -143,13 +151,22 @@ class Corpus:
             texts.append(f'{where(text, number)}: "{beginning[:BEGINNING].rstrip()}{more}"')
         return texts if len(found) <= limit else [*texts, f"and {len(found) - limit:,} more"]
 
+    @property
+    def labels(self) -> list[str]:
+        """Names of the sources, each of one: a name is unique only among the sources of its role."""
+        names = [text.source.name for text in self.held_out]
+        return [
+            f"{text.source.name} ({text.source.role})" if names.count(text.source.name) > 1 else text.source.name
+            for text in self.held_out
+        ]
+
     def description(self) -> str:
         """Sources with their training tokens, weights and shares, and how well they are packed, for a person."""
         parts = []
         for each in self.mixed:
             if not each.trains:
                 continue
-            times = f", {each.share:.3g} of every step" if each.share is not None else ""
+            times = f", {float(each.share):.3g} of every step" if each.share is not None else ""
             times = f" x {each.weight:g}" if each.weight not in (None, 1) else times
             parts.append(f"{each.name} {each.num_tokens:,} tokens{times}")
         return "; ".join(parts)
@@ -178,9 +195,9 @@ def mix(
         mixed.append(Mixed(store=store, weight=weight, share=source.share, name=source.name, mask=mask))
     if replay:
         general = [n for n, source in enumerate(sources) if source.role == "general" and source.weight]
-        amounts = {n: mixed[n].weight * mixed[n].num_tokens for n in general}
+        amounts = {n: Fraction(str(mixed[n].weight)) * mixed[n].num_tokens for n in general}
         for n in general:
-            share = replay * amounts[n] / sum(amounts.values())
+            share = Fraction(str(replay)) * amounts[n] / sum(amounts.values())
             mixed[n] = dataclasses.replace(mixed[n], weight=None, share=share)
     return mixed
 

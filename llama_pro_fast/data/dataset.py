@@ -7,6 +7,7 @@ batch to the next, and so the place in the data of a run is one integer.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Mixed:
 
     Attributes:
         weight: how often each document stands in an epoch.
-        share: of the sequences of every step.
+        share: of the tokens of every step.
         name: for a person.
         mask: bool ``[training documents]``, False where one is left out; None leaves out none.
     """
@@ -49,6 +50,12 @@ class Mixed:
     def trains(self) -> bool:
         """Whether it has a part."""
         return self.share is not None or bool(self.weight)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal keys mean equal documents that train, in the same order."""
+        kept = b"" if self.mask is None else np.packbits(self.mask).tobytes()
+        return hashlib.sha256(self.store.key(self.store.train).encode() + kept).hexdigest()
 
     @property
     def num_tokens(self) -> int:
@@ -107,7 +114,7 @@ class PackedDataset:
                 seed=seed,
                 source=number,
                 kept=kept,
-                content=source.store.key + ("" if source.mask is None else _digest(source.mask)),
+                content=source.key,
             )
             for number, (source, weight, chosen) in enumerate(zip(training, weights, self._kept_in, strict=True))
         ]
@@ -118,6 +125,8 @@ class PackedDataset:
                 "lower --train.seq_len or add text"
             )
         sizes = [rounds.sequences_in_round for rounds in self._rounds]
+        self._fill = [Fraction(rounds.num_tokens, size) for rounds, size in zip(self._rounds, sizes, strict=True)]
+        shares = _of_sequences(shares, weights, self._fill, sizes)
         befores = [rounds.sequences_before for rounds in self._rounds]
         self._mixing = Mixing(batch_size, shares, befores, epoch=sum(sizes))
         filled = [w * size for w, size, share in zip(weights, sizes, shares, strict=True) if share is None]
@@ -183,10 +192,10 @@ class PackedDataset:
 
     @property
     def shares(self) -> np.ndarray:
-        """Of a step, by source, in epoch 0, float64."""
+        """Of a step's tokens, by source, in epoch 0, float64."""
         shares = np.zeros(self._num_sources)
-        shares[self._training] = self._mixing.shares()
-        return shares
+        shares[self._training] = np.array(self._mixing.shares()) * np.array(self._fill, float)
+        return shares / shares.sum()
 
     @property
     def mean_document(self) -> float:
@@ -239,6 +248,24 @@ class PackedDataset:
         return Row(*(column[order] for column in columns))
 
 
+def _of_sequences(
+    shares: Sequence[Fraction | None], weights: Sequence[Fraction], fill: Sequence[Fraction], sizes: Sequence[int]
+) -> list[Fraction | None]:
+    """Shares of a step's sequences that come to these shares of its tokens: a source of fuller ones needs fewer.
+
+    Args:
+        fill: tokens in a sequence of each source.
+        sizes: sequences in a round of each.
+    """
+    needed = [None if share is None else share / tokens for share, tokens in zip(shares, fill, strict=True)]
+    weighted = [w * size for w, size, share in zip(weights, sizes, shares, strict=True) if share is None]
+    total = sum(filter(None, needed))
+    if weighted:
+        tokens = [w * size * t for w, size, t, share in zip(weights, sizes, fill, shares, strict=True) if share is None]
+        total += (1 - sum(filter(None, shares))) * sum(weighted) / sum(tokens)
+    return [None if each is None else each / total for each in needed]
+
+
 def _shares(training: Sequence[Mixed]) -> list[Fraction | None]:
     """Of each source its exact share of a step, None where it has a weight."""
     if not training:
@@ -258,7 +285,3 @@ def _shares(training: Sequence[Mixed]) -> list[Fraction | None]:
             "a weight instead"
         )
     return [share / total for share in shares]
-
-
-def _digest(mask: np.ndarray) -> str:
-    return hashlib.blake2b(np.packbits(mask).tobytes(), digest_size=16).hexdigest()

@@ -2,18 +2,21 @@
 
     CACHE/orders/<key>/order.json  starts.npy  documents.npy  offsets.npy
 
+    CACHE/orders/<key>.json         how many sequences a part of a round has
+
 `order.json` says what the order was drawn from, which the key is a hash of, and has a digest of each file. A folder is
-written as `<key>.partial` and renamed, under one lock for all; what is not as it was written is drawn again.
+written under another name and renamed; what is not as it was written is drawn again. Two processes that need one order
+at once both draw it: to wait would take as long.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +35,7 @@ NOTE = "order.json"
 NAMES = "[0-9a-f]" * 32
 """A pattern of the names that are given here: what else lies there is not ours to delete."""
 ARRAYS = ("starts", "documents", "offsets")
+ABANDONED_SECONDS = 24 * 3600
 KEPT = 8
 """Folders that stay, the latest used: of two or three sources the current and the next part."""
 
@@ -52,22 +56,36 @@ class DrawnOrders:
         A cache that cannot be used costs the drawing and nothing else.
         """
         content = [FORMAT, *content]
-        folder = self._folder / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        folder = self._folder / _key(content)
         drawn = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if found := self._open(folder, content):
                 return found
-            with open(self._folder / "lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if found := self._open(folder, content):  # another process was faster
-                    return found
-                drawn = draw()
-                self._write(folder, content, drawn)
-                return self._open(folder, content) or drawn
+            drawn = draw()
+            self._write(folder, content, drawn)
+            return self._open(folder, content) or drawn
         except OSError as error:
             say(f"{self._folder}: the order is not kept there: {why_refused(error)} (--data.cache)")
             return drawn or draw()
+
+    def number(self, content: list[Any], count: Callable[[], int]) -> int:
+        """A number that takes long to count: from disk, or else counted and written."""
+        content = [FORMAT, *content]
+        path = self._folder / f"{_key(content)}.json"
+        try:
+            note = json.loads(path.read_bytes())
+            if note["content"] == content and type(note["number"]) is int:
+                return note["number"]
+        except (OSError, ValueError, RecursionError, LookupError, TypeError):
+            pass
+        number = count()
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps({"content": content, "number": number}))
+            partial.replace(path)
+        return number
 
     def _open(self, folder: Path, content: list[Any]) -> Packed | None:
         try:
@@ -79,17 +97,18 @@ class DrawnOrders:
                 return None
             arrays = {name: np.load(path, mmap_mode="r") for name, path in zip(ARRAYS, paths, strict=True)}
             packed = Packed(**arrays, **note["numbers"])
-        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError, LookupError, TypeError):
+        except (OSError, ValueError, RecursionError, LookupError, TypeError):
             return None
         with contextlib.suppress(OSError):  # of another user's cache that may only be read
             os.utime(folder)
         return packed
 
     def _write(self, folder: Path, content: list[Any], packed: Packed) -> None:
-        for partial in self._folder.glob(f"{NAMES}.partial"):  # a killed process's: this one holds the lock
-            _remove(partial)
-        _remove(folder)
-        partial = folder.with_suffix(".partial")
+        for partial in self._folder.glob(f"{NAMES}.*.partial"):
+            if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:  # a killed process's
+                _remove(partial)
+        partial = folder.with_suffix(f".{os.getpid()}.partial")
+        _remove(partial)
         try:
             partial.mkdir()
             paths = [partial / f"{name}.npy" for name in ARRAYS]
@@ -100,13 +119,18 @@ class DrawnOrders:
             note = {"content": content, "digests": [*map(_digest, paths)], "numbers": numbers}
             (partial / NOTE).write_text(json.dumps(note))
             sync(partial / NOTE)
-            partial.rename(folder)
-        except BaseException:
+            if not self._open(folder, content):  # no other process was faster
+                _remove(folder)
+                partial.rename(folder)
+        finally:
             _remove(partial)
-            raise
         folders = sorted(self._folder.glob(NAMES), key=lambda path: path.stat().st_mtime_ns)
         for old in folders[:-KEPT]:
             _remove(old)
+
+
+def _key(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _digest(path: Path) -> str:

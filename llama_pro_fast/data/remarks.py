@@ -27,9 +27,9 @@ def remarks(corpus: Corpus, config: DataConfig, *, packaged_base: bool) -> Itera
         if not_read := text.source.describe_not_read():
             yield f"{text.source.name}: not read: {not_read}"
         yield from _left_out(text)
-    if config.replay and config.general is None:
+    if config.replay and not config.general:
         yield f"data.replay {config.replay:g}: nothing is replayed, --data.general names no text; {WITHOUT_REPLAY}"
-    if config.general is None and not packaged_base and any(t.source.role == "general" for t in corpus.held_out):
+    if not config.general and not packaged_base and any(t.source.role == "general" for t in corpus.held_out):
         yield (
             "no --data.general: what is forgotten is measured on Python's own documentation, a poor stand-in for what "
             "this base knows; docs/data.md names better texts"
@@ -49,7 +49,8 @@ def _left_out(text: HeldOut) -> Iterator[str]:
             reasons.append(f"{count:,} {reason} (first {file} line {line:,}{more})")
         yield f"{text.source.name}: {total:,} of {store.rows.rows:,} rows left out: {'; '.join(reasons)}"
     if store.num_empty:
-        yield f"{text.source.name}: {store.num_empty:,} of {store.rows.rows:,} rows hold no text"
+        first = "" if store.rows.first_empty is None else " (first {} line {:,})".format(*store.rows.first_empty)
+        yield f"{text.source.name}: {store.num_empty:,} of {store.rows.rows:,} rows hold no text{first}"
 
 
 def untrained_tokens(corpus: Corpus, embedding: np.ndarray, names) -> Iterator[str]:
@@ -60,8 +61,8 @@ def untrained_tokens(corpus: Corpus, embedding: np.ndarray, names) -> Iterator[s
         embedding: ``[vocabulary, H]``, of any dtype.
         names: ids -> tokens.
     """
-    rows = np.ascontiguousarray(embedding).view(np.dtype((np.void, embedding.dtype.itemsize * embedding.shape[1])))
-    _, group, sizes = np.unique(rows.ravel(), return_inverse=True, return_counts=True)
+    hashes = np.array([hash(row.tobytes()) for row in embedding])
+    _, group, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
     alike = sizes[group] > 1
     for text in corpus.held_out:
         counts = text.store.counts[: len(alike)]

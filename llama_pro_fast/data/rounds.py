@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from llama_pro_fast.data.packing import Packed, pack, sequences_needed
 
 LARGE = 2**20
 """Documents of a part that takes long enough to draw (half a second) to be drawn ahead and kept."""
+
+
+COUNTED = 2**16
+"""Documents of a source from which on it is noted how many sequences a part of a round has."""
 
 
 class Part(NamedTuple):
@@ -70,6 +74,7 @@ class Rounds:
         self._drawn: dict[int, Packed] = {}  # the last two that were read
         self._ahead: tuple[int, threading.Thread, list[Packed]] | None = None
         self._in_round: int | None = None
+        self._counts: dict[Part, int] = {}
 
     def sequences_before(self, epoch: int) -> int:
         """How many sequences come before an epoch."""
@@ -131,8 +136,20 @@ class Rounds:
 
     def _num_sequences(self, index: int) -> int:
         part = self._part(index)
-        is_whole = part.last - part.first == self.num_documents
-        return self.sequences_in_round if is_whole else self._read(index).num_sequences
+        if part.last - part.first == self.num_documents:
+            return self.sequences_in_round
+        return self._drawn[index].num_sequences if index in self._drawn else self._count(part)
+
+    def _count(self, part: Part) -> int:
+        """How many sequences a part of a round has; two parts of one epoch may be counted by two threads."""
+        if part not in self._counts:
+
+            def count() -> int:
+                return sequences_needed(self._packing, self._lengths[self._documents(part)], self._seq_len)
+
+            is_kept = self._kept is not None and self.num_documents >= COUNTED
+            self._counts[part] = self._kept.number(self._named(part), count) if is_kept else count()
+        return self._counts[part]
 
     def _find(self, sequence: int) -> int:
         """The part that a sequence is in."""
@@ -145,7 +162,8 @@ class Rounds:
             return self._drawn[index]
         if self._ahead is not None and self._ahead[0] == index:
             _, thread, found = self._ahead
-            thread.join()
+            while not found and thread.is_alive():  # it may go on counting
+                thread.join(0.05)
             self._ahead = None
         else:
             found = []
@@ -159,22 +177,35 @@ class Rounds:
             return
         if self._ahead is not None and (self._ahead[0] == index or self._ahead[1].is_alive()):
             return
+        # What comes after the epoch of this part is asked for at its end.
+        following = self._parts[index + 1 : self._parts_before(bisect_right(self._epochs, index) + 1)]
         found: list[Packed] = []
+
+        def draw() -> None:
+            found.append(self._draw(part))
+            for later in following:
+                if later.last - later.first < self.num_documents:
+                    self._count(later)
+
         # A daemon: a run that ends does not wait for an order that nobody will read.
-        thread = threading.Thread(target=lambda: found.append(self._draw(part)), daemon=True, name="next order")
+        thread = threading.Thread(target=draw, daemon=True, name="next order")
         self._ahead = index, thread, found
         thread.start()
 
     def _draw(self, part: Part) -> Packed:
         if self._kept is None or part.last - part.first < LARGE:
             return self._pack(part)
-        content = [self._content, self._seq_len, self._packing, self._seed, self._source, *part]
-        return self._kept.get(content, lambda: self._pack(part))
+        return self._kept.get(self._named(part), lambda: self._pack(part))
+
+    def _named(self, part: Part) -> list[Any]:
+        return [self._content, self._seq_len, self._packing, self._seed, self._source, *part]
 
     def _pack(self, part: Part) -> Packed:
-        documents = permutation(self.num_documents, self._generator(1, part.round))[part.first : part.last]
         generator = self._generator(2, part.round, part.first)
-        return pack(self._packing, documents, self._lengths, self._seq_len, generator)
+        return pack(self._packing, self._documents(part), self._lengths, self._seq_len, generator)
+
+    def _documents(self, part: Part) -> np.ndarray:
+        return permutation(self.num_documents, self._generator(1, part.round))[part.first : part.last]
 
     def _generator(self, *words: int) -> np.random.PCG64:
         return np.random.PCG64(np.random.SeedSequence((self._seed, self._source, *words)))

@@ -196,7 +196,11 @@ def _sources(run: Record) -> Html | None:
         gone = number(epochs.get(name))
         share = f"{count / total:.1%}" if total else UNKNOWN
         rows.append([name, f"{count:,.0f}", share, UNKNOWN if gone is None else f"{gone:,.2f}"])
-    return table("", ["source", "tokens trained on", "share", "epochs"], rows, words=1)
+    told = ""
+    filled, without = (number((run.summary or {}).get(key)) for key in ("places_filled", "tokens_without_beginning"))
+    if filled is not None and without is not None:
+        told = f"sequences {filled:.2%} full, {without:.1%} of the tokens in a piece without its document's beginning"
+    return table(told, ["source", "tokens trained on", "share", "epochs"], rows, words=1)
 
 
 def _skipped(run: Record) -> Html | None:

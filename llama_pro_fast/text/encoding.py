@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 
 BATCH_CHARACTERS = 2**16
 """Text for each thread of the tokenizer at once: small enough that its memory stays in the cache, which is faster."""
-PIECE_CHARACTERS = 2**20
-"""Longer texts are encoded in pieces of so many."""
-OVERLAP_CHARACTERS = 2**12
+LONG_CHARACTERS = 2**20
+"""Longer texts are encoded in pieces."""
+PIECE_CHARACTERS = 2**16
+"""Of which each has so many: to tell where a token stands takes more time per character in a long text."""
+OVERLAP_CHARACTERS = 2**10
 """That neighbouring pieces share at first."""
 AGREEING_TOKENS = 16
 """On either side of the token at which two pieces are joined."""
@@ -138,7 +140,7 @@ class Encoder:
         begin = 0
         while begin < len(texts):
             end, characters = begin, 0
-            while end < len(texts) and characters < self._batch_characters and len(texts[end]) <= PIECE_CHARACTERS:
+            while end < len(texts) and characters < self._batch_characters and len(texts[end]) <= LONG_CHARACTERS:
                 characters += len(texts[end]) + 100  # so that many tiny texts make a batch too
                 end += 1
             if end == begin:
@@ -165,8 +167,8 @@ class Encoder:
                 ids = array("I", self._before)
                 if measured:
                     num_bytes = len(text.encode()) if self._before else _bytes_after_first(text, piece.encoding)
-            ids.extend(piece.ids[first:last])
-        ids.extend(self._after)
+            ids.fromlist(piece.ids[first:last])
+        ids.fromlist(self._after)
         return self._ended(ids), num_bytes
 
     def _pieces(self, text: str, done: Callable[[int], Any]) -> Iterator[tuple[int, int, _Piece]]:

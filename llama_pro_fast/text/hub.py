@@ -71,6 +71,15 @@ def hub_folder(repository: str, subset: str | None, split: str | None) -> tuple[
     return Path(folder), chosen
 
 
+def snapshot_of(folder: Path) -> Path:
+    """Of a data set's folder in the hub's cache (``datasets--org--name``) the newest snapshot; any other as it is."""
+    reference = folder / "refs" / "main"
+    if folder.name.startswith("datasets--") and reference.is_file():
+        snapshot = folder / "snapshots" / reference.read_text().strip()
+        return snapshot if snapshot.is_dir() else folder
+    return folder
+
+
 def _cached(repository: str, subset: str | None, split: str | None, reason: str) -> tuple[Path, Chosen]:
     from huggingface_hub import snapshot_download
 

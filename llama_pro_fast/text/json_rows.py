@@ -47,7 +47,10 @@ def _refuse_array(file: OpenFile, line: bytes) -> None:
 
 
 def _not_json(error: BaseException, line: int) -> Fault:
-    place = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        place = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+    else:
+        place = str(error)
     return Fault(line, "not JSON", place)
 
 

@@ -19,8 +19,8 @@ SKIPPABLE = b"\x2a\x4d\x18"
 TABLES = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 OTHERS = dict(PACKED.values()) | {
     b"PK\x03\x04": "a zip archive",
-    b"PAR1": "parquet",
-    b"ARROW1": "arrow",
+    b"PAR1\x15": "parquet",  # PAR1 alone is a gene, and the name of a column
+    b"ARROW1\0\0": "arrow",
     b"%PDF-": "a PDF",
     b"SQLite format 3": "an SQLite database",
     b"\x89PNG": "a picture",

@@ -38,7 +38,7 @@ def is_pattern(path: str) -> bool:
 
 
 def local_file(name: str, path: Path) -> SourceFile:
-    """A file of this machine.
+    """A file of this machine; one that is not there (a link to nothing) has no size, and its reading is a fault.
 
     Raises:
         UserError: it is no regular file, or may not be read.
@@ -49,6 +49,8 @@ def local_file(name: str, path: Path) -> SourceFile:
             check_regular(path)
         if not os.access(path, os.R_OK):
             raise PermissionError(0, "Permission denied")
+    except FileNotFoundError:
+        return SourceFile(name, str(path), 0, "gone")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({why(error)}): check the file and its permissions") from error
     return SourceFile(name, str(path), status.st_size, f"{status.st_mtime_ns}-{status.st_ino}")
@@ -78,7 +80,8 @@ def local_folder(root: Path) -> list[str]:
 def local_pattern(pattern: str) -> tuple[Path, list[str]]:
     """The folder before the first ``*`` of a pattern, and the names relative to it of the files that match.
 
-    Where folders match and no file, everything in them does.
+    Where folders match and no file, everything in them does. A folder that links lead to more than once, or in a
+    circle, is read once: ``**`` follows them, up to forty times.
     """
     parts = Path(pattern).parts
     fixed = Path(*parts[: next(index for index, part in enumerate(parts) if is_pattern(part))])
@@ -86,7 +89,13 @@ def local_pattern(pattern: str) -> tuple[Path, list[str]]:
     files = {match for match in matches if not match.is_dir()}
     if not files:
         files = {match / name for match in matches if match.is_dir() for name in local_folder(match)}
-    return fixed, sorted(file.relative_to(fixed).as_posix() for file in files)
+    once: dict[str, Path] = {}
+    folders: dict[Path, str] = {}
+    for file in sorted(files, key=lambda file: (len(file.parts), file)):
+        if file.parent not in folders:
+            folders[file.parent] = os.path.realpath(file.parent)
+        once.setdefault(os.path.join(folders[file.parent], file.name), file)
+    return fixed, sorted(file.relative_to(fixed).as_posix() for file in once.values())
 
 
 def remote_files(address: str) -> tuple[list[SourceFile], bool]:
@@ -187,7 +196,11 @@ class OpenFile:
     def fault(self) -> Fault | None:
         """What ended the file too early, if anything did."""
         if (error := self._bytes.error) is None:
-            return None
+            if not self._bytes.is_at_end or not self.num_left:
+                return None
+            if ending := split_compression(self.name)[1]:  # bz2 and lzma pass over what they cannot read at the end
+                return Fault(self.lines + 1, "damaged", f"what follows is not {ending}", self.num_left)
+            return Fault(self.lines + 1, "gone", "the file has become shorter", self.num_left)
         text = first_line(error)
         if not split_compression(self.name)[1]:
             return Fault(self.lines + 1, "gone", text, self.num_left)
@@ -203,6 +216,7 @@ class _Whole(io.RawIOBase):
 
     def __init__(self, raw: Any, ending: str) -> None:
         self._raw, self.position, self._given, self.error = raw, 0, 0, None
+        self.is_at_end = False
         self._read = self._reader(ending)
 
     def _reader(self, ending: str) -> Any:
@@ -226,6 +240,7 @@ class _Whole(io.RawIOBase):
             return 0
         buffer[: len(data)] = data
         self._given += len(data)
+        self.is_at_end = not data
         return len(data)
 
     def tell(self) -> int:

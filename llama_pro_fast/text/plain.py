@@ -17,10 +17,10 @@ TXT_LONGEST = 2**20
 """Characters after which one is cut at a line's end where there is no paragraph's, and longest stretch of a line."""
 
 
-def read_txt(file: OpenFile, split_by: str | None) -> Iterator[Document | Fault]:
-    """The text in documents of whole paragraphs."""
+def read_txt(file: OpenFile, split_by: str | None, mark: str | None = None) -> Iterator[Document | Fault]:
+    """The text in documents of whole paragraphs; where it spells ``mark``, the name of EOS, of whole texts."""
     stream = _text(file)
-    yield from _documents(file, _paragraphs(stream), split_by)
+    yield from _documents(file, _paragraphs(stream, mark or None), split_by)
     stream.detach()
 
 
@@ -49,16 +49,25 @@ def _documents(file: OpenFile, texts: Iterator[str], split_by: str | None) -> It
         file.lines = line if not text.endswith("\n") else line - 1
 
 
-def _paragraphs(file: TextIO) -> Iterator[str]:
+def _paragraphs(file: TextIO, mark: str | None = None) -> Iterator[str]:
     """The text in order and whole, in documents of whole paragraphs with at least ``TXT_DOCUMENT`` characters each.
 
     A paragraph ends with blank lines. Where none come before ``TXT_LONGEST`` characters a line's end will do, and a
     line longer than that is cut anywhere. What is left at the end and too short belongs to the document before it.
+    From the first ``mark`` on, which ends a text, only another one ends a document before ``TXT_LONGEST``.
     """
-    before, lines, length, was_blank = "", [], 0, False
+    before, lines, length, was_blank, is_marked = "", [], 0, False, False
     while line := file.readline(TXT_LONGEST):
+        if mark and mark in line:
+            is_marked = True
+            head, _, tail = line.rpartition(mark)
+            if length + len(head) >= TXT_DOCUMENT:
+                if before:
+                    yield before
+                before, lines, length, line = "".join([*lines, head, mark]), [], 0, tail
         is_blank = line.isspace()
-        if length >= TXT_DOCUMENT and ((was_blank and not is_blank) or length + len(line) > TXT_LONGEST):
+        is_end = was_blank and not is_blank and not is_marked
+        if length >= TXT_DOCUMENT and (is_end or length + len(line) > TXT_LONGEST):
             if before:
                 yield before
             before, lines, length = "".join(lines), [], 0

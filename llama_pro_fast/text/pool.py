@@ -22,6 +22,14 @@ import llama_pro_fast
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.text.documents import Unit
 
+PATH = "LLAMA_PRO_FAST_PATH"
+START = (
+    f"import json, os, sys; sys.path[:] = json.loads(os.environ[{PATH!r}]); "
+    "from llama_pro_fast.text.worker import main; main()"
+)
+"""What a worker runs. By PYTHONPATH a folder with a colon in its name could not be given."""
+ANSWER = b"\0"
+"""Begins a line of a worker's answers."""
 WAIT_SECONDS = 0.25
 """At most, between two calls of ``tick``: what it raises ends the work."""
 
@@ -37,10 +45,11 @@ class Pool:
     def __init__(self, init: dict[str, Any], count: int, cpus: int) -> None:
         threads = max(1, cpus // count)
         self._init, self._count = json.dumps(init | {"threads": threads}).encode() + b"\n", count
-        path = [str(Path(llama_pro_fast.__file__).parent.parent), *sys.path]
+        path, home = [*sys.path], str(Path(llama_pro_fast.__file__).parent.parent)
+        if home not in path:
+            path.append(home)  # last, as where packages are installed: nothing there may shadow the standard library
         self._environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),  # a worker imports what this process would
-            "PYTHONSAFEPATH": "1",  # and nothing that lies in the working folder
+            PATH: json.dumps([*filter(None, path)]),  # a worker imports what this process would
             "RAYON_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false" if threads == 1 else "true",
             "OMP_NUM_THREADS": "1",
@@ -103,7 +112,7 @@ class Pool:
 class _Worker:
     def __init__(self, environment: dict[str, str], count: int) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llama_pro_fast.text.worker"],
+            [sys.executable, "-c", START],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -134,7 +143,9 @@ class _Worker:
             raise self._death()
         *lines, self._left = (self._left + data).split(b"\n")
         for line in lines:
-            answer = json.loads(line)
+            if not line.startswith(ANSWER):
+                continue  # said by what is imported before the worker has its output to itself
+            answer = json.loads(line.removeprefix(ANSWER))
             if "refused" in answer:
                 raise UserError(answer["refused"])
             if "cache" in answer:
@@ -145,7 +156,7 @@ class _Worker:
 
     def _death(self) -> Exception:
         code = self.process.wait()
-        fewer = f"give fewer --data.workers than {self._count}" if self._count > 1 else "free memory"
+        fewer = f"give fewer --data.workers than {self._count}"
         if code == -signal.SIGKILL:
             return UserError(f"a process that tokenises was killed, as is done where memory runs out: {fewer}")
         return UserError(f"a process that tokenises ended by itself ({_words(code)}): if memory is short, {fewer}")

@@ -20,7 +20,7 @@ from llama_pro_fast.files import why_refused
 from llama_pro_fast.text.documents import Unit
 from llama_pro_fast.text.encoding import EncoderSettings
 from llama_pro_fast.text.pool import Pool
-from llama_pro_fast.text.shards import digest, read_signed, remove_leftovers, whole_shards
+from llama_pro_fast.text.shards import read_signed, remember_shards, remove_leftovers, whole_shards
 from llama_pro_fast.text.sources import ResolvedSource
 from llama_pro_fast.text.store import FaultCount, RowCounts, Shard, TokenStore, default_cache
 from llama_pro_fast.text.tokenizing import PLACES, UnitTokenizer, note_key
@@ -85,6 +85,7 @@ def tokenize_source(
                 for number, note, found in _made(work, settings, held_out, cache, workers, progress):
                     notes[number] = note
                     damaged += found
+                remember_shards(cache, (shard["key"] for number in missing for shard in notes[number]["shards"]))
             except BaseException:
                 with suppress(OSError):
                     remove_leftovers(cache / "shards")  # of workers that were ended on the way
@@ -93,7 +94,7 @@ def tokenize_source(
                 more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
                 where = f"{cache / 'shards' / damaged[0]}{more}"
                 say(f"{where}: stored tokens of {source.name} were damaged; they are made again")
-        store = _open(units, notes, cache)
+        store = _open(units, notes, cache, settings.key)
     except OSError as error:
         # Trouble with reading a source is a fault or a UserError by now, so this is the cache.
         raise UserError(f"{cache}: the cache of tokens cannot be used: {why_refused(error)} (--data.cache)") from error
@@ -125,7 +126,7 @@ def _made(
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tally = _Tally(dict(work), progress)
     count = min(workers or cpus, len(work))
-    is_local = any(file.path.startswith("memory://") for _, unit in work for file in unit.files)
+    is_local = any("memory://" in file.path for _, unit in work for file in unit.files)
     if count == 1 or is_local or sum(unit.size for _, unit in work) < LITTLE_BYTES:
         tokenizer = UnitTokenizer(settings, held_out=held_out, cache=cache, threads=cpus)
         for number, unit in work:
@@ -179,7 +180,7 @@ class _Tally:
         self._progress(self._told, self._all_bytes, *counts)
 
 
-def _open(units: Sequence[Unit], notes: Sequence[dict[str, Any]], cache: Path) -> TokenStore:
+def _open(units: Sequence[Unit], notes: Sequence[dict[str, Any]], cache: Path, encoder: str) -> TokenStore:
     shards, lines, faults = [], {}, {}
     rows = empty = lost = 0
     first_empty = None
@@ -211,7 +212,7 @@ def _open(units: Sequence[Unit], notes: Sequence[dict[str, Any]], cache: Path) -
         all_bytes=sum(unit.size for unit in units),
     )
     opened = [Shard.open(cache / "shards" / key, files) for key, files in shards]
-    return TokenStore(opened, key=digest([key for key, _ in shards]), rows=counts)
+    return TokenStore(opened, encoder=encoder, rows=counts)
 
 
 def _check_rows(source: ResolvedSource, rows: RowCounts, max_bad_share: float) -> None:

@@ -32,13 +32,13 @@ from typing import Any
 
 import numpy as np
 
-from llama_pro_fast.digests import file_digests, file_hash
+from llama_pro_fast.digests import file_digests, file_hash, remember
 
-FORMAT = 5
+FORMAT = 6
 """Part of every key: raise it when the same text would give other tokens or other files."""
 
 META = "meta.json"
-DOCUMENT = np.dtype([("end", "<i8"), ("digest", "<u8"), ("num_bytes", "<i8"), ("line", "<u4"), ("file", "<u4")])
+DOCUMENT = np.dtype([("end", "<i8"), ("digest", "<u8"), ("num_bytes", "<i8"), ("line", "<i4"), ("file", "<u4")])
 """A document of a shard: the end of its tokens; the hash of its text; the UTF-8 bytes of its text after the first token
 where it is held out, else -1; its line, counted from the shard's first document of its file; its file's number among
 the shard's."""
@@ -76,12 +76,16 @@ class ShardWriter:
             self._flush()  # so that no flush holds tokens of both sides
         if ids and len(self._lengths) < self._num_train:
             self._firsts.append(ids[0])  # which nothing predicts
-        if learned is not None:
-            self._not_learned.append(self.num_tokens + np.flatnonzero(~learned))
-        add = self._buffer.fromlist if isinstance(ids, list) else self._buffer.extend  # which is slow for a list
-        add(ids)
         self._lengths.append(len(ids))
         self._num_bytes.append(num_bytes)
+        if learned is not None:
+            self._not_learned.append(self.num_tokens + np.flatnonzero(~learned))
+        if isinstance(ids, list):
+            self._buffer.fromlist(ids)
+        else:  # of a long text
+            for begin in range(0, len(ids), FLUSHED_TOKENS):
+                self._buffer.extend(ids[begin : begin + FLUSHED_TOKENS])
+                self._flush()
         self.num_tokens += len(ids)
         if len(self._buffer) >= FLUSHED_TOKENS:
             self._flush()
@@ -201,6 +205,12 @@ def whole_shards(cache: Path, keys: Iterable[str]) -> set[str]:
     return found - {
         path.parent.name for path, digest in zip(expected, digests, strict=True) if expected[path] != digest
     }
+
+
+def remember_shards(cache: Path, keys: Iterable[str]) -> None:
+    """What has just been made need not be read to know that it is whole."""
+    metas = [(cache / "shards" / key, read_meta(cache / "shards" / key)) for key in keys]
+    remember({folder / name: digest for folder, meta in metas if meta for name, digest in meta["files"].items()}, cache)
 
 
 def remove_leftovers(shards: Path) -> None:

@@ -39,6 +39,7 @@ from llama_pro_fast.text.places import (
 )
 from llama_pro_fast.text.units import read_unit, units_of
 
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-4, 1000
 STDLIB = ("stdlib:code", "stdlib:prose")
 
 
@@ -148,8 +149,11 @@ def _resolve(source: Source, role: str, default_weight: float) -> ResolvedSource
         raise UserError(f"{path}: weight {weight} and share {share}: give one of the two")
     if share is None:
         weight = default_weight if weight is None else weight
-        if not 0 <= weight < float("inf"):
-            raise UserError(f"{path}: weight {weight} is not a number from 0 up: 1 counts its documents once an epoch")
+        if weight and not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:
+            raise UserError(
+                f"{path}: weight {weight} is not 0, nor a number from {SMALLEST_WEIGHT} to {LARGEST_WEIGHT:,}: 1 "
+                "counts its documents once an epoch"
+            )
     elif not 0 < share < 1:
         raise UserError(f"{path}: share {share} is not between 0 and 1 (both excluded)")
     kind = path if path in STDLIB else "files"
@@ -203,6 +207,7 @@ def _files(source: Source) -> tuple[list[SourceFile], list[NotRead], str]:
         _refuse_split(source)
         _check_ending(path.name, given)
         return [local_file(path.name, path)], [], name
+    path = hub.snapshot_of(path)
     configs = hub.read_configs(path / hub.CARD)
     if source.subset and not configs:
         raise UserError(f"{given}: no subset {source.subset!r}, a folder has none: give the folder of the subset")
@@ -240,8 +245,11 @@ def _matches(names: list[str], source: Source) -> Chosen:
     kept = [name for name in names if format_of(name)]
     not_read = [NotRead(name, UNKNOWN) for name in names if not format_of(name)]
     if not kept:
-        found = f" ({describe(not_read)})" if not_read else ""
-        raise UserError(f"{source.path}: no file of this pattern can be read{found}: text is read from {ENDINGS}")
+        if not not_read:
+            raise UserError(f"{source.path}: no file matches this pattern: mend it (`**` is any number of folders)")
+        raise UserError(
+            f"{source.path}: no file of this pattern can be read ({describe(not_read)}): text is read from {ENDINGS}"
+        )
     return (
         choose_split(kept, splits_of(kept), source.split, source.path, not_read)
         if source.split

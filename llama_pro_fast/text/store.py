@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llama_pro_fast.digests import file_hash
 from llama_pro_fast.text.shards import read_meta
 
 
@@ -119,16 +120,16 @@ class TokenStore:
 
     Args:
         shards: in the order of the source.
-        key: equal keys mean equal documents and tokens.
-        counts: of the rows that were read.
+        encoder: names what made tokens of the texts.
+        rows: of the rows that were read.
 
     Attributes:
         train: documents to train on.
         held_out: documents kept out of training.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, key: str, rows: RowCounts | None = None) -> None:
-        self.key, self.rows = key, rows or RowCounts()
+    def __init__(self, shards: Sequence[Shard], *, encoder: str, rows: RowCounts | None = None) -> None:
+        self._encoder, self.rows = encoder, rows or RowCounts()
         self._shards = shards
         documents = [shard.documents() for shard in shards]
         self._tokens = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
@@ -140,6 +141,11 @@ class TokenStore:
         train, held_out = np.flatnonzero(num_bytes < 0), np.flatnonzero(num_bytes >= 0)
         self.train = Side(begins[train], lengths[train], np.empty(0, np.int64), train)
         self.held_out = Side(begins[held_out], lengths[held_out], num_bytes[held_out], held_out)
+
+    def key(self, side: Side) -> str:
+        """Equal keys mean equal documents on a side, in the same order, and equal tokens."""
+        digests = np.ascontiguousarray(self.digests[side.numbers])
+        return file_hash(self._encoder.encode() + digests.tobytes()).hexdigest()
 
     @property
     def num_empty(self) -> int:

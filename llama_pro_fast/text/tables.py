@@ -65,7 +65,7 @@ def read_arrow(file: OpenFile, columns: Columns) -> Iterator[Document | Fault]:
     """The rows of an IPC stream, or of an IPC file, which is a stream between two marks."""
     import pyarrow as pa
 
-    if file.begins_with(b"ARROW1"):
+    if is_file := file.begins_with(b"ARROW1"):
         file.stream.read(8)
     good = 0
     try:
@@ -75,6 +75,8 @@ def read_arrow(file: OpenFile, columns: Columns) -> Iterator[Document | Fault]:
             try:
                 batch = stream.read_next_batch()
             except StopIteration:
+                if is_file and not file.stream.peek(1):  # no footer: it ended between two batches
+                    yield Fault(file.lines + 1, "cut short", "the file has no end")
                 break
             good, batch = file.stream.tell(), batch.select(names)
             step = min(1024, max(1, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1)))

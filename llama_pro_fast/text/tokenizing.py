@@ -81,7 +81,7 @@ class UnitTokenizer:
             UserError: the source is not what it should be.
             OSError: the cache cannot be written.
         """
-        began, reading, progress = time.time_ns(), read_unit(unit), _Progress(report)
+        began, reading, progress = time.time_ns(), read_unit(unit, self._settings.eos), _Progress(report)
         rows, empty, first_empty, faults = 0, 0, None, {}
         shards, damaged, draft = [], [], _Draft()
         by_lines = [format_of(file.name) in ("txt", "code") for file in unit.files]
@@ -116,7 +116,6 @@ class UnitTokenizer:
             "first_empty": first_empty,
             "faults": faults,
             "lines": reading.lines,
-            "text_bytes": progress.text_bytes,
         }
         if _is_lasting(unit, began, faults):
             _write_note(self._cache / "units" / f"{note_key(unit, self._settings, self._held_out)}.json", note)
@@ -208,7 +207,7 @@ def _is_lasting(unit: Unit, began: int, faults: dict[str, Any]) -> bool:
         return False
     for file in unit.files:
         if is_address(file.path):
-            if not file.stamp or any(fault["lost"] for fault in faults.values()):
+            if not file.stamp or {"cut short", "damaged"} & faults.keys():
                 return False
             continue
         try:

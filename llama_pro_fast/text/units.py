@@ -105,8 +105,8 @@ class Reading:
         UserError: (while iterating) a file is nothing that can be read as this source's text.
     """
 
-    def __init__(self, unit: Unit) -> None:
-        self._unit = unit
+    def __init__(self, unit: Unit, mark: str | None) -> None:
+        self._unit, self._mark = unit, mark
         self.lines: list[int] = []
 
     def __iter__(self) -> Iterator[tuple[int, Document | Fault]]:
@@ -128,18 +128,22 @@ class Reading:
             yield Fault(1, "gone", why(error), file.size)
             return
         with opened:
-            yield from _documents(opened, self._unit)
+            yield from _documents(opened, self._unit, self._mark)
             if (fault := opened.fault()) is not None:
                 yield fault
             self.lines[-1] = opened.lines
 
 
-def read_unit(unit: Unit) -> Reading:
-    """The unit's documents and faults: iterate it, then look at its ``lines``."""
-    return Reading(unit)
+def read_unit(unit: Unit, mark: str | None = None) -> Reading:
+    """The unit's documents and faults: iterate it, then look at its ``lines``.
+
+    Args:
+        mark: the name of EOS; plain text that spells it is cut there.
+    """
+    return Reading(unit, mark)
 
 
-def _documents(file: OpenFile, unit: Unit) -> Iterator[Document | Fault]:
+def _documents(file: OpenFile, unit: Unit, mark: str | None) -> Iterator[Document | Fault]:
     known, begin, end = format_of(file.name), unit.begin, unit.end
     if not begin and (fault := check_beginning(file, known)) is not None:
         yield fault
@@ -161,7 +165,7 @@ def _documents(file: OpenFile, unit: Unit) -> Iterator[Document | Fault]:
         case "arrow":
             yield from read_arrow(file, columns)
         case "txt":
-            yield from read_txt(file, unit.split_by)
+            yield from read_txt(file, unit.split_by, mark)
         case "code":
             yield from read_code(file, unit.split_by)
 

@@ -1,4 +1,4 @@
-"""A process that tokenises: ``python -m llama_pro_fast.text.worker``.
+"""A process that tokenises, started by :mod:`llama_pro_fast.text.pool`.
 
 It is fed lines of JSON, settings and then units, and answers in lines of JSON, each an object with one of
 ``progress`` (bytes of text, documents, tokens of the unit so far), with it ``note`` and ``damaged`` once it is done,
@@ -40,7 +40,7 @@ def main() -> None:
     gc.disable()  # it would look through tens of thousands of rows again and again
 
     def answer(**values: Any) -> None:
-        answers.write(json.dumps(values) + "\n")
+        answers.write(f"\0{json.dumps(values)}\n")  # see ANSWER of the pool
         answers.flush()
 
     try:
@@ -49,6 +49,8 @@ def main() -> None:
         answer(refused=str(error))
     except OSError as error:
         answer(cache=[error.errno, error.strerror or str(error)])
+    except MemoryError:
+        answer(refused="memory ran out in a process that tokenises: give fewer --data.workers")
     except BaseException:
         answer(failed=traceback.format_exc())
 
@@ -87,7 +89,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(REPORT_SECONDS)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -139,7 +139,7 @@ class _Loop:
             state=self.info.log,
             flops_per_token=run.planned.cost.total,
             device_flops=peak_flops(run.device),
-            sources=[text.source.name for text in run.corpus.held_out],
+            sources=run.corpus.labels,
             documents=partial(_documents_of, run),
             epochs=lambda step: run.corpus.train.epochs_seen(step * self.config.train.batch_size),
         )
@@ -275,8 +275,8 @@ def check_unchanged(run: Run) -> None:
         raise UserError(f"{run.folder.path}: is not the model {place} was made with: {changed}; put it back")
     if then.data != now.data:
         raise UserError(
-            f"{place}: the training text has changed since it was written, so the order of the data is another; "
-            "put the text back, or start a new run"
+            f"{place}: the training text has changed since it was written, or a source's weight or share, so the order "
+            "of the data is another; put them back, or start a new run"
         )
 
 

@@ -336,6 +336,8 @@ def finish(run: Run, done: Progress, ended: str | None) -> dict[str, Any]:
         "planned_memory_gib": round(run.planned.peak / GIB, 3),
         "planned_tokens_per_second": run.planned.tokens_per_second,
         "learning_rate": config.optim.lr,
+        "places_filled": round(run.corpus.train.filled, 5),
+        "tokens_without_beginning": round(run.corpus.train.without_beginning, 5),
         "export": str(exported),
     }
     measured = summarise(output, figures)

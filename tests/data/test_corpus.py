@@ -56,8 +56,24 @@ def steps_of(corpus: Corpus, count: int) -> np.ndarray:
 def test_replay_is_a_share_of_every_step(tmp_path, tokenizer):
     domain, general = write(tmp_path / "mine.jsonl", stories(60)), write(tmp_path / "web.jsonl", stories(40, "road"))
     corpus = prepare(tmp_path, tokenizer, domain=domain, general=general, replay=0.25)
-    assert set(map(tuple, steps_of(corpus, 50))) == {(6, 2)}
+    assert set(map(tuple, steps_of(corpus, 50))) <= {(6, 2), (5, 3), (7, 1)}
+    assert corpus.train.shares == pytest.approx([0.75, 0.25])
     assert corpus.description().endswith("0.25 of every step")
+
+
+def test_a_share_is_of_tokens_however_full_sequences_are(tmp_path, tokenizer):
+    """The general text's documents fill little more than half a sequence each, and no two fit."""
+    tokens = 0.6 * SEQ_LEN
+    short = [
+        text for text in stories(400, "road", words=9) if tokens - 8 < len(tokenizer(text)["input_ids"]) < tokens + 8
+    ]
+    assert len(short) > 50
+    domain, general = write(tmp_path / "mine.jsonl", stories(60)), write(tmp_path / "web.jsonl", short)
+    corpus = prepare(tmp_path, tokenizer, domain=domain, general=general, replay=0.25)
+    seen = corpus.train.source_tokens(0, 4000)
+    assert seen[1] / seen.sum() == pytest.approx(0.25, abs=0.005)
+    sequences = steps_of(corpus, 100).sum(0)
+    assert sequences[1] / sequences.sum() > 0.32
 
 
 def test_replay_is_divided_by_weights_times_tokens(tmp_path, tokenizer):
@@ -134,6 +150,74 @@ def test_held_out_documents_that_stand_in_training_nearly_whole_are_found(tmp_pa
     found = statistics(prepare(tmp_path, tokenizer, domain=path), SEQ_LEN)[0]
     assert found.leaked == [f"mine.jsonl line {n + 1}" for n in copied]
     assert found.compared == found.held_out == len(held_out)
+
+
+def fingerprints(tmp_path, tokenizer, *, seq_len=SEQ_LEN, seed=0, batch_size=BATCH, **data) -> tuple[str, str]:
+    config = DataConfig(cache=str(tmp_path / "cache"), held_out=0.1, **data)
+    settled = {"seq_len": seq_len, "seed": seed, "batch_size": batch_size, "default_general": False}
+    corpus = Corpus.prepare(config, tokenizer, **settled)
+    return corpus.fingerprint, corpus.measured
+
+
+def test_the_fingerprint_changes_with_whatever_changes_the_order_and_with_nothing_else(tmp_path, tokenizer):
+    path, other = write(tmp_path / "mine.jsonl", stories(60)), write(tmp_path / "other.jsonl", stories(60, "road"))
+    sources = [Source(path=path), Source(path=other)]
+    found = {"as it is": fingerprints(tmp_path, tokenizer, domain=sources)[0]}
+    for change in ({"seq_len": 32}, {"seed": 1}, {"batch_size": 4}, {"packing": "concat"}):
+        found[str(change)] = fingerprints(tmp_path, tokenizer, domain=sources, **change)[0]
+    for change in ({"weight": 2}, {"share": 0.25}):
+        found[str(change)] = fingerprints(tmp_path, tokenizer, domain=[sources[0], Source(path=other, **change)])[0]
+    general = {"general": other, "domain": path}
+    found["replay"] = fingerprints(tmp_path, tokenizer, **general, replay=0.25)[0]
+    found["more replay"] = fingerprints(tmp_path, tokenizer, **general, replay=0.5)[0]
+    write(tmp_path / "mine.jsonl", stories(60)[::-1])
+    found["another order of rows"] = fingerprints(tmp_path, tokenizer, domain=sources)[0]
+    assert len(set(found.values())) == len(found)
+
+
+def test_only_what_is_trained_on_is_in_the_fingerprint_and_only_what_is_measured_in_the_other(tmp_path, tokenizer):
+    texts = stories(60)
+    path = tmp_path / "mine.jsonl"
+    first = fingerprints(tmp_path, tokenizer, domain=write(path, texts))
+    path.write_text("\n\n" + path.read_text())
+    assert fingerprints(tmp_path, tokenizer, domain=str(path)) == first, "a blank line is no text"
+    held_out = next(text for text in texts if is_held_out(text, 0.1))
+    trained, measured = fingerprints(tmp_path, tokenizer, domain=write(path, [t for t in texts if t != held_out]))
+    assert (trained == first[0], measured == first[1]) == (True, False)
+    training = next(text for text in texts if not is_held_out(text, 0.1))
+    trained, measured = fingerprints(tmp_path, tokenizer, domain=write(path, [t for t in texts if t != training]))
+    assert (trained == first[0], measured == first[1]) == (False, True)
+
+
+def test_replay_is_divided_by_what_is_left_of_repeated_documents(tmp_path, tokenizer):
+    texts = stories(40, "road")
+    general = [
+        Source(path=write(tmp_path / "a.jsonl", texts * 3)),
+        Source(path=write(tmp_path / "b.jsonl", stories(40, "lane"))),
+    ]
+    domain = write(tmp_path / "mine.jsonl", stories(60))
+    corpus = prepare(tmp_path, tokenizer, domain=domain, general=general, replay=0.5, drop_duplicates=True)
+    a, b = (each.num_tokens for each in corpus.mixed[1:])
+    assert corpus.train.shares[1:] == pytest.approx([0.5 * a / (a + b), 0.5 * b / (a + b)])
+    assert a < 1.5 * b
+
+
+def test_a_name_in_both_roles_is_told_apart(tmp_path, tokenizer):
+    for role in ("mine", "web"):
+        (tmp_path / role).mkdir()
+        write(tmp_path / role / "text.jsonl", stories(60, role))
+    domain, general = str(tmp_path / "mine" / "text.jsonl"), str(tmp_path / "web" / "text.jsonl")
+    corpus = prepare(tmp_path, tokenizer, domain=domain, general=general)
+    assert corpus.labels == ["text (domain)", "text (general)"]
+
+
+def test_a_cache_in_a_folder_of_text_is_refused_before_anything_is_written(tmp_path, tokenizer):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "mine.jsonl", stories(60))
+    config = DataConfig(domain=str(tmp_path / "in"), cache=str(tmp_path / "in" / "cache"))
+    with pytest.raises(UserError, match=r"data\.cache .* lies in "):
+        Corpus.prepare(config, tokenizer, seq_len=64, seed=0, batch_size=8, default_general=False)
+    assert not (tmp_path / "in" / "cache").exists()
 
 
 def test_documents_of_two_sources_are_counted(tmp_path, tokenizer):

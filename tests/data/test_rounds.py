@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from fractions import Fraction
 
@@ -99,13 +100,29 @@ def test_an_order_of_another_corpus_under_this_name_is_not_taken(tmp_path, monke
 
 def test_what_a_killed_process_left_is_removed_and_only_the_newest_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(drawn, "KEPT", 2)
-    left = tmp_path / "orders" / ("0" * 32 + ".partial")
+    left = tmp_path / "orders" / ("0" * 32 + ".17.partial")
     left.mkdir(parents=True)
     (left / "documents.npy").write_bytes(b"half")
+    os.utime(left, (0, 0))
+    growing = left.with_name("1" * 32 + ".18.partial")
+    growing.mkdir()
     expected = [all_pieces(rounds_of(seed=seed)) for seed in range(3)]
     assert [all_pieces(rounds_of(tmp_path, seed=seed)) for seed in range(3)] == expected
-    assert len(folders(tmp_path)) == 2
-    assert not left.exists()
+    assert len([folder for folder in folders(tmp_path) if not folder.suffix]) == 2
+    assert (left.exists(), growing.exists()) == (False, True)
+
+
+def test_one_cache_serves_many_orders(tmp_path, monkeypatch):
+    """Another source, length, packing, seed or text is another order, however alike the documents are."""
+    monkeypatch.setattr(rounds, "COUNTED", 1)
+    changes = [{}, {"source": 1}, {"seq_len": 17}, {"packing": "concat"}, {"seed": 4}, {"weight": Fraction("0.6")}]
+    for _ in range(2):
+        for change in changes:
+            assert all_pieces(rounds_of(tmp_path, **change)) == all_pieces(rounds_of(**change))
+    shorter = Rounds(LENGTHS[::-1], weight=Fraction("0.7"), seq_len=16, packing="best_fit", seed=3, source=0,
+                     kept=DrawnOrders(tmp_path), content="other key")  # fmt: skip
+    alone = Rounds(LENGTHS[::-1], weight=Fraction("0.7"), seq_len=16, packing="best_fit", seed=3, source=0)
+    assert all_pieces(shorter) == all_pieces(alone)
 
 
 def test_a_cache_that_cannot_be_used_costs_the_drawing_only(tmp_path, capsys):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llama_pro_fast.text.documents import text_hash
 from llama_pro_fast.text.shards import DOCUMENT
 from llama_pro_fast.text.store import Shard, TokenStore
 
@@ -28,6 +29,7 @@ def in_memory_store(
     documents = np.zeros(len(texts), DOCUMENT)
     documents["end"] = np.cumsum([len(text) for text in texts])
     documents["line"] = np.arange(1, len(texts) + 1)
+    documents["digest"] = [text_hash(repr(text)) for text in texts]
     sizes = [4 * (len(text) - 1) for text in held_out] if num_bytes is None else num_bytes
     documents["num_bytes"] = [*(-1 for _ in train), *sizes]
     shard = Shard(
@@ -37,7 +39,7 @@ def in_memory_store(
         None if learned is None else np.packbits(np.array(learned, bool)),
         files=[("in memory", 0)],
     )
-    return TokenStore([shard], key=key)
+    return TokenStore([shard], encoder=key)
 
 
 def numbered(lengths: Sequence[int], first: int = 0) -> list[list[int]]:

@@ -45,16 +45,21 @@ TEXTS = st.lists(st.one_of(RUNS, STRETCHES, st.text(max_size=20)), min_size=1, m
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=TEXTS, piece=st.integers(20, 200), overlap=st.integers(1, 60), agreeing=st.integers(2, 8))
 def test_the_tokens_of_overlapping_pieces_are_the_whole_texts(kind, text, piece, overlap, agreeing):
-    tiny = {"PIECE_CHARACTERS": piece, "OVERLAP_CHARACTERS": overlap, "AGREEING_TOKENS": agreeing}
+    tiny = {
+        "LONG_CHARACTERS": piece,
+        "PIECE_CHARACTERS": piece,
+        "OVERLAP_CHARACTERS": overlap,
+        "AGREEING_TOKENS": agreeing,
+    }
     with mock.patch.multiple(encoding, **tiny):
         assert encoded(shared_encoder_of(kind), text) == expected(kind, text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=8), batch=st.integers(1, 400), measured=st.booleans())
 def test_batches_give_each_text_its_own_tokens(kind, texts, batch, measured):
     encoder = Encoder(encoder_of(kind)[1])
@@ -65,8 +70,8 @@ def test_batches_give_each_text_its_own_tokens(kind, texts, batch, measured):
 
 def test_a_long_text_is_never_encoded_as_a_whole(monkeypatch):
     """Its tokens would take some 150 bytes each."""
-    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 2**14)
-    monkeypatch.setattr(encoding, "OVERLAP_CHARACTERS", 2**10)
+    for name, value in (("LONG", 2**14), ("PIECE", 2**14), ("OVERLAP", 2**10)):
+        monkeypatch.setattr(encoding, f"{name}_CHARACTERS", value)
     for kind in ("byte_level", "byte_level_with_digits", "sentencepiece", "unigram"):
         encoder, lengths = Encoder(encoder_of(kind)[1]), []
 
@@ -151,6 +156,7 @@ def test_an_eos_that_the_tokenizer_adds_stands_once(monkeypatch):
     )
     encoder = Encoder(EncoderSettings.of(tokenizer, "text"))
     short, long = encoded(encoder, "one two"), encoded(encoder, WORDS)
+    monkeypatch.setattr(encoding, "LONG_CHARACTERS", 100)
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 100)
     assert encoded(encoder, WORDS) == long
     for ids in (short, long):
@@ -160,6 +166,7 @@ def test_an_eos_that_the_tokenizer_adds_stands_once(monkeypatch):
 @pytest.mark.parametrize("pieces", [False, True])
 def test_bytes_are_counted_after_the_first_token(monkeypatch, pieces):
     if pieces:
+        monkeypatch.setattr(encoding, "LONG_CHARACTERS", 30)
         monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 30)
     text = WORDS[:200]
     for kind in ("byte_level", "byte_level_with_digits"):

@@ -12,6 +12,7 @@ from reading import compressed, items, resolved, shown, texts, write
 from llama_pro_fast.text import plain
 from llama_pro_fast.text.documents import Document
 from llama_pro_fast.text.sources import iterate_documents
+from llama_pro_fast.text.units import read_unit, units_of
 
 quick = settings(deadline=None, max_examples=40)
 
@@ -46,6 +47,22 @@ def test_a_txt_file_without_blank_lines_is_cut_at_ends_of_lines_and_one_without_
     found = items(write(tmp_path / "line.txt", "word " * 500_000))
     assert "".join(item.text for item in found) == "word " * 500_000
     assert [(item.line, len(item.text)) for item in found] == [(1, 2**20), (1, 2**20), (1, 2_500_000 - 2**21)]
+
+
+@pytest.mark.parametrize("between", ["\n<|eos|>\n", "<|eos|>"])
+@pytest.mark.parametrize("inside", ["\n\n", " "])
+def test_texts_divided_by_the_name_of_eos_are_cut_there_and_nowhere_else(tmp_path, inside, between):
+    stories = [
+        inside.join(f"story {number} paragraph {part} {'word ' * 40}" for part in range(9)) for number in range(900)
+    ]
+    path = write(tmp_path / "stories.txt", between.join(stories))
+    (unit,) = units_of(resolved(path))
+    documents = [item.text for _, item in read_unit(unit, "<|eos|>")]
+    assert len(documents) > 1
+    assert "".join(documents) == between.join(stories)
+    assert [story.strip() for text in documents for story in text.split("<|eos|>") if story.strip()] == [
+        story.strip() for story in stories
+    ]
 
 
 @quick

@@ -14,7 +14,7 @@ from reading import items, refusal, resolved, shown, texts, write
 
 from llama_pro_fast.config import DataConfig, Source
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.text.documents import Document, is_held_out
+from llama_pro_fast.text.documents import Document, Fault, is_held_out
 from llama_pro_fast.text.sources import iterate_documents, resolve_sources
 from llama_pro_fast.text.units import read_unit, units_of
 
@@ -75,7 +75,7 @@ def test_a_source_is_called_after_its_file_or_folder(tmp_path, monkeypatch, give
         ([Source(path="")], ["without a path"]),
         ("empty", ["empty", "no file with text", "picture.png", ".parquet"]),
         ("*.docx", ["*.docx", "no file of this pattern can be read", "notes.docx"]),
-        ("nothing*", ["nothing*", "no file of this pattern"]),
+        ("nothing*", ["nothing*", "no file matches this pattern"]),
         ([Source(path="a.txt", weight=-1.0)], ["a.txt", "-1.0"]),
         ([Source(path="a.txt", weight=float("nan"))], ["a.txt", "nan"]),
         ([Source(path="a.txt", share=1.0)], ["a.txt", "1.0", "between 0 and 1"]),
@@ -166,15 +166,18 @@ def test_links_to_folders_are_followed_and_circles_end(tmp_path):
     assert sorted(texts(tmp_path / "in")) == ["one", "three", "two"]
 
 
-def test_a_link_to_nothing_and_a_file_that_may_not_be_read_are_named(tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    link = tmp_path / "in" / "a.jsonl"
-    link.symlink_to(tmp_path / "gone")
-    assert f"{link}: cannot be read (No such file or directory)" in refusal(tmp_path / "in")
-    link.unlink()
-    write(link, ROWS)
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "in" / "a.jsonl", ROWS)
     monkeypatch.setattr("os.access", lambda *_: False)
-    assert f"{link}: cannot be read (Permission denied): check the file and its permissions" in refusal(tmp_path / "in")
+    assert f"{path}: cannot be read (Permission denied): check the file and its permissions" in refusal(tmp_path / "in")
+
+
+def test_a_link_to_nothing_costs_itself(tmp_path):
+    write(tmp_path / "in" / "a.jsonl", ROWS)
+    (tmp_path / "in" / "b.jsonl").symlink_to(tmp_path / "gone")
+    found = items(tmp_path / "in")
+    assert [item.reason for item in found if isinstance(item, Fault)] == ["gone"]
+    assert len(found) == len(ROWS) + 1
 
 
 def test_a_git_lfs_pointer_says_what_it_is_under_every_name(tmp_path):

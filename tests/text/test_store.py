@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def write(folder: Path, train=TRAIN, held_out=HELD_OUT, learned=None) -> None:
         for ids in train:
             writer.append(ids, learned=None if learned is None else np.array([learned(id) for id in ids]))
         for ids in held_out:
-            writer.append(ids, num_bytes=10 * len(ids))
+            writer.append(array("I", ids), num_bytes=10 * len(ids))  # as those of a long text come
 
 
 def made(folder: Path, key: str = KEYS[0], **documents) -> Path:
@@ -55,7 +56,7 @@ def documents_of(store: TokenStore, side) -> list[list[int]]:
 
 
 def opened(folders: list[Path]) -> TokenStore:
-    return TokenStore([Shard.open(f, [(f"{i}-a", 10), (f"{i}-b", 20)]) for i, f in enumerate(folders)], key="k")
+    return TokenStore([Shard.open(f, [(f"{i}-a", 10), (f"{i}-b", 20)]) for i, f in enumerate(folders)], encoder="k")
 
 
 # What a store holds
@@ -86,8 +87,8 @@ def test_every_document_stands_once_on_its_side_in_order(tmp_path_factory, data,
 def test_arrays_have_the_types_that_the_order_counts_on(tmp_path):
     store = opened([made(tmp_path / "shards")])
     for side in (store.train, store.held_out):
-        for array in (side.begins, side.lengths, side.num_bytes, side.numbers):
-            assert array.dtype == np.int64
+        for values in (side.begins, side.lengths, side.num_bytes, side.numbers):
+            assert values.dtype == np.int64
     assert store.tokens(store.train.begins, store.train.lengths).dtype == np.int64
     assert store.digests.dtype == np.uint64
     assert not store.train.num_bytes.size
@@ -129,11 +130,11 @@ def test_a_store_can_be_made_of_arrays():
     documents = np.array([(3, 7, -1, 0, 0), (5, 8, 4, 1, 0)], DOCUMENT)
     tokens = np.array([4, 5, 1, 6, 1], np.uint16)
     shard = Shard(tokens, lambda: documents, lambda: np.bincount(tokens[:3]), files=[("rows", 1)])
-    store = TokenStore([shard], key="k")
+    store = TokenStore([shard], encoder="k")
     assert documents_of(store, store.train) == [[4, 5, 1]]
     assert documents_of(store, store.held_out) == [[6, 1]]
     assert store.place(1) == ("rows", 2)
-    empty = TokenStore([], key="none")
+    empty = TokenStore([], encoder="none")
     assert (empty.train.num_documents, empty.held_out.num_tokens, empty.counts.size, empty.digests.size) == (0,) * 4
 
 
