@@ -16,9 +16,11 @@ one. Every pair of method and rate is trained with three seeds, which decide the
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -129,6 +131,7 @@ def main() -> int:
     parser = common.parser(__doc__, out="quickstart-controls-DEVICE", device=False)
     parser.add_argument("--picture", type=Path, default=common.ROOT / "docs" / "pictures" / "quickstart-controls.png")
     parser.add_argument("--draw", action="store_true", help="draw the picture from --out again, without measuring")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which divide the CPUs; default: 1")
     parser.add_argument("--steps", type=int, help="fewer, for a trial with one rate and one seed of each method")
     options = parser.parse_args()
     device = common.device_name(common.found_device("auto"))
@@ -136,16 +139,22 @@ def main() -> int:
     if not options.draw:
         extra = ["--eval.every", "1000000"]
         extra += ["--train.steps", str(options.steps), "--eval.tokens", "2048"] if options.steps else []
+        extra += ["--train.threads", str(max(1, os.cpu_count() // options.jobs))] if options.jobs > 1 else []
         rows: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
             write_random_model(PretrainedFolder(resolve(BASE)), work / "random-base", seed=0)
-            for method, rates in RATES.items():
-                for rate in rates[-1:] if options.steps else rates:
-                    for seed in SEEDS[:1] if options.steps else SEEDS:
-                        rows.append(measure(method, rate, seed, work=work, extra=extra))
-                        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-                        common.write_json(out, rows)
+            asked = [
+                (method, rate, seed)
+                for method, rates in RATES.items()
+                for rate in (rates[-1:] if options.steps else rates)
+                for seed in (SEEDS[:1] if options.steps else SEEDS)
+            ]
+            with ThreadPoolExecutor(options.jobs) as pool:
+                for row in pool.map(lambda run: measure(*run, work=work, extra=extra), asked):
+                    rows.append(row)
+                    print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+                    common.write_json(out, rows)
     rows = json.loads(out.read_text())
     draw(rows, options.picture)
     print(markdown(rows))
