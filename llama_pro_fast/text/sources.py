@@ -118,7 +118,10 @@ def _check_replay(replay: float, general: list[ResolvedSource]) -> None:
                 "out; the replay is divided among them by their weights"
             )
     if not any(source.weight for source in general):
-        raise UserError(f"data.replay {replay}: every general source has weight 0: give one of them a weight above 0")
+        raise UserError(
+            f"data.replay {replay}: every general source has weight 0: give one of them a weight above 0, or "
+            "--data.replay 0"
+        )
 
 
 def iterate_documents(source: ResolvedSource) -> Iterator[Document]:
