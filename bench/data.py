@@ -3,8 +3,8 @@
 Writes at least 200 MB of the source files and pages that are installed here into FOLDER, as jsonl and as parquet, and
 prepares them with the packaged base's tokenizer:
 
-- CPU seconds a MB beside `encode_batch_fast` alone on the same texts in memory, one thread each, and the main process'
-  share of them: what it needs itself limits how many CPUs can work for it;
+- CPU seconds a MB beside `encode_batch_fast` alone on the same texts in memory, a thread for each CPU, and the main
+  process' share of them: what it needs itself limits how many CPUs can work for it;
 - peak memory of the main process and of a worker, for three sizes;
 - steps of 16 sequences of which more than half is one document, and what packing leaves empty and cuts;
 - seconds to draw an epoch of 30 million documents, and its peak memory.
@@ -12,12 +12,15 @@ prepares them with the packaged base's tokenizer:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +34,8 @@ ENDINGS = (".py", ".pyi", ".h", ".hpp", ".c", ".cpp", ".cu", ".md", ".rst", ".tx
 PLACES = (sys.prefix, sys.base_prefix, "/usr/share", "/usr/lib", "/usr/include")
 SEQ_LEN, BATCH = 1024, 16
 DOCUMENTS, LONG_SEQ_LEN = 30_000_000, 4096
+MAP_BATCH = 1000
+"""Documents that `datasets.map` hands a tokenizer at a time, unless it is told otherwise."""
 KIB = 1 if sys.platform == "darwin" else 1024
 
 
@@ -74,26 +79,41 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def bare(path: Path) -> float:
-    """CPU seconds of `encode_batch_fast` alone."""
+def bare(path: Path, batch: int | None, part: int, parts: int) -> float:
+    """CPU seconds of `encode_batch_fast` alone, on one thread, for every ``parts``-th document.
+
+    Args:
+        batch: documents at a time; None: as many characters as our encoder takes.
+    """
     os.environ["RAYON_NUM_THREADS"] = "1"
     from llama_pro_fast.text.encoding import BATCH_CHARACTERS
 
-    tokenizer, batches = _tokenizer().backend_tokenizer, [[]]
-    for line in path.read_bytes().splitlines():
+    tokenizer, batches, characters = _tokenizer().backend_tokenizer, [[]], 0
+    for line in path.read_bytes().splitlines()[part::parts]:
         batches[-1].append(json.loads(line)["text"])
-        if sum(map(len, batches[-1])) >= BATCH_CHARACTERS:
+        characters += len(batches[-1][-1])
+        if len(batches[-1]) == batch or (batch is None and characters >= BATCH_CHARACTERS):
             batches.append([])
+            characters = 0
     started = time.process_time()
     for texts in batches:
         tokenizer.encode_batch_fast(texts)
     return time.process_time() - started
 
 
+def alone(path: Path, batch: int | None) -> float:
+    """The same over all documents, with a process for each CPU, as workers have it: CPUs may share what they compute
+    with."""
+    count = os.cpu_count()
+    with multiprocessing.get_context("spawn").Pool(count) as pool:
+        return sum(pool.starmap(bare, [(path, batch, part, count) for part in range(count)], chunksize=1))
+
+
 def prepared(path: Path, cache: Path) -> dict[str, float]:
     """CPU seconds and peak memory of preparing a file, of the main process and of its workers."""
     tokenizer = _tokenizer()
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    before, peaks = resource.getrusage(resource.RUSAGE_SELF), [0]
+    threading.Thread(target=_watch, args=(peaks,), daemon=True).start()
     _store(path, cache, tokenizer)
     own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
@@ -101,8 +121,19 @@ def prepared(path: Path, cache: Path) -> dict[str, float]:
         "workers_cpu_seconds": workers.ru_utime + workers.ru_stime,
         "main_peak_bytes": own.ru_maxrss * KIB,
         "main_peak_bytes_before": before.ru_maxrss * KIB,
-        "worker_peak_bytes": workers.ru_maxrss * KIB,
+        "worker_peak_bytes": peaks[0],
     }
+
+
+def _watch(peaks: list[int]) -> None:
+    """Follow the most memory that a child has resident; the kernel's own figure has the parent's from before `exec`."""
+    while True:
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{child}/status").read_text()
+                if "python" in status.partition("\n")[0] and (found := re.search(r"VmHWM:\s+(\d+) kB", status)):
+                    peaks[0] = max(peaks[0], 1024 * int(found[1]))
+        time.sleep(0.2)
 
 
 def order(path: Path, cache: Path) -> dict[str, float]:
@@ -184,35 +215,44 @@ def measure(folder: Path, megabytes: int) -> dict[str, Any]:
     whole, table = folder / f"{megabytes}.jsonl", folder / f"{megabytes}.parquet"
     with open(whole, "rb") as file:
         text = sum(len(json.loads(line)["text"].encode()) for line in file)
-    # The machine's speed drifts: what is compared is measured before and after.
-    before = in_process(bare, whole)
-    formats = {path.suffix[1:]: in_process(prepared, path, folder / f"cache-{path.name}") for path in (whole, table)}
-    alone = (before + in_process(bare, whole)) / 2
+    # The machine's speed drifts: what is compared is measured before, between and after.
+    usual, formats = [alone(whole, MAP_BATCH)], {}
+    formats["jsonl"] = in_process(prepared, whole, folder / "cache-jsonl")
+    same = alone(whole, None)
+    formats["parquet"] = in_process(prepared, table, folder / "cache-parquet")
+    usual.append(alone(whole, MAP_BATCH))
+    usual = sum(usual) / 2
     for each in formats.values():
         cpu = each["main_cpu_seconds"] + each["workers_cpu_seconds"]
-        each |= {"rate_beside_bare": alone / cpu, "main_share": each["main_cpu_seconds"] / cpu}
+        each |= {"rate_beside_usual": usual / cpu, "rate_beside_same_batches": same / cpu}
+        each["main_share"] = each["main_cpu_seconds"] / cpu
     smaller = {size: in_process(prepared, folder / f"{size}.jsonl", folder / f"cache-{size}") for size in sizes[:-1]}
     return common.provenance("cpu") | {
         "what": "text to tokens to batches",
         "cores": os.cpu_count(),
         "text_bytes": text,
-        "bare_cpu_seconds": alone,
+        "usual_cpu_seconds": usual,
+        "same_batches_cpu_seconds": same,
         "formats": formats,
         "sizes": {str(size): each for size, each in (smaller | {sizes[-1]: formats["jsonl"]}).items()},
-        "order": in_process(order, whole, folder / f"cache-{whole.name}"),
+        "order": in_process(order, whole, folder / "cache-jsonl"),
         "draw": in_process(draw),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     megabytes, gib = result["text_bytes"] / 1e6, 2**30
-    rows = [("encode_batch_fast alone", f"{1e3 * result['bare_cpu_seconds'] / megabytes:.1f}", "1.000", "")]
+    rows = [
+        (f"encode_batch_fast, {MAP_BATCH:,} documents a call", f"{1e3 * result['usual_cpu_seconds'] / megabytes:.1f}"),
+        ("encode_batch_fast, batches as ours", f"{1e3 * result['same_batches_cpu_seconds'] / megabytes:.1f}"),
+    ]
+    rows = [(*row, "", "", "") for row in rows]
     for name, each in result["formats"].items():
         cpu = each["main_cpu_seconds"] + each["workers_cpu_seconds"]
-        rows.append(
-            (name, f"{1e3 * cpu / megabytes:.1f}", f"{each['rate_beside_bare']:.3f}", f"{each['main_share']:.2%}")
-        )
-    print(common.table((f"{megabytes:.0f} MB of text", "CPU ms/MB", "its rate", "main process"), rows))
+        shares = [f"{each[key]:.3f}" for key in ("rate_beside_usual", "rate_beside_same_batches")]
+        rows.append((name, f"{1e3 * cpu / megabytes:.1f}", *shares, f"{each['main_share']:.2%}"))
+    columns = (f"{megabytes:.0f} MB of text", "CPU ms/MB", "rate beside the first", "the second", "main process")
+    print(common.table(columns, rows))
     print()
     columns = ("text, MB", "main process, peak GiB", "of it imports", "a worker, peak GiB")
     peaks = ("main_peak_bytes", "main_peak_bytes_before", "worker_peak_bytes")
