@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 BATCH_CHARACTERS = 2**16
 """Text for each thread of the tokenizer at once: small enough that its memory stays in the cache, which is faster."""
-LONG_CHARACTERS = 2**20
+LONG_CHARACTERS = 2**22
 """Longer texts are encoded in pieces."""
 PIECE_CHARACTERS = 2**16
 """Of which each has so many: to tell where a token stands takes more time per character in a long text."""
