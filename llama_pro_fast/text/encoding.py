@@ -39,6 +39,8 @@ PIECE_CHARACTERS = 2**16
 """Of which each has so many: to tell where a token stands takes more time per character in a long text."""
 OVERLAP_CHARACTERS = 2**10
 """That neighbouring pieces share at first."""
+BEGINNING_CHARACTERS = 256
+"""Of a text, whose first token is nearly always the whole text's."""
 AGREEING_TOKENS = 16
 """On either side of the token at which two pieces are joined."""
 LOOK_BACK_TOKENS = 64
@@ -147,13 +149,25 @@ class Encoder:
                 yield self._encode_long(texts[begin], measured, done)
                 end += 1
             else:
-                # The fast one leaves out where in the text a token stands.
-                encode = self._tokenizer.encode_batch if measured else self._tokenizer.encode_batch_fast
                 batch = texts[begin:end]
-                for text, encoding in zip(batch, encode(batch), strict=True):
-                    yield self._ended(encoding.ids), _bytes_after_first(text, encoding) if measured else -1
+                # The fast one leaves out where in the text a token stands.
+                for text, encoding in zip(batch, self._tokenizer.encode_batch_fast(batch), strict=True):
+                    ids = encoding.ids
+                    num_bytes = self._bytes_after_first(text, ids) if measured else -1
+                    yield self._ended(ids), num_bytes
                 done(sum(map(len, batch)))
             begin = end
+
+    def _bytes_after_first(self, text: str, ids: list[int]) -> int:
+        if not ids:
+            return -1
+        if self._before:
+            return len(text.encode())
+        for some in (text[:BEGINNING_CHARACTERS], text):
+            (encoding,) = self._tokenizer.encode_batch([some], add_special_tokens=False)
+            if encoding.ids[:1] == ids[:1]:
+                break
+        return _bytes_after_first(text, encoding) if encoding.ids else len(text.encode())
 
     def _ended(self, ids: Any) -> Any:
         if ids and self._eos_id is not None and ids[-1] != self._eos_id:
