@@ -142,6 +142,14 @@ def test_a_clone_and_a_folder_of_the_cache_are_read_like_the_data_set(cache, tmp
     assert "several subsets" in refusal("clone")
 
 
+def test_a_data_sets_own_folder_in_the_cache_stands_for_its_newest_snapshot(cache, tmp_path):
+    cache("org/name", {"en/train-00000-of-00001.parquet": parquet("old")}, sha="0" * 40)
+    cache("org/name", two_subsets())
+    folder = tmp_path / "hub" / "datasets--org--name"
+    assert texts(folder, subset="en") == ["one", "two"]
+    assert "several subsets, en, de" in refusal(folder)
+
+
 def test_what_lies_here_comes_before_the_hub(cache, tmp_path):
     cache("org/name", {"a.jsonl": b'{"text": "hub"}\n'})
     assert texts("org/name") == ["hub"]
