@@ -1,10 +1,10 @@
-"""What the data engine costs, on text of this machine: ``python bench/data.py FOLDER``.
+"""What the data engine costs, on text of this machine: ``python bench/data.py FOLDER`` (Linux).
 
 Writes at least 200 MB of the source files and pages that are installed here into FOLDER, as jsonl and as parquet, and
 prepares them with the packaged base's tokenizer:
 
-- CPU seconds a MB beside `encode_batch_fast` alone on the same texts in memory, a thread for each CPU, and the main
-  process' share of them: what it needs itself limits how many CPUs can work for it;
+- CPU seconds a MB beside those of `encode_batch_fast` alone on the same texts in memory, and the main process' share of
+  them: what it needs itself limits how many CPUs can work for it;
 - peak memory of the main process and of a worker, for three sizes;
 - steps of 16 sequences of which more than half is one document, and what packing leaves empty and cuts;
 - seconds to draw an epoch of 30 million documents, and its peak memory.
@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ SEQ_LEN, BATCH = 1024, 16
 DOCUMENTS, LONG_SEQ_LEN = 30_000_000, 4096
 MAP_BATCH = 1000
 """Documents that `datasets.map` hands a tokenizer at a time, unless it is told otherwise."""
-KIB = 1 if sys.platform == "darwin" else 1024
+KIB = 1024
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def installed_texts() -> Iterator[str]:
@@ -75,38 +77,29 @@ def write_texts(folder: Path, megabytes: int) -> None:
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function gives in a process of its own, whose usage is its alone."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with SPAWN.Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
-def bare(path: Path, batch: int | None, part: int, parts: int) -> float:
-    """CPU seconds of `encode_batch_fast` alone, on one thread, for every ``parts``-th document.
+def beside(path: Path, cache: Path, cpu: int) -> dict[str, float]:
+    """Preparing a file, and `encode_batch_fast` alone on the same texts, on one CPU at once: they take turns every few
+    milliseconds, so a machine whose speed drifts is as fast for the one as for the other."""
+    pin = os.sched_setaffinity, [0, [cpu]]
+    with SPAWN.Pool(1, *pin) as ours, SPAWN.Pool(1, *pin) as bare:
+        alone = bare.apply_async(encode_alone, [path])
+        return ours.apply(prepared, [path, cache]) | {"encode_batch_fast_cpu_seconds": alone.get()}
 
-    Args:
-        batch: documents at a time; None: as many characters as our encoder takes.
-    """
+
+def encode_alone(path: Path) -> float:
+    """CPU seconds of `encode_batch_fast` on one thread, for all documents."""
+    import pyarrow.parquet as pq
+
+    tokenizer, texts = _tokenizer().backend_tokenizer, pq.read_table(path.with_suffix(".parquet"))["text"].to_pylist()
     os.environ["RAYON_NUM_THREADS"] = "1"
-    from llama_pro_fast.text.encoding import BATCH_CHARACTERS
-
-    tokenizer, batches, characters = _tokenizer().backend_tokenizer, [[]], 0
-    for line in path.read_bytes().splitlines()[part::parts]:
-        batches[-1].append(json.loads(line)["text"])
-        characters += len(batches[-1][-1])
-        if len(batches[-1]) == batch or (batch is None and characters >= BATCH_CHARACTERS):
-            batches.append([])
-            characters = 0
     started = time.process_time()
-    for texts in batches:
-        tokenizer.encode_batch_fast(texts)
+    for begin in range(0, len(texts), MAP_BATCH):
+        tokenizer.encode_batch_fast(texts[begin : begin + MAP_BATCH])
     return time.process_time() - started
-
-
-def alone(path: Path, batch: int | None) -> float:
-    """The same over all documents, with a process for each CPU, as workers have it: CPUs may share what they compute
-    with."""
-    count = os.cpu_count()
-    with multiprocessing.get_context("spawn").Pool(count) as pool:
-        return sum(pool.starmap(bare, [(path, batch, part, count) for part in range(count)], chunksize=1))
 
 
 def prepared(path: Path, cache: Path) -> dict[str, float]:
@@ -215,43 +208,29 @@ def measure(folder: Path, megabytes: int) -> dict[str, Any]:
     whole, table = folder / f"{megabytes}.jsonl", folder / f"{megabytes}.parquet"
     with open(whole, "rb") as file:
         text = sum(len(json.loads(line)["text"].encode()) for line in file)
-    # The machine's speed drifts: what is compared is measured before, between and after.
-    usual, formats = [alone(whole, MAP_BATCH)], {}
-    formats["jsonl"] = in_process(prepared, whole, folder / "cache-jsonl")
-    same = alone(whole, None)
-    formats["parquet"] = in_process(prepared, table, folder / "cache-parquet")
-    usual.append(alone(whole, MAP_BATCH))
-    usual = sum(usual) / 2
-    for each in formats.values():
-        cpu = each["main_cpu_seconds"] + each["workers_cpu_seconds"]
-        each |= {"rate_beside_usual": usual / cpu, "rate_beside_same_batches": same / cpu}
-        each["main_share"] = each["main_cpu_seconds"] / cpu
-    smaller = {size: in_process(prepared, folder / f"{size}.jsonl", folder / f"cache-{size}") for size in sizes[:-1]}
+    cases = [(path, folder / f"cache{path.suffix}", cpu) for cpu, path in enumerate((whole, table))]
+    with ThreadPool() as pool:
+        formats = dict(zip(("jsonl", "parquet"), pool.starmap(beside, cases, chunksize=1), strict=True))
+    peaks = {str(size): in_process(prepared, folder / f"{size}.jsonl", folder / f"cache{size}") for size in sizes[:-1]}
     return common.provenance("cpu") | {
         "what": "text to tokens to batches",
         "cores": os.cpu_count(),
         "text_bytes": text,
-        "usual_cpu_seconds": usual,
-        "same_batches_cpu_seconds": same,
         "formats": formats,
-        "sizes": {str(size): each for size, each in (smaller | {sizes[-1]: formats["jsonl"]}).items()},
-        "order": in_process(order, whole, folder / "cache-jsonl"),
+        "sizes": peaks | {str(megabytes): formats["jsonl"]},
+        "order": in_process(order, whole, folder / "cache.jsonl"),
         "draw": in_process(draw),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     megabytes, gib = result["text_bytes"] / 1e6, 2**30
-    rows = [
-        (f"encode_batch_fast, {MAP_BATCH:,} documents a call", f"{1e3 * result['usual_cpu_seconds'] / megabytes:.1f}"),
-        ("encode_batch_fast, batches as ours", f"{1e3 * result['same_batches_cpu_seconds'] / megabytes:.1f}"),
-    ]
-    rows = [(*row, "", "", "") for row in rows]
-    for name, each in result["formats"].items():
-        cpu = each["main_cpu_seconds"] + each["workers_cpu_seconds"]
-        shares = [f"{each[key]:.3f}" for key in ("rate_beside_usual", "rate_beside_same_batches")]
-        rows.append((name, f"{1e3 * cpu / megabytes:.1f}", *shares, f"{each['main_share']:.2%}"))
-    columns = (f"{megabytes:.0f} MB of text", "CPU ms/MB", "rate beside the first", "the second", "main process")
+    rows = []
+    for name, run in result["formats"].items():
+        main, workers, alone = (run[f"{what}_cpu_seconds"] for what in ("main", "workers", "encode_batch_fast"))
+        per_megabyte = [f"{1e3 * seconds / megabytes:.1f}" for seconds in (main + workers, alone)]
+        rows.append((name, *per_megabyte, f"{alone / (main + workers):.3f}", f"{main / (main + workers):.2%}"))
+    columns = (f"{megabytes:.0f} MB of text", "CPU ms/MB", "encode_batch_fast alone", "its rate", "main process")
     print(common.table(columns, rows))
     print()
     columns = ("text, MB", "main process, peak GiB", "of it imports", "a worker, peak GiB")
