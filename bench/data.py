@@ -82,32 +82,33 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def beside(path: Path, cache: Path, cpu: int) -> dict[str, float]:
-    """Preparing a file, and `encode_batch_fast` alone on the same texts, on one CPU at once: they take turns every few
-    milliseconds, so a machine whose speed drifts is as fast for the one as for the other."""
-    pin = os.sched_setaffinity, [0, [cpu]]
-    with SPAWN.Pool(1, *pin) as ours, SPAWN.Pool(1, *pin) as bare:
-        alone = bare.apply_async(encode_alone, [path])
-        return ours.apply(prepared, [path, cache]) | {"encode_batch_fast_cpu_seconds": alone.get()}
+    """Preparing a file in as many workers as there are CPUs, and `encode_batch_fast` alone on the same texts in as many
+    processes, all on one CPU: they take turns every few milliseconds, so a machine whose speed drifts is as fast for
+    the one as for the other."""
+    pin, count = (os.sched_setaffinity, [0, [cpu]]), os.cpu_count()
+    with SPAWN.Pool(1, *pin) as ours, SPAWN.Pool(count, *pin) as bare:
+        alone = bare.starmap_async(encode_alone, [(path, part, count) for part in range(count)], chunksize=1)
+        return ours.apply(prepared, [path, cache, count]) | {"encode_batch_fast_cpu_seconds": sum(alone.get())}
 
 
-def encode_alone(path: Path) -> float:
-    """CPU seconds of `encode_batch_fast` on one thread, for all documents."""
+def encode_alone(path: Path, part: int, parts: int) -> float:
+    """CPU seconds of `encode_batch_fast` on one thread, for every ``parts``-th document."""
     import pyarrow.parquet as pq
 
-    tokenizer, texts = _tokenizer().backend_tokenizer, pq.read_table(path.with_suffix(".parquet"))["text"].to_pylist()
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    texts = pq.read_table(path.with_suffix(".parquet"))["text"][part::parts].to_pylist()
+    tokenizer, os.environ["RAYON_NUM_THREADS"] = _tokenizer().backend_tokenizer, "1"
     started = time.process_time()
     for begin in range(0, len(texts), MAP_BATCH):
         tokenizer.encode_batch_fast(texts[begin : begin + MAP_BATCH])
     return time.process_time() - started
 
 
-def prepared(path: Path, cache: Path) -> dict[str, float]:
+def prepared(path: Path, cache: Path, workers: int | None = None) -> dict[str, float]:
     """CPU seconds and peak memory of preparing a file, of the main process and of its workers."""
     tokenizer = _tokenizer()
     before, peaks = resource.getrusage(resource.RUSAGE_SELF), [0]
     threading.Thread(target=_watch, args=(peaks,), daemon=True).start()
-    _store(path, cache, tokenizer)
+    _store(path, cache, tokenizer, workers)
     own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
         "main_cpu_seconds": own.ru_utime + own.ru_stime - before.ru_utime - before.ru_stime,
@@ -162,13 +163,13 @@ def _tokenizer():
     return AutoTokenizer.from_pretrained(resolve("builtin:prose-3m"))
 
 
-def _store(path: Path, cache: Path, tokenizer):
+def _store(path: Path, cache: Path, tokenizer: Any, workers: int | None = None) -> Any:
     from llama_pro_fast.config import DataConfig
     from llama_pro_fast.text.preparing import tokenize_source
     from llama_pro_fast.text.sources import resolve_sources
 
     source = resolve_sources(DataConfig(domain=str(path)), default_general=False)[0]
-    return tokenize_source(source, tokenizer, held_out=0.02, cache_dir=cache)
+    return tokenize_source(source, tokenizer, held_out=0.02, cache_dir=cache, workers=workers)
 
 
 def draw() -> dict[str, float]:
