@@ -19,11 +19,11 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,36 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def beside(path: Path, cache: Path, cpu: int) -> dict[str, float]:
-    """Preparing a file in as many workers as there are CPUs, and `encode_batch_fast` alone on the same texts in as many
-    processes, all on one CPU: they take turns every few milliseconds, so a machine whose speed drifts is as fast for
-    the one as for the other."""
-    pin, count = (os.sched_setaffinity, [0, [cpu]]), os.cpu_count()
-    with SPAWN.Pool(1, *pin) as ours, SPAWN.Pool(count, *pin) as bare:
-        alone = bare.starmap_async(encode_alone, [(path, part, count) for part in range(count)], chunksize=1)
-        return ours.apply(prepared, [path, cache, count]) | {"encode_batch_fast_cpu_seconds": sum(alone.get())}
+def beside(path: Path, cache: Path) -> dict[str, float]:
+    """Preparing a file with a worker for each CPU, and `encode_batch_fast` alone on its texts in as many processes.
+
+    They take turns of a second each, so a machine whose speed drifts is as fast for the one as for the other.
+    """
+    count = os.cpu_count()
+    with SPAWN.Pool(1) as ours:
+        own = multiprocessing.active_children()
+        with SPAWN.Pool(count) as rivals:
+            others = [each for each in multiprocessing.active_children() if each not in own]
+            run = ours.apply_async(prepared, [path, cache])
+            alone = rivals.starmap_async(encode_alone, [(path, part, count) for part in range(count)], chunksize=1)
+            while not (run.ready() and alone.ready()):
+                for waiting, working in ((own, others), (others, own)):
+                    _signal(waiting, signal.SIGSTOP)
+                    _signal(working, signal.SIGCONT)
+                    time.sleep(1)
+            _signal(others, signal.SIGCONT)  # only then do they end
+            return run.get() | {"encode_batch_fast_cpu_seconds": sum(alone.get())}
+
+
+def _signal(processes: list[multiprocessing.Process], number: int) -> None:
+    for process in processes:
+        for pid in (process.pid, *_children(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def _children(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def encode_alone(path: Path, part: int, parts: int) -> float:
@@ -122,7 +144,7 @@ def prepared(path: Path, cache: Path, workers: int | None = None) -> dict[str, f
 def _watch(peaks: list[int]) -> None:
     """Follow the most memory that a child has resident; the kernel's own figure has the parent's from before `exec`."""
     while True:
-        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        for child in _children(os.getpid()):
             with contextlib.suppress(OSError):
                 status = Path(f"/proc/{child}/status").read_text()
                 if "python" in status.partition("\n")[0] and (found := re.search(r"VmHWM:\s+(\d+) kB", status)):
@@ -209,9 +231,7 @@ def measure(folder: Path, megabytes: int) -> dict[str, Any]:
     whole, table = folder / f"{megabytes}.jsonl", folder / f"{megabytes}.parquet"
     with open(whole, "rb") as file:
         text = sum(len(json.loads(line)["text"].encode()) for line in file)
-    cases = [(path, folder / f"cache{path.suffix}", cpu) for cpu, path in enumerate((whole, table))]
-    with ThreadPool() as pool:
-        formats = dict(zip(("jsonl", "parquet"), pool.starmap(beside, cases, chunksize=1), strict=True))
+    formats = {path.suffix[1:]: beside(path, folder / f"cache{path.suffix}") for path in (whole, table)}
     peaks = {str(size): in_process(prepared, folder / f"{size}.jsonl", folder / f"cache{size}") for size in sizes[:-1]}
     return common.provenance("cpu") | {
         "what": "text to tokens to batches",
