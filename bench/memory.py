@@ -5,11 +5,10 @@
 One block of each class at the width of LLaMA-2-7B (hidden 4096, intermediate 11008, 32 heads), in bf16, and the frozen
 head at its vocabulary, through the code a run takes, on a CPU. Nothing is timed; nothing depends on the machine.
 
-Bytes: every storage of an operation's result that is alive between forward and backward, whether autograd holds it, a
-context or anybody else (bench/live_storages.py), without parameters, rotary tables and the batch's layout. Two lengths
-are run and the slope between them is the bytes a token keeps, so a constant can hide nothing. The formula is
-`planning.cost.kept_bytes`. Hugging Face's layer with SDPA is counted in the same way, frozen in bf16, or trained
-in float32 under autocast.
+Bytes: all that forward has allocated and not given back when it ends, whether autograd holds it, a context or anybody
+else (bench/peak_bytes.py), without its result. Two lengths are run and the slope between them is the bytes a token
+keeps, so a constant can hide nothing. The formula is `planning.cost.kept_bytes`. Hugging Face's layer with SDPA is
+counted in the same way, frozen in bf16, or trained in float32 under autocast.
 
 Work: PyTorch's FLOP counter over forward and backward, with the formulas of our operations. Products beside
 `planning.cost`; attention beside its pairs of a query and a key it sees in these ragged documents, 4·N·D a pair
@@ -27,7 +26,7 @@ from typing import Any
 
 import common
 import torch
-from live_storages import LiveStorages
+from peak_bytes import PeakBytes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -68,13 +67,13 @@ def rotary_tables(spec: BlockSpec, length: int) -> tuple[torch.Tensor, torch.Ten
 
 def count(forward: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> tuple[int, dict[str, int]]:
     """Bytes kept between ``forward`` of ``rows`` and its backward, and FLOPs by kind and direction."""
-    with FlopCounterMode(display=False) as ahead, LiveStorages() as storages:
+    with PeakBytes() as memory, FlopCounterMode(display=False) as ahead:
         # A copy made in here, which nobody but the block can keep.
         x = rows.clone()
         y = forward(x)
         del x
-    gc.collect()
-    kept = storages.live_bytes(without=(y,))
+        gc.collect()
+    kept = memory.left - y.untyped_storage().nbytes()
     with FlopCounterMode(display=False) as back:
         if y.requires_grad:
             y.backward(torch.randn_like(y))

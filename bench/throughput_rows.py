@@ -1,4 +1,4 @@
-"""The rows of bench/throughput.py: what they hold, whether they are whole, and as a table."""
+"""The rows of bench/throughput.py: what they hold, and as a table."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from typing import Any
 import common
 
 CONVENTION = "frozen-aware; causal attention, its backward 2x its forward; recomputation not counted"
-STATUSES = ("measured", "missing", "out of memory", "failed")
-ALWAYS = (
-    dict.fromkeys(
-        ("contestant", "trains", "status", "device", "size", "compute_dtype", "commit", "date", "command"), str
-    )
-    | dict.fromkeys(("seq", "document", "micro_batch", "steps", "warmup", "rounds"), int)
-    | {"product_tflops": float, "copy_tb_per_s": float, "versions": dict}
-)
-"""Keys of every row, and their types. One that is not measured has an ``error`` (str) too, else it is null."""
 MEASURED = (
-    dict.fromkeys(("tokens_per_s", "peak_gib", "first_loss", "loss", "gflop_per_token"), float)
-    | dict.fromkeys(("tflops", "tflops_flash", "share_of_product"), float)
-    | dict.fromkeys(("parameters", "trained_parameters", "threads"), int)
-    | dict.fromkeys(("attention", "trained_dtype", "weights_digest", "flop_convention"), str)
-    | {"step_s": dict, "round_tokens_per_s": list}
+    *(
+        "tokens_per_s",
+        "peak_gib",
+        "first_loss",
+        "loss",
+        "gflop_per_token",
+        "tflops",
+        "tflops_flash",
+        "share_of_product",
+    ),
+    *("parameters", "trained_parameters", "threads", "attention", "trained_dtype", "weights_digest", "flop_convention"),
+    *("step_s", "round_tokens_per_s"),
 )
-"""Keys with a value where it was measured, and null elsewhere."""
+"""Keys of a row that are null where it was not measured."""
 
 
 def make_row(name: str, trains: str, results: list[dict[str, Any]], shared: dict[str, Any]) -> dict[str, Any]:
@@ -51,26 +49,6 @@ def make_row(name: str, trains: str, results: list[dict[str, Any]], shared: dict
         "tflops_flash": round(tflops_flash, 6),
         "share_of_product": round(tflops / shared["product_tflops"], 4),
     }  # fmt: skip
-
-
-def validate(rows: list[dict[str, Any]]) -> None:
-    """That every row is whole.
-
-    Raises:
-        ValueError: a key is missing, or its value is of another type than it should be.
-    """
-    for row in rows:
-        if row.get("status") not in STATUSES:
-            raise ValueError(f"row {row.get('contestant')}: status is none of {', '.join(STATUSES)}")
-        measured = row["status"] == "measured"
-        wanted = ALWAYS | ({"error": type(None), **MEASURED} if measured else {"error": str})
-        if not measured:
-            wanted |= dict.fromkeys(MEASURED, type(None))
-        for key, kind in wanted.items():
-            if key not in row or type(row[key]) is not kind:
-                raise ValueError(
-                    f"row {row.get('contestant')}: {key} is {row.get(key, 'not there')!r}, not a {kind.__name__}"
-                )
 
 
 def show(rows: list[dict[str, Any]]) -> str:

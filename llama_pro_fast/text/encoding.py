@@ -106,6 +106,7 @@ class Encoder:
         self._merges = json.loads(settings.tokenizer)["model"]["type"] == "BPE"
         self._eos, self._eos_id = settings.eos, settings.eos_id
         self._before, self._after = _added(self._tokenizer, vocabulary)
+        self._tokenizer.post_processor = None  # it would copy every text's tokens to put these around them
         has_bos = settings.bos is not None and self._tokenizer.token_to_id(settings.bos) in self._before
         self._bos = settings.bos if has_bos else None
 
@@ -154,17 +155,17 @@ class Encoder:
                 for text, encoding in zip(batch, self._tokenizer.encode_batch_fast(batch), strict=True):
                     ids = encoding.ids
                     num_bytes = self._bytes_after_first(text, ids) if measured else -1
-                    yield self._ended(ids), num_bytes
+                    yield self._ended(self._before + ids + self._after), num_bytes
                 done(sum(map(len, batch)))
             begin = end
 
     def _bytes_after_first(self, text: str, ids: list[int]) -> int:
-        if not ids:
-            return -1
         if self._before:
             return len(text.encode())
+        if not ids:
+            return -1
         for some in (text[:BEGINNING_CHARACTERS], text):
-            (encoding,) = self._tokenizer.encode_batch([some], add_special_tokens=False)
+            (encoding,) = self._tokenizer.encode_batch([some])
             if encoding.ids[:1] == ids[:1]:
                 break
         return _bytes_after_first(text, encoding) if encoding.ids else len(text.encode())
@@ -210,7 +211,7 @@ class Encoder:
         yield first, len(piece.ids), piece
 
     def _piece(self, text: str, begin: int, end: int) -> _Piece:
-        (encoding,) = self._tokenizer.encode_batch([text[begin:end]], add_special_tokens=False)
+        (encoding,) = self._tokenizer.encode_batch([text[begin:end]])
         return _Piece(text, begin, min(end, len(text)), encoding)
 
 

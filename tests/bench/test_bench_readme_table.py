@@ -9,14 +9,13 @@ import throughput_rows
 
 
 def row(contestant: str, speed: float | None, trains: str = "new blocks", **more: object) -> dict:
-    shared = dict.fromkeys(throughput_rows.ALWAYS) | {
+    return {
         "contestant": contestant, "trains": trains, "status": "measured", "device": "NVIDIA H200", "size": "7b",
         "seq": 4096, "document": 4096, "micro_batch": 2, "compute_dtype": "bfloat16", "trained_dtype": "float32",
         "error": None, "commit": "0123456789", "date": "2026-11-01T00:00:00+00:00", "warmup": 3, "steps": 8,
         "tokens_per_s": speed, "peak_gib": 40.125, "step_s": dict.fromkeys(("p10", "median", "p90"), 0.5),
         "tflops": 500.0, "share_of_product": 0.655, "first_loss": 10.5, "loss": 10.25, "weights_digest": trains,
-    }  # fmt: skip
-    return shared | more
+    } | more  # fmt: skip
 
 
 FULL = dict.fromkeys(("tokens_per_s", "peak_gib", "share_of_product"))

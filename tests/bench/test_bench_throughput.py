@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import throughput
 import throughput_rows
 from contestants import CONTESTANTS
 
-RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 SMALL = ["--device", "cpu", "--seq", "16", "--micro-batch", "2", "--steps", "2", "--warmup", "1", "--rounds", "2"]
 ABLE = [name for name in CONTESTANTS if CONTESTANTS[name].missing("cpu") is None]
 
@@ -49,7 +47,6 @@ def done(run_bench, tmp_path_factory):
     finished = run_bench(script, *SMALL, "--contestants", names, "--out", str(script.with_name("rows.json")))
     assert finished.returncode == 0, finished.stdout
     rows = json.loads(script.with_name("rows.json").read_text())
-    throughput_rows.validate(rows)
     return finished.stdout, {row["contestant"]: row for row in rows}
 
 
@@ -69,20 +66,10 @@ def test_every_contestant_is_a_row_and_who_fails_does_not_stop_the_others(done):
     assert "NOT COMPARABLE" not in said
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("throughput-*.json")), ids=lambda file: file.stem)
-def test_a_stored_result_is_whole(file):
-    throughput_rows.validate(json.loads(file.read_text()))
-
-
-def test_a_row_that_is_not_whole_is_told(done):
-    rows = done[1]
-    for key, wrong in [("loss", None), ("seq", 16.0), ("status", "fine"), ("error", "none"), ("date", 2026)]:
-        with pytest.raises(ValueError, match=f"ours: {key}"):
-            throughput_rows.validate([rows["ours"] | {key: wrong}])
-    with pytest.raises(ValueError, match="peak_gib is 'not there', not a float"):
-        throughput_rows.validate([{key: value for key, value in rows["ours"].items() if key != "peak_gib"}])
-    with pytest.raises(ValueError, match="hf-bf16: tokens_per_s"):
-        throughput_rows.validate([rows["hf-bf16"] | {"tokens_per_s": 1.0}])
+def test_what_was_not_measured_has_no_figures(done):
+    for row in done[1].values():
+        figures = {key for key in throughput_rows.MEASURED if row[key] is not None}
+        assert figures == (set(throughput_rows.MEASURED) if row["status"] == "measured" else set())
 
 
 def test_the_speed_is_that_of_the_median_step(done):

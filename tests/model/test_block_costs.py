@@ -8,7 +8,7 @@ import memory
 import pytest
 import torch
 from block_cases import SPECS, make_block, make_context, make_rows
-from live_storages import LiveStorages
+from peak_bytes import PeakBytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama_pro_fast.hf.families import block_spec
@@ -144,7 +144,7 @@ def test_a_frozen_block_asks_for_nothing_that_only_a_weight_needs(monkeypatch):
         assert len(asked) == 2
 
 
-class TestLiveStorages:
+class TestWhatIsLeft:
     def test_sees_what_hooks_on_saved_tensors_miss(self):
         class Hoards(torch.autograd.Function):
             @staticmethod
@@ -157,21 +157,17 @@ class TestLiveStorages:
                 return dy
 
         x = torch.randn(10, requires_grad=True)
-        with LiveStorages() as storages:
+        with PeakBytes() as memory:
             y = Hoards.apply(x)
-        assert storages.live_bytes(without=(y,)) == 40
-        del y
-        assert storages.live_bytes() == 0
+        assert memory.left - y.nbytes == 40
 
     def test_counts_a_storage_once_and_whole(self):
-        with LiveStorages() as storages:
+        with PeakBytes() as memory:
             whole = torch.zeros(10)
-            view, other = whole[:1], whole[5:6]
+            views = whole[:1], whole[5:6]
             del whole
-        assert storages.live_bytes() == 40
-        assert storages.live_bytes(without=(view,)) == 0
-        del view, other
-        assert storages.live_bytes() == 0
+        assert memory.left == 40
+        del views
 
     def test_a_byte_too_many_is_found(self, monkeypatch):
         hoard = []
