@@ -86,18 +86,15 @@ class Children:
 
 
 def _serve(connection: Connection) -> None:
-    try:
+    with contextlib.suppress(EOFError, BrokenPipeError):  # nobody is waiting any more
         function, arguments = connection.recv()
-    except EOFError:
-        return  # nobody is waiting any more
-    try:
-        result = function(*arguments)
-    except Exception as error:
-        traceback.print_exc()
-        text = (str(error).strip().splitlines() or [""])[0]
-        status = "out of memory" if _out_of_memory(error) else "failed"
-        result = {"status": status, "error": f"{type(error).__name__}: {text}"}
-    with contextlib.suppress(BrokenPipeError):
+        try:
+            result = function(*arguments)
+        except Exception as error:
+            traceback.print_exc()
+            text = (str(error).strip().splitlines() or [""])[0]
+            status = "out of memory" if _out_of_memory(error) else "failed"
+            result = {"status": status, "error": f"{type(error).__name__}: {text}"}
         connection.send(result)
 
 

@@ -1,7 +1,7 @@
-"""What the data engine costs, on text of this machine: ``python bench/data.py FOLDER`` (Linux).
+"""What the data engine costs, on text of this machine: ``python bench/data.py`` (Linux).
 
-Writes at least 200 MB of the source files and pages that are installed here into FOLDER, as jsonl and as parquet, and
-prepares them with the packaged base's tokenizer:
+At least 200 MB of the source files and pages that are installed here are written as jsonl and as parquet (1 GB in a
+temporary folder) and prepared with the packaged base's tokenizer:
 
 - CPU seconds a MB beside those of `encode_batch_fast` alone on the same texts in memory, and the main process' share of
   them: what it needs itself limits how many CPUs can work for it;
@@ -16,14 +16,12 @@ import contextlib
 import json
 import multiprocessing
 import os
-import re
 import resource
-import shutil
 import signal
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,42 +35,29 @@ SEQ_LEN, BATCH = 1024, 16
 DOCUMENTS, LONG_SEQ_LEN = 30_000_000, 4096
 MAP_BATCH = 1000
 """Documents that `datasets.map` hands a tokenizer at a time, unless it is told otherwise."""
-KIB = 1024
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def installed_texts() -> Iterator[str]:
-    """Every file of text that is installed, once; the same ones in the same order as long as nothing is installed."""
-    seen = set()
-    for place in dict.fromkeys(map(os.path.realpath, PLACES)):
-        for folder, subfolders, names in os.walk(place):
-            subfolders.sort()
-            for path in (os.path.join(folder, name) for name in sorted(names) if name.endswith(ENDINGS)):
-                if os.path.realpath(path) in seen or not os.path.isfile(path):
-                    continue
-                seen.add(os.path.realpath(path))
-                text = Path(path).read_bytes().decode(errors="replace")
-                if text.strip():
-                    yield text
-
-
-def write_texts(folder: Path, megabytes: int) -> None:
-    """``N.jsonl`` for each size and ``whole.parquet``: the beginning of the installed texts."""
+def write_texts(folder: Path, sizes: list[int]) -> int:
+    """``N.jsonl`` and ``N.parquet`` for each size in MB, of the files of text that are installed here; bytes of the
+    largest one's text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows, size, sizes = [], 0, sorted({min(each, megabytes) for each in SIZES_MB})
-    for text in installed_texts():
-        rows.append(text)
-        size += len(text.encode())
-        while sizes and size >= sizes[0] * 1e6:
-            with open(folder / f"{sizes.pop(0)}.jsonl", "w", encoding="utf-8") as file:
+    found = (path for place in PLACES for path in Path(place).rglob("*") if path.suffix in ENDINGS and path.is_file())
+    rows, num_bytes, left = [], 0, sizes[:]
+    for path in sorted({path.resolve() for path in found}):
+        if text := path.read_bytes().decode(errors="replace").strip():
+            rows.append(text)
+            num_bytes += len(text.encode())
+        while num_bytes >= left[0] * 1e6:
+            name = folder / str(left.pop(0))
+            with open(name.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
                 file.writelines(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows)
-        if not sizes:
-            break
-    else:
-        raise SystemExit(f"only {size / 1e6:.0f} MB of text are installed here; give a smaller --megabytes")
-    pq.write_table(pa.table({"text": rows}), folder / f"{megabytes}.parquet", row_group_size=1000)
+            pq.write_table(pa.table({"text": rows}), name.with_suffix(".parquet"), row_group_size=1000)
+            if not left:
+                return num_bytes
+    raise ValueError(f"only {num_bytes / 1e6:.0f} MB of text are installed here; give a smaller --megabytes")
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -104,13 +89,10 @@ def beside(path: Path, cache: Path) -> dict[str, float]:
 
 def _signal(processes: list[multiprocessing.Process], number: int) -> None:
     for process in processes:
-        for pid in (process.pid, *_children(process.pid)):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, children)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-
-
-def _children(pid: int) -> list[int]:
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def encode_alone(path: Path, part: int, parts: int) -> float:
@@ -125,31 +107,20 @@ def encode_alone(path: Path, part: int, parts: int) -> float:
     return time.process_time() - started
 
 
-def prepared(path: Path, cache: Path, workers: int | None = None) -> dict[str, float]:
+def prepared(path: Path, cache: Path) -> dict[str, float]:
     """CPU seconds and peak memory of preparing a file, of the main process and of its workers."""
     tokenizer = _tokenizer()
-    before, peaks = resource.getrusage(resource.RUSAGE_SELF), [0]
-    threading.Thread(target=_watch, args=(peaks,), daemon=True).start()
-    _store(path, cache, tokenizer, workers)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    _store(path, cache, tokenizer)
     own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
         "main_cpu_seconds": own.ru_utime + own.ru_stime - before.ru_utime - before.ru_stime,
         "workers_cpu_seconds": workers.ru_utime + workers.ru_stime,
-        "main_peak_bytes": own.ru_maxrss * KIB,
-        "main_peak_bytes_before": before.ru_maxrss * KIB,
-        "worker_peak_bytes": peaks[0],
+        "main_peak_bytes": own.ru_maxrss * 1024,
+        "main_peak_bytes_before": before.ru_maxrss * 1024,
+        "worker_peak_bytes": workers.ru_maxrss
+        * 1024,  # at least what its parent held when it was started, which is less
     }
-
-
-def _watch(peaks: list[int]) -> None:
-    """Follow the most memory that a child has resident; the kernel's own figure has the parent's from before `exec`."""
-    while True:
-        for child in _children(os.getpid()):
-            with contextlib.suppress(OSError):
-                status = Path(f"/proc/{child}/status").read_text()
-                if "python" in status.partition("\n")[0] and (found := re.search(r"VmHWM:\s+(\d+) kB", status)):
-                    peaks[0] = max(peaks[0], 1024 * int(found[1]))
-        time.sleep(0.2)
 
 
 def order(path: Path, cache: Path) -> dict[str, float]:
@@ -164,11 +135,8 @@ def order(path: Path, cache: Path) -> dict[str, float]:
         row = data.pieces(step * BATCH, BATCH)
         tokens = np.bincount(np.unique(row.documents, return_inverse=True)[1], weights=row.lengths * (row.sources >= 0))
         largest.append(tokens.max() / (BATCH * SEQ_LEN))
-    lengths = store.train.lengths
     return {
-        "documents": len(lengths),
-        "mean_tokens": float(lengths.mean()),
-        "largest_tokens": int(lengths.max()),
+        "documents": len(store.train.lengths),
         "steps": steps,
         "steps_over_half_one_document": int((np.array(largest) > 0.5).sum()),
         "largest_share_of_a_step": max(largest),
@@ -185,13 +153,13 @@ def _tokenizer():
     return AutoTokenizer.from_pretrained(resolve("builtin:prose-3m"))
 
 
-def _store(path: Path, cache: Path, tokenizer: Any, workers: int | None = None) -> Any:
+def _store(path: Path, cache: Path, tokenizer: Any) -> Any:
     from llama_pro_fast.config import DataConfig
     from llama_pro_fast.text.preparing import tokenize_source
     from llama_pro_fast.text.sources import resolve_sources
 
     source = resolve_sources(DataConfig(domain=str(path)), default_general=False)[0]
-    return tokenize_source(source, tokenizer, held_out=0.02, cache_dir=cache, workers=workers)
+    return tokenize_source(source, tokenizer, held_out=0.02, cache_dir=cache)
 
 
 def draw() -> dict[str, float]:
@@ -204,20 +172,15 @@ def draw() -> dict[str, float]:
     started = time.perf_counter()
     rounds.first()
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-    return {"documents": DOCUMENTS, "mean_tokens": float(lengths.mean()), "seconds": seconds, "peak_bytes": peak}
+    return {"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def main() -> None:
     parser = common.parser(__doc__, out="data-cpu", device=False)
-    parser.add_argument("folder", type=Path, help="where texts and tokens go (1 GB); must not exist")
     parser.add_argument("--megabytes", type=int, default=SIZES_MB[-1], help="of text; default: %(default)s")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True)
-    try:
-        result = measure(options.folder, options.megabytes)
-    finally:
-        shutil.rmtree(options.folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(Path(folder), options.megabytes)
     path = options.out or common.RESULTS / "data-cpu.json"
     common.write_json(path, result)
     show(result)
@@ -226,18 +189,12 @@ def main() -> None:
 
 def measure(folder: Path, megabytes: int) -> dict[str, Any]:
     """Everything, each in a process of its own."""
-    in_process(write_texts, folder, megabytes)
     sizes = sorted({min(size, megabytes) for size in SIZES_MB})
-    whole, table = folder / f"{megabytes}.jsonl", folder / f"{megabytes}.parquet"
-    with open(whole, "rb") as file:
-        text = sum(len(json.loads(line)["text"].encode()) for line in file)
-    formats = {path.suffix[1:]: beside(path, folder / f"cache{path.suffix}") for path in (whole, table)}
+    num_bytes, whole = in_process(write_texts, folder, sizes), folder / f"{megabytes}.jsonl"
+    formats = {end: beside(whole.with_suffix(f".{end}"), folder / f"cache.{end}") for end in ("jsonl", "parquet")}
     peaks = {str(size): in_process(prepared, folder / f"{size}.jsonl", folder / f"cache{size}") for size in sizes[:-1]}
     return common.provenance("cpu") | {
-        "what": "text to tokens to batches",
-        "cores": os.cpu_count(),
-        "text_bytes": text,
-        "formats": formats,
+        **{"what": "text to tokens to batches", "cores": os.cpu_count(), "text_bytes": num_bytes, "formats": formats},
         "sizes": peaks | {str(megabytes): formats["jsonl"]},
         "order": in_process(order, whole, folder / "cache.jsonl"),
         "draw": in_process(draw),
@@ -252,19 +209,17 @@ def show(result: dict[str, Any]) -> None:
         per_megabyte = [f"{1e3 * seconds / megabytes:.1f}" for seconds in (main + workers, alone)]
         rows.append((name, *per_megabyte, f"{alone / (main + workers):.3f}", f"{main / (main + workers):.2%}"))
     columns = (f"{megabytes:.0f} MB of text", "CPU ms/MB", "encode_batch_fast alone", "its rate", "main process")
-    print(common.table(columns, rows))
-    print()
-    columns = ("text, MB", "main process, peak GiB", "of it imports", "a worker, peak GiB")
-    peaks = ("main_peak_bytes", "main_peak_bytes_before", "worker_peak_bytes")
-    print(common.table(columns, [(n, *(f"{e[key] / gib:.2f}" for key in peaks)) for n, e in result["sizes"].items()]))
+    print(common.table(columns, rows), end="\n\n")
+    of = ("main_peak_bytes", "main_peak_bytes_before", "worker_peak_bytes")
+    peaks = [(size, *(f"{run[key] / gib:.2f}" for key in of)) for size, run in result["sizes"].items()]
+    print(common.table(("text, MB", "main process, peak GiB", "of it imports", "a worker, peak GiB"), peaks))
     order, draw = result["order"], result["draw"]
     print(
-        f"\n{order['documents']:,} documents of {order['mean_tokens']:,.0f} tokens on average, the largest "
-        f"{order['largest_tokens']:,}, in steps of {BATCH} x {SEQ_LEN}: {order['steps_over_half_one_document']} of "
-        f"{order['steps']:,} steps over half one document (most {order['largest_share_of_a_step']:.0%}), "
-        f"{order['empty']:.3%} of the places empty, {order['without_beginning']:.1%} of the tokens in a piece without "
-        f"its beginning\n{draw['documents']:,} documents: an epoch drawn in {draw['seconds']:.1f} s, peak "
-        f"{draw['peak_bytes'] / gib:.1f} GiB"
+        f"\n{order['documents']:,} documents in {order['steps']:,} steps of {BATCH} x {SEQ_LEN} tokens: "
+        f"{order['steps_over_half_one_document']} steps are over half one document (most "
+        f"{order['largest_share_of_a_step']:.0%}), {order['empty']:.3%} of the places are empty, "
+        f"{order['without_beginning']:.1%} of the tokens in a piece without its beginning\n"
+        f"{DOCUMENTS:,} documents: an epoch drawn in {draw['seconds']:.1f} s, peak {draw['peak_bytes'] / gib:.1f} GiB"
     )
 
 

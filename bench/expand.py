@@ -1,18 +1,17 @@
-"""Time and peak memory of expanding a LLaMA-2-7B: ``python bench/expand.py FOLDER``.
+"""Time and peak memory of expanding a LLaMA-2-7B: ``python bench/expand.py``.
 
-Writes a random checkpoint of that shape (13.5 GB in three shards) into FOLDER, expands it with 8 groups in a child
-process, and reads the child's peak resident memory from the kernel (`os.wait4`). Mapped file pages count as resident.
-The target: no more than two shards. FOLDER needs 31 GB, writing the checkpoint 14 GB of memory; the models are deleted
-at the end.
+Writes a random checkpoint of that shape (13.5 GB in three shards) into a temporary folder (31 GB, where TMPDIR says),
+expands it with 8 groups in a child process, and reads the child's peak resident memory from the kernel (`os.wait4`).
+Mapped file pages count as resident. The target: no more than two shards. Writing the checkpoint takes 14 GB of memory.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,39 +42,22 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     parser = common.parser(__doc__, out="expand-LAYERSxHIDDEN", device=False)
-    parser.add_argument("folder", type=Path, help="where the models go; must not exist")
     parser.add_argument("--size", choices=list(SIZES), default="7b", help="default: 7b; another tries the bench")
     options = parser.parse_args()
-    size, base, out = SIZES[options.size], options.folder / "base", options.folder / "expanded"
-    try:
+    size = SIZES[options.size]
+    with tempfile.TemporaryDirectory() as folder:
+        base, out = Path(folder) / "base", Path(folder) / "expanded"
         # In a process of its own: what this one holds at its fullest would count as its child's.
         writer = multiprocessing.get_context("spawn").Process(target=write_base, args=(base, options.size))
         writer.start()
         writer.join()
         shards = sorted(path.stat().st_size for path in base.glob("*.safetensors"))
-        command = [
-            sys.executable,
-            "-m",
-            "llama_pro_fast.expand",
-            str(base),
-            str(out),
-            "--expand.groups",
-            str(size.groups),
-        ]
-        seconds, peak = measure(command)
-        before, after = (
-            sum(entry.num_bytes for entry in PretrainedFolder(folder).entries.values()) for folder in (base, out)
-        )
-    finally:
-        shutil.rmtree(options.folder, ignore_errors=True)
-
+        told = [str(base), str(out), "--expand.groups", str(size.groups)]
+        seconds, peak = measure([sys.executable, "-m", "llama_pro_fast.expand", *told])
+        before, after = (sum(e.num_bytes for e in PretrainedFolder(path).entries.values()) for path in (base, out))
     layers, hidden = size.base["num_hidden_layers"], size.base["hidden_size"]
     result = common.provenance("cpu") | {
-        "what": "expansion and identity proof",
-        "cores": os.cpu_count(),
-        "layers": layers,
-        "hidden": hidden,
-        "groups": size.groups,
+        **{"what": "expansion and identity proof", "layers": layers, "hidden": hidden, "groups": size.groups},
         "base_bytes": before,
         "expanded_bytes": after,
         "largest_shard_bytes": shards[-1],

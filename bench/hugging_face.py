@@ -96,8 +96,7 @@ def drawn_model(
 def _checkpoint(model: LlamaForCausalLM, which: str) -> None:
     if which != "none":
         # The name transformers is moving to, else the one it had; both default to recomputing whole blocks.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if which == "trained":
         # Enabling makes the embedding's output need a gradient, which all layers then pass down; not so here.
         model.disable_input_require_grads()

@@ -66,7 +66,7 @@ def draw_throughput(rows: list[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(4, 3))
     for axes, key, label, form in (
         (left, "tokens_per_s", "tokens/s", "{:,.0f}".format),
-        (right, "peak_gib", "peak memory of a step, GiB", gib),
+        (right, "peak_gib", "peak memory of a step, GiB", "{:.1f}".format),
     ):
         for place, row in placed:
             measured = row["status"] == "measured"
@@ -87,10 +87,6 @@ def draw_throughput(rows: list[dict[str, Any]], path: Path) -> None:
     figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once), frameon=False)
     figure.suptitle(title(rows[0]), fontsize=12)
     save(figure, path)
-
-
-def gib(size: float) -> str:
-    return f"{size:.1f}" if size >= 1 else f"{size:.3f}"
 
 
 def fill(row: dict[str, Any]) -> dict[str, Any]:

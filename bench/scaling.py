@@ -166,20 +166,15 @@ def main(argv: list[str] | None = None) -> int:
             predicted = {f"{key}_predicted": value for key, value in predict(point).items()}
             rows.append({"axis": axis, "point": name, **measure(point), **predicted})
             common.write_json(out, {**facts, "tolerance": TOLERANCE, "rows": rows})
+    said, off = wrong(rows), [row["peak_bytes_predicted"] / row["peak_bytes"] - 1 for row in rows]
     cells = [
-        [
-            f"{row['axis']}, {row['point']}",
-            *(f"{row[key] / 2**20:,.1f}" for key in ("peak_bytes", "peak_bytes_predicted")),
-            f"{row['peak_bytes_predicted'] / row['peak_bytes'] - 1:+.2%}",
-            *(f"{row[key] / 1e9:,.3f}" for key in ("product_flops", "attention_flops")),
-        ]
-        for row in rows
-    ]
-    print(common.table(["", "peak MiB", "planned", "off", "GFLOP of products", "of attention"], cells))
+        [f"{row['axis']}, {row['point']}", f"{row['peak_bytes'] / 2**20:,.1f}", f"{share:+.2%}",
+         *(f"{row[key] / 1e9:,.3f}" for key in ("product_flops", "attention_flops"))]
+        for row, share in zip(rows, off, strict=True)
+    ]  # fmt: skip
+    print(common.table(["", "peak MiB", "plan off by", "GFLOP of products", "of attention"], cells))
     print(f"written to {out}")
-    said = wrong(rows)
-    furthest = max(abs(row["peak_bytes_predicted"] / row["peak_bytes"] - 1) for row in rows)
-    print("\n".join(said) or f"AS PLANNED: memory within {furthest:.2%} of what was counted, work equal")
+    print("\n".join(said) or f"AS PLANNED: memory within {max(map(abs, off)):.2%} of what was counted, work equal")
     return 1 if said else 0
 
 

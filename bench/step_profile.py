@@ -119,10 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or common.result_file(f"step-profile-{options.size}", result["device"])
     common.write_json(out, result)
     rows = [
-        [row["kernel"][:80], f"{row['calls']:g}", f"{row['ms']:.3f}", f"{row['share']:.1%}"]
-        for row in result["kernels"]
+        [k["kernel"][:80], f"{k['calls']:g}", f"{k['ms']:.3f}", f"{k['share']:.1%}"] for k in result["kernels"][:30]
     ]
-    print(common.table(["kernel", "calls", "ms a step", "share"], rows[:30]))
+    print(common.table(["kernel", "calls", "ms a step", "share"], rows))
     gaps = "" if result["gaps"] is None else f", nothing runs in {result['gaps']:.1%} of it"
     waits = ", ".join(f"{count} x {name}" for name, count in result["waits"].items()) or "none"
     print(f"{result['step_ms']:.1f} ms a step{gaps}; {result['launches']:.0f} launches; waits of the host: {waits}")

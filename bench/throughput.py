@@ -55,8 +55,8 @@ DEFAULTS = ("seq", "micro_batch", "steps", "warmup", "rounds")
 def measure(name: str, workload: Workload) -> dict[str, Any]:
     """One round of one contestant, in a process of its own."""
     contestant = CONTESTANTS[name]
-    device = torch.device(workload.device)
-    if device.type == "cuda":
+    cuda = workload.device == "cuda"
+    if cuda:
         expandable_segments()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     runner = contestant.build(workload)
@@ -65,7 +65,7 @@ def measure(name: str, workload: Workload) -> dict[str, Any]:
     optimizer = Optimizer(runner.model, trained, OPTIM, workload.warmup + workload.steps)
     batches = [runner.prepare(tokens) for tokens in workload.token_batches()]
     gc.collect()
-    if device.type == "cuda":
+    if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -80,7 +80,7 @@ def measure(name: str, workload: Workload) -> dict[str, Any]:
         del loss
     marks.append(mark(workload.device))
     seconds = between(marks, workload.device)
-    if device.type == "cuda":
+    if cuda:
         peak, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
     else:
         unit = 1 if sys.platform == "darwin" else 1024
@@ -141,9 +141,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no contestant starts")
     options = parser.parse_args(argv)
     options.contestants = options.contestants.split(",") if options.contestants else list(CONTESTANTS)
-    for name in options.contestants:
-        if name not in CONTESTANTS:
-            parser.error(f"--contestants: there is no {name}; there are {', '.join(CONTESTANTS)}")
+    if unknown := [name for name in options.contestants if name not in CONTESTANTS]:
+        parser.error(f"--contestants: there is no {unknown[0]}; there are {', '.join(CONTESTANTS)}")
     for name in DEFAULTS:
         least = {"seq": 2, "warmup": 0}.get(name, 1)
         if getattr(options, name) is None:

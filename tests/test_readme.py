@@ -135,7 +135,7 @@ def test_every_local_link_and_picture_is_there():
 def test_the_figures_of_the_controls_are_those_of_the_result():
     sys.path.insert(0, str(ROOT / "bench"))
     try:
-        from quickstart_controls import markdown
+        from quickstart import markdown
     finally:
         sys.path.remove(str(ROOT / "bench"))
     rows = json.loads((ROOT / "bench" / "results" / "quickstart-controls-cpu.json").read_text())

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # a folder of scripts, no package
 
 import common
-from pictures import draw_throughput, gib, in_words, ordered, title
+from pictures import draw_throughput, in_words, ordered, title
 
 README, PAGE = common.ROOT / "README.md", common.ROOT / "docs" / "results.md"
 RESULT = common.RESULTS / "throughput-7b-nvidia-h200.json"
@@ -42,7 +42,7 @@ def table(rows: list[dict[str, Any]], page: Path) -> str:
             cells = [
                 f"{row['tokens_per_s']:,.0f}",
                 f"{ours / row['tokens_per_s']:.2f}" if ours else "",
-                gib(row["peak_gib"]),
+                f"{row['peak_gib']:.1f}",
                 row["trained_dtype"],
                 f"{row['loss']:.4f}",
             ]

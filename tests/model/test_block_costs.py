@@ -18,7 +18,7 @@ from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.block import BlockClass, Recompute
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.cost import attention_flops, kept_bytes, matrices, recomputed_flops, step_cost
-from llama_pro_kernels import select_attention_backend
+from llama_pro_kernels import linear_cross_entropy, select_attention_backend
 
 pytestmark = pytest.mark.usefixtures("nothing_old_to_collect")
 
@@ -101,8 +101,11 @@ def test_bytes_in_fp32(which):
 
 
 def test_the_head_makes_two_products():
-    row = memory.measure_head(torch.float32, 2)
-    assert row["work"] == row["work_formula"]
+    """A frozen one: logits and dX."""
+    x, weight = torch.randn(2, 64, requires_grad=True), torch.randn(100, 64)
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(x, weight, torch.arange(2), torch.tensor(0.5)).backward()
+    assert counter.get_total_flops() == 2 * 2 * 2 * 64 * 100
 
 
 def test_a_gradient_of_a_norm_is_no_kernel_of_the_norm(monkeypatch):
@@ -182,7 +185,6 @@ class TestCommand:
     @pytest.fixture
     def run(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(memory, "SPEC", SPECS["gqa"])
-        monkeypatch.setattr(memory, "VOCAB", 100)
 
         def run(*arguments):
             code = memory.main([*arguments, "--tokens", "16", "40", "--out", str(tmp_path / "memory.json")])
@@ -194,7 +196,7 @@ class TestCommand:
         code, last, result = run()
         assert code == 0
         assert last.startswith("EQUAL")
-        assert [row["block"] for row in result["rows"]] == [*memory.ROWS, "frozen head"]
+        assert [row["block"] for row in result["rows"]] == [*memory.ROWS]
         assert {"device", "commit", "versions", "command"} <= result.keys()
 
     @pytest.mark.parametrize("broken", ["kept_bytes", "expected_work"])
