@@ -155,7 +155,9 @@ class Encoder:
                 for text, encoding in zip(batch, self._tokenizer.encode_batch_fast(batch), strict=True):
                     ids = encoding.ids
                     num_bytes = self._bytes_after_first(text, ids) if measured else -1
-                    yield self._ended(self._before + ids + self._after), num_bytes
+                    ids[:0] = self._before
+                    ids += self._after
+                    yield self._ended(ids), num_bytes
                 done(sum(map(len, batch)))
             begin = end
 
