@@ -118,8 +118,7 @@ def prepared(path: Path, cache: Path) -> dict[str, float]:
         "workers_cpu_seconds": workers.ru_utime + workers.ru_stime,
         "main_peak_bytes": own.ru_maxrss * 1024,
         "main_peak_bytes_before": before.ru_maxrss * 1024,
-        "worker_peak_bytes": workers.ru_maxrss
-        * 1024,  # at least what its parent held when it was started, which is less
+        "worker_peak_bytes": workers.ru_maxrss * 1024,  # or what its parent held when it started, which is less
     }
 
 
