@@ -3,8 +3,8 @@
 At least 200 MB of the source files and pages that are installed here are written as jsonl and as parquet (1 GB in a
 temporary folder) and prepared with the packaged base's tokenizer:
 
-- CPU seconds a MB beside those of `encode_batch_fast` alone on the same texts in memory, and the main process' share of
-  them: what it needs itself limits how many CPUs can work for it;
+- CPU seconds a MB beside those of `encode_batch_fast` alone on the same texts in memory, its ids taken out (the least
+  that is of use), and the main process' share of them: what it needs itself limits how many CPUs can work for it;
 - peak memory of the main process and of a worker, for three sizes;
 - steps of 16 sequences of which more than half is one document, and what packing leaves empty and cuts;
 - seconds to draw an epoch of 30 million documents, and its peak memory.
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import common
@@ -35,6 +36,7 @@ SEQ_LEN, BATCH = 1024, 16
 DOCUMENTS, LONG_SEQ_LEN = 30_000_000, 4096
 MAP_BATCH = 1000
 """Documents that `datasets.map` hands a tokenizer at a time, unless it is told otherwise."""
+TURNS = 3
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -96,14 +98,14 @@ def _signal(processes: list[multiprocessing.Process], number: int) -> None:
 
 
 def encode_alone(path: Path, part: int, parts: int) -> float:
-    """CPU seconds of `encode_batch_fast` on one thread, for every ``parts``-th document."""
+    """CPU seconds of `encode_batch_fast` on one thread, to the ids of every ``parts``-th document."""
     import pyarrow.parquet as pq
 
     texts = pq.read_table(path.with_suffix(".parquet"))["text"][part::parts].to_pylist()
     tokenizer, os.environ["RAYON_NUM_THREADS"] = _tokenizer().backend_tokenizer, "1"
     started = time.process_time()
     for begin in range(0, len(texts), MAP_BATCH):
-        tokenizer.encode_batch_fast(texts[begin : begin + MAP_BATCH])
+        [encoding.ids for encoding in tokenizer.encode_batch_fast(texts[begin : begin + MAP_BATCH])]
     return time.process_time() - started
 
 
@@ -190,23 +192,32 @@ def measure(folder: Path, megabytes: int) -> dict[str, Any]:
     """Everything, each in a process of its own."""
     sizes = sorted({min(size, megabytes) for size in SIZES_MB})
     num_bytes, whole = in_process(write_texts, folder, sizes), folder / f"{megabytes}.jsonl"
-    formats = {end: beside(whole.with_suffix(f".{end}"), folder / f"cache.{end}") for end in ("jsonl", "parquet")}
+    formats = {
+        end: [beside(whole.with_suffix(f".{end}"), folder / f"cache{turn}.{end}") for turn in range(TURNS)]
+        for end in ("jsonl", "parquet")
+    }
     peaks = {str(size): in_process(prepared, folder / f"{size}.jsonl", folder / f"cache{size}") for size in sizes[:-1]}
     return common.provenance("cpu") | {
         **{"what": "text to tokens to batches", "cores": os.cpu_count(), "text_bytes": num_bytes, "formats": formats},
-        "sizes": peaks | {str(megabytes): formats["jsonl"]},
-        "order": in_process(order, whole, folder / "cache.jsonl"),
+        "sizes": peaks | {str(megabytes): formats["jsonl"][0]},
+        "order": in_process(order, whole, folder / "cache0.jsonl"),
         "draw": in_process(draw),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     megabytes, gib = result["text_bytes"] / 1e6, 2**30
+    seconds = {  # a format's; who encodes alone has the same to do beside either
+        (name, what): mean(run[f"{what}_cpu_seconds"] for run in runs)
+        for name, runs in result["formats"].items()
+        for what in ("main", "workers", "encode_batch_fast")
+    }
+    alone = mean(seconds[name, "encode_batch_fast"] for name in result["formats"])
     rows = []
-    for name, run in result["formats"].items():
-        main, workers, alone = (run[f"{what}_cpu_seconds"] for what in ("main", "workers", "encode_batch_fast"))
-        per_megabyte = [f"{1e3 * seconds / megabytes:.1f}" for seconds in (main + workers, alone)]
-        rows.append((name, *per_megabyte, f"{alone / (main + workers):.3f}", f"{main / (main + workers):.2%}"))
+    for name in result["formats"]:
+        main, both = seconds[name, "main"], seconds[name, "main"] + seconds[name, "workers"]
+        per_megabyte = [f"{1e3 * each / megabytes:.1f}" for each in (both, alone)]
+        rows.append((name, *per_megabyte, f"{alone / both:.3f}", f"{main / both:.2%}"))
     columns = (f"{megabytes:.0f} MB of text", "CPU ms/MB", "encode_batch_fast alone", "its rate", "main process")
     print(common.table(columns, rows), end="\n\n")
     of = ("main_peak_bytes", "main_peak_bytes_before", "worker_peak_bytes")
