@@ -147,7 +147,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: orthogonalised momentum for matrices, which needs one moment instead of two, and AdamW for the rest. Its
+    updates are scaled to the root mean square of AdamW's, so a rate means about the same in both."""
 
     lr: float | None = number(None, ABOVE_0)
     """Peak learning rate. There is no default: it depends on the base. The paper: 2e-4 for LLaMA-2-7B, 2e-5 for
@@ -180,8 +184,12 @@ class OptimConfig:
 class TrainConfig:
     """The run itself."""
 
-    parameters: Literal["new_blocks", "all"] = "new_blocks"
-    """`new_blocks`: the blocks the checkpoint's manifest names, nothing else. `all`: every parameter."""
+    parameters: Literal["new_blocks", "all", "blocks"] = "new_blocks"
+    """`new_blocks`: the blocks the checkpoint's manifest names, nothing else. `all`: every parameter. `blocks`: the
+    model's own blocks that `train.blocks` names; the base is then not kept."""
+
+    blocks: list[int] | str | None = None
+    """With `train.parameters blocks`: block numbers from 0, `24,25,26` or a list."""
 
     steps: int | None = number(None, ABOVE_0)
     """Optimizer steps. Give this or `tokens`; with neither the run is one epoch."""
@@ -289,6 +297,7 @@ MAY_STAY_OPEN = (
     "data.general",
     "data.cache",
     "data.workers",
+    "train.blocks",
     "train.tokens",
     "train.checkpoint_every",
     "train.wandb",

@@ -74,6 +74,7 @@ def question_of(request: Request) -> Question:
         raw,
         base.num_hidden_layers,
         parameters=config.train.parameters,
+        blocks=config.train.blocks,
         plan=expansion,
         name=f"--model.path {config.model.path}",
     )

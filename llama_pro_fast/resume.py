@@ -75,6 +75,7 @@ _KEPT = {
     "train.seq_len": "it cuts the text",
     "train.batch_size": "steps are counted in it",
     "train.parameters": "it decides what trains",
+    "train.blocks": "it decides what trains",
     "train.dtype": "it decides how every number is rounded",
     "optim": "the optimizer's state has grown with it",
 }

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.expansion.plan import ExpansionPlan, block_numbers
 from llama_pro_fast.hf.config import CONFIG_FILE
 from llama_pro_fast.model.trained import Trained
 
@@ -56,9 +56,9 @@ class Manifest:
         base: the model before the first expansion.
         generations: the model each generation was made from; the first is ``base``.
         new_blocks: the new blocks of all generations, by index.
-        base_intact: whether the newest generation's base is still in the model unchanged. Training all parameters ends
-            that: without its new blocks the model is then no model that was there before. Believed only where no
-            weights are read; the trainer asks the digests (`expansion.lineage`), whatever is said here.
+        base_intact: whether the newest generation's base is still in the model unchanged. Training more than the new
+            blocks ends that: without its new blocks the model is then no model that was there before. Believed only
+            where no weights are read; the trainer asks the digests (`expansion.lineage`), whatever is said here.
     """
 
     base: ModelId
@@ -81,7 +81,7 @@ class Manifest:
             return ""
         made_from = self.generations[-1]
         if not self.base_intact:
-            return f"all parameters were trained since the expansion, {made_from.name} is no longer in the model"
+            return f"more than the new blocks was trained since, {made_from.name} is no longer in the model"
         return self._not_in_there(made_from, "its new blocks", self.trained_blocks)
 
     def first_base_gone(self, intact: Sequence[bool] | None) -> str:
@@ -180,6 +180,7 @@ def what_trains(
     num_layers: int,
     *,
     parameters: str,
+    blocks: list[int] | str | None = None,
     plan: ExpansionPlan | None = None,
     name: str,
     intact: Sequence[bool] | None = None,
@@ -189,14 +190,15 @@ def what_trains(
     Args:
         raw_config: ``config.json``'s content.
         num_layers: blocks of that model.
-        parameters: the recipe's `train.parameters`.
+        parameters, blocks: the recipe's `train.parameters` and `train.blocks`.
         plan: how the model will be expanded first.
         name: of the model, for the error.
         intact: of each generation, whether its base is still in the model (:func:`lineage.intact_bases`); without it
             the manifest is believed.
 
     Raises:
-        UserError: new blocks are to train and there are none, or are to come and there are some already.
+        UserError: new blocks are to train and there are none, or are to come and there are some already, or a block is
+            named that is not there.
     """
     manifest = Manifest.from_config(raw_config)
     if plan is not None and manifest is not None:
@@ -206,6 +208,9 @@ def what_trains(
         )
     if parameters == "all":
         return Trained.all_of(num_layers if plan is None else plan.num_layers)
+    if parameters == "blocks":
+        named = block_numbers("train.blocks", blocks, num_layers)
+        return Trained(num_layers, tuple(sorted(named)), base_gone="blocks of the base train, it is not kept")
     if plan is not None:
         return plan.trained
     if manifest is None:

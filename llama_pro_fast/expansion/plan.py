@@ -51,15 +51,7 @@ class ExpansionPlan:
         """
         if copies < 1:
             raise UserError(f"--expand.copies {copies}: give 1 or more")
-        if not after:
-            raise UserError("--expand.after: no block is named; give block numbers such as 3,7,11")
-        for block in after:
-            if not 0 <= block < num_layers:
-                raise UserError(f"--expand.after {block}: the model has blocks 0 to {num_layers - 1}")
-            if after.count(block) > 1:
-                raise UserError(
-                    f"--expand.after {block}: named twice; for several new blocks in one place give --expand.copies"
-                )
+        for block in block_numbers("expand.after", after, num_layers):
             if block - copies + 1 < 0:
                 raise UserError(
                     f"--expand.after {block}: {copies} copies need {copies} blocks, there are {block + 1} up to it"
@@ -88,13 +80,7 @@ class ExpansionPlan:
             )
         if config.groups is not None:
             return cls.from_groups(num_layers, config.groups, config.copies)
-        after = config.after
-        if isinstance(after, str):
-            try:
-                after = [int(block) for block in after.split(",")]
-            except ValueError as error:
-                raise UserError(f"--expand.after {after}: not a list of block numbers such as 3,7,11") from error
-        return cls.from_after(num_layers, after, config.copies)
+        return cls.from_after(num_layers, block_numbers("expand.after", config.after, num_layers), config.copies)
 
     @property
     def num_old(self) -> int:
@@ -119,3 +105,27 @@ class ExpansionPlan:
     def trained(self) -> Trained:
         """The new blocks, and nothing else."""
         return Trained(self.num_layers, self.new_indices)
+
+
+def block_numbers(key: str, given: list[int] | str, num_layers: int) -> list[int]:
+    """The block numbers that an option names, as a list or as ``3,7,11``.
+
+    Args:
+        key: of the option.
+
+    Raises:
+        UserError: they are no numbers, none at all, of blocks that are not there, or named twice.
+    """
+    try:
+        blocks = [int(block) for block in given.split(",")] if isinstance(given, str) else given
+    except ValueError as error:
+        raise UserError(f"--{key} {given}: not a list of block numbers such as 3,7,11") from error
+    if not blocks:
+        raise UserError(f"--{key}: no block is named; give block numbers such as 3,7,11")
+    for block in blocks:
+        if not 0 <= block < num_layers:
+            raise UserError(f"--{key} {block}: the model has blocks 0 to {num_layers - 1}")
+        if blocks.count(block) > 1:
+            several = "; for several new blocks in one place give --expand.copies" if key == "expand.after" else ""
+            raise UserError(f"--{key} {block}: named twice{several or '; give it once'}")
+    return blocks

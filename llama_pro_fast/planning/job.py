@@ -25,7 +25,7 @@ from llama_pro_fast.model.block import BlockClass, Recompute
 from llama_pro_fast.model.decoder import DTYPES
 from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_fast.model.trained import Trained
-from llama_pro_fast.planning.cost import num_trained_parameters
+from llama_pro_fast.planning.cost import matrices, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB, Device
 from llama_pro_kernels import select_attention_backend
 from llama_pro_kernels.attention_selection import BACKENDS
@@ -50,6 +50,7 @@ class Job:
         attention: the attention backend's name.
         triton: whether the operations are Triton kernels or the reference in PyTorch.
         document: tokens of a document on average, before it is cut at a sequence's end.
+        muon: whether matrices of blocks have Muon's one moment instead of AdamW's two.
     """
 
     config: Any
@@ -59,6 +60,7 @@ class Job:
     attention: str = "flash"
     triton: bool = True
     document: float = DOCUMENT
+    muon: bool = False
 
     @functools.cached_property
     def specs(self) -> list[BlockSpec]:
@@ -67,6 +69,16 @@ class Job:
     @functools.cached_property
     def num_trained(self) -> int:
         return num_trained_parameters(self.config, self.trained)
+
+    @property
+    def num_moments(self) -> int:
+        """Numbers that the optimizer keeps of what trains."""
+        in_matrices = len(self.trained.blocks) * sum(matrices(self.specs[0]).values())
+        return 2 * self.num_trained - (in_matrices if self.muon else 0)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return 4 * (self.num_trained + self.num_moments)
 
     def documents(self, micro_batch_size: int) -> int:
         """How many a micro-batch has at most, empty ones that pad the boundaries included; a quarter above the mean."""
@@ -142,6 +154,7 @@ def ask(
         attention=train.attention,
         triton=triton,
         document=document or DOCUMENT,
+        muon=config.optim.name == "muon",
     )
     per_step = train.batch_size * train.seq_len
     return Question(

@@ -6,7 +6,7 @@ A step has a few phases, each computed here, and the fullest of them is the peak
     backward of i   what the blocks up to i keep; block i's recomputed activations and scratch; gradients so far
     optimizer       all gradients, nothing kept
 
-beside what is always there: weights, master weights, their low-precision copies, AdamW's moments. Gradients come into
+beside what is always there: weights, master weights, their low-precision copies, moments. Gradients come into
 being from the top block down; with several micro-batches a step all are there from the second one on, and a block's new
 ones are made beside them. An evaluation has neither, but two chunks of logits, of the model and of its base.
 
@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from llama_pro_fast.hf.families import hf_parts
 from llama_pro_fast.model.block import BlockClass, Recompute
 from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_fast.planning.cost import activation_bytes, kept_bytes, matrices, num_parameters
@@ -51,7 +53,7 @@ class StepMemory:
         masters: trained weights in float32.
         low_precision: their copies in the dtype of the computation, of blocks that keep them; 0 where that is the
             masters' own.
-        moments: AdamW's two.
+        moments: the optimizer's.
         gradients: those that are there by then.
         kept_frozen, kept_trained: activations kept for backward, by the class of the blocks that keep them.
         logits: the chunk that exists at one time, where the phase has one.
@@ -154,7 +156,9 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         phases.append(
             phase("backward of the embedding", 0, every if accumulating else every - table, table + tied + dx)
         )
-    phases.append(phase("the optimizer's step", 0, every, 0))
+    # Muon: the update in float32, and two products in bf16.
+    update = 8 * max(map(math.prod, _stacked(job.specs[0]))) if job.muon else 0
+    phases.append(phase("the optimizer's step", 0, every, update))
     return max(phases, key=lambda found: found.total)
 
 
@@ -215,6 +219,11 @@ def has_low_precision(block_class: BlockClass, dtype: torch.dtype) -> bool:
     return block_class is BlockClass.TRAINED and dtype != accumulation_dtype(dtype)
 
 
+def _stacked(spec: BlockSpec) -> list[tuple[int, ...]]:
+    """Shapes of a block's tensors by themselves, which parameters stack."""
+    return [shape for parts in hf_parts(spec).values() for _, shape in parts]
+
+
 def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:
     element, acc = job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     trained = job.num_trained
@@ -227,7 +236,7 @@ def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:
         "weights": element * (num_parameters(job.config) - trained),
         "masters": acc * trained,
         "low_precision": low_precision,
-        "moments": 2 * acc * trained,
+        "moments": acc * job.num_moments,
     }
 
 

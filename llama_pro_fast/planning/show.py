@@ -71,7 +71,7 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
     )
     yield (
         "disk",
-        f"{_figure(12 * job.num_trained / 1e9)} GB a checkpoint; {_figure(2 * num_parameters(job.config) / 1e9)} GB "
+        f"{_figure(job.checkpoint_bytes / 1e9)} GB a checkpoint; {_figure(2 * num_parameters(job.config) / 1e9)} GB "
         "each the expanded and the exported model, in 16 bits",
     )
     if found.tokens_per_second is None:
@@ -95,7 +95,7 @@ KINDS = {
     "weights": "frozen weights",
     "masters": "master weights of what trains, float32",
     "low_precision": "their low-precision copies for the products",
-    "moments": "AdamW's two moments, float32",
+    "moments": "the optimizer's moments, float32",
     "gradients": "gradients, float32",
     "kept_frozen": "kept for backward by frozen blocks",
     "kept_trained": "kept for backward by trained blocks",

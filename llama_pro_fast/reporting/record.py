@@ -196,7 +196,12 @@ def _model(folder: Path, config: Settled) -> tuple[Any, Trained] | None:
         if config.expand.wanted and not made:
             plan = ExpansionPlan.from_config(model.num_hidden_layers, config.expand)
         trained = what_trains(
-            raw, model.num_hidden_layers, parameters=config.train.parameters, plan=plan, name=str(path)
+            raw,
+            model.num_hidden_layers,
+            parameters=config.train.parameters,
+            blocks=config.train.blocks,
+            plan=plan,
+            name=str(path),
         )
         model.num_hidden_layers = trained.num_layers
         return model, trained

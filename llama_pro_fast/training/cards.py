@@ -42,7 +42,7 @@ def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, pl
         meter = f"{general}; against the last base only: {trained.first_base_gone}"
     else:
         meter = general + ("; against the last base and the first" if trained.older_blocks else "")
-    if not trained.everything and (gone := trained.base_gone or trained.first_base_gone):
+    if train.parameters == "new_blocks" and (gone := trained.base_gone or trained.first_base_gone):
         what = "is off" if meter.startswith("off") else "leaves that base out"
         named = ", ".join(map(str, trained.blocks))
         say(f"{config.model.path}: {gone}; the forgetting meter {what}, and blocks {named} train, as the manifest says")

@@ -74,7 +74,7 @@ def _export(run: Path, config: Settled, checkpoint: Path, info: CheckpointInfo, 
             shutil.copyfile(path, partial / path.name)
         raw_config = with_older_rope_keys(base.raw_config, base.config)
         if (manifest := Manifest.from_config(raw_config)) is not None:
-            intact = config.train.parameters != "all" and intact_bases(base)[-1]
+            intact = config.train.parameters == "new_blocks" and intact_bases(base)[-1]
             raw_config[MANIFEST_KEY] = dataclasses.replace(manifest, base_intact=intact).to_config()
         write_json(partial / CONFIG_FILE, raw_config)
 

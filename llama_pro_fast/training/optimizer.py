@@ -1,8 +1,8 @@
-"""AdamW, the learning-rate schedules, and a step that lets no NaN into a weight.
+"""AdamW or Muon, the learning-rate schedules, and a step that lets no NaN into a weight.
 
-The step never asks the device anything: a loss or gradient norm that is not finite is turned into the `found_inf` flag
-of PyTorch's fused AdamW, which then leaves weights, moments and its count of steps untouched, and the trainer reads the
-flag when it logs.
+AdamW's step never asks the device anything: a loss or gradient norm that is not finite is turned into the `found_inf`
+flag of PyTorch's fused AdamW, which then leaves weights, moments and its count of steps untouched, and the trainer
+reads the flag when it logs. Muon has no such flag: there the host waits for it, once a step.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import nn
 from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.model.layers import refresh_low_precision_copies
+from llama_pro_fast.training.muon import Muon
 from llama_pro_fast.training.schedule import learning_rate, lower_rate
 
 
 class Optimizer:
-    """Fused AdamW over the trained parameters of a model.
+    """Fused AdamW over the trained parameters of a model; or Muon over its blocks' matrices and AdamW over the others.
 
     Args:
         model: its low-precision copies are refreshed after each step.
@@ -35,10 +36,11 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.config = config
         self.steps = steps
-        decayed = {
-            name: p for name, p in self.parameters.items() if p.ndim == 2 and not name.startswith("embed_tokens")
-        }
-        rest = {name: p for name, p in self.parameters.items() if name not in decayed}
+        matrices = {name: p for name, p in self.parameters.items() if p.ndim == 2 and name.startswith("blocks.")}
+        self.muon = Muon(model, matrices, config) if config.name == "muon" else None
+        left = {name: p for name, p in self.parameters.items() if self.muon is None or name not in matrices}
+        decayed = {name: p for name, p in left.items() if p.ndim == 2 and not name.startswith("embed_tokens")}
+        rest = {name: p for name, p in left.items() if name not in decayed}
         groups = [
             {"params": list(decayed.values()), "weight_decay": config.weight_decay},
             {"params": list(rest.values()), "weight_decay": 0.0},
@@ -72,16 +74,20 @@ class Optimizer:
         finite = torch.isfinite(self.adamw.grad_scale)
         self.left_out = (~(finite if loss is None else finite & torch.isfinite(loss))).float()
         self.adamw.found_inf = self.left_out
+        rate = learning_rate(self.config, index, self.steps)
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(self.config, index, self.steps)
+            group["lr"] = rate
         self.adamw.step()
+        if self.muon is not None and not self.left_out:
+            self.muon.step(self.adamw.grad_scale, rate)
         refresh_low_precision_copies(self.model)
         self.drop_gradients()
         return norm
 
     def drop_gradients(self) -> None:
         """Forget a step that was begun."""
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def check_finite(self) -> None:
         """To be called before the weights are saved; waits for the device.
@@ -103,12 +109,16 @@ class Optimizer:
         refresh_low_precision_copies(self.model)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Every moment and step count by the parameter's name: ``name.exp_avg`` and so on (what a checkpoint holds).
+        """Every moment and step count by the parameter's name: ``name.exp_avg`` or ``name.momentum`` and so on (what a
+        checkpoint holds).
 
         The state exists from the first call on, so that a new run can read a checkpoint into it in place.
         """
         flat = {}
         for name, parameter in self.parameters.items():
+            if self.muon is not None and name in self.muon.momentum:
+                flat[f"{name}.momentum"] = self.muon.momentum[name]
+                continue
             state = self.adamw.state[parameter]
             if not state:
                 # What AdamW itself would make at its first step.

@@ -133,6 +133,7 @@ def _run(
             base.raw_config,
             base.config.num_hidden_layers,
             parameters=config.train.parameters,
+            blocks=config.train.blocks,
             plan=plan,
             name=str(base.path),
         )
@@ -178,11 +179,11 @@ def _run(
         for text in corpus.held_out:
             text.sample(config.eval.tokens)  # refuses text with nothing to predict
         makes_model = folder is None and (plan is not None or config.model.init == "random")
-        # Three numbers of four bytes a trained parameter; and the model, once as the export, once where it is made.
+        # Beside the checkpoints the model, once as the export, once where it is made.
         stored = getattr(base.config, "dtype", None) or torch.float32
         run_folder.check_room(
             output,
-            checkpoint=12 * question.job.num_trained,
+            checkpoint=question.job.checkpoint_bytes,
             keep=config.train.keep_checkpoints,
             other=num_parameters(question.job.config) * stored.itemsize * (2 if makes_model else 1),
             overwrite=overwrite,
@@ -207,6 +208,7 @@ def _run(
                 folder.raw_config,
                 folder.config.num_hidden_layers,
                 parameters=config.train.parameters,
+                blocks=config.train.blocks,
                 name=str(folder.path),
                 intact=intact_bases(folder),
             ),

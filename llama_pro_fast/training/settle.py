@@ -76,6 +76,10 @@ def check_model(config: RunConfig) -> None:
     if config.model.init == "random" and train.parameters != "all":
         raise UserError("--model.init random: every weight is new, so say --train.parameters all")
     check_values(config)
+    if (train.parameters == "blocks") != (train.blocks is not None):
+        raise UserError("--train.blocks: goes with --train.parameters blocks; give both or neither")
+    if train.blocks is not None and config.expand.wanted:
+        raise UserError("--train.blocks: names blocks of the model as it is; leave --expand.* out, or expand it first")
     if train.steps is not None and train.tokens is not None:
         raise UserError("--train.steps and --train.tokens both set the length; give one of them")
     check_micro_batch(train)

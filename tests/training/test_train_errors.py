@@ -135,6 +135,14 @@ def test_pretrained_weights_keep_their_tokenizer(refused):
     refused("--model.tokenizer train", "--model.init random", model__tokenizer="train")
 
 
+def test_blocks_to_train_are_named_and_are_there(refused):
+    refused("--train.blocks", "--train.parameters blocks", train__blocks="1,2")
+    refused("--train.blocks", "--train.parameters blocks", train__parameters="blocks", expand__groups=None)
+    named = {"train__parameters": "blocks", "train__blocks": "1,9"}
+    refused("--train.blocks", "--expand", **named)
+    refused("--train.blocks 9", "blocks 0 to", **named, expand__groups=None)
+
+
 def test_vocabulary_too_small_for_a_tokenizer(refused, copy_of, base):
     folder = copy_of(base)
     edit(folder / "config.json", vocab_size=257)

@@ -14,7 +14,7 @@ from llama_pro_fast.expansion.manifest import what_trains
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import expand_and_prove
 from llama_pro_fast.hf.folder import PretrainedFolder
-from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.hf.loading import hf_tensors, load_model
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.training.optimizer import Optimizer
@@ -168,6 +168,37 @@ def test_weight_decay_is_for_matrices(expanded):
     by_parameter = {p: group["weight_decay"] for group in optimizer.adamw.param_groups for p in group["params"]}
     for name, parameter in model.trained_parameters().items():
         assert by_parameter[parameter] == (0.3 if name.endswith("proj.weight") else 0.0), name
+
+
+def test_muon_updates_each_stacked_matrix_for_itself(expanded, batch):
+    """As PyTorch's Muon does q, k, v, gate and up given alone; norms go to AdamW; a bad step changes nothing."""
+    model = load(expanded)
+    optimizer = make_optimizer(model, name="muon", clip=1e-3, weight_decay=0.1)
+    alone = {
+        f"{name} {hf}": torch.nn.Parameter(part.clone())
+        for name, matrix in optimizer.muon.matrices.items()
+        for hf, part in hf_tensors(expanded.config, name, matrix.detach())
+    }
+    other = torch.optim.Muon(alone.values(), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        backward(model, batch)
+        gradients = {name: matrix.grad.clone() for name, matrix in optimizer.muon.matrices.items()}
+        optimizer.step(step)
+        for name, gradient in gradients.items():
+            for hf, part in hf_tensors(expanded.config, name, gradient / optimizer.adamw.grad_scale):
+                alone[f"{name} {hf}"].grad = part
+        other.param_groups[0]["lr"] = learning_rate(optimizer.config, step, 10)
+        other.step()
+    for name, matrix in optimizer.muon.matrices.items():
+        for hf, part in hf_tensors(expanded.config, name, matrix.detach()):
+            torch.testing.assert_close(part, alone[f"{name} {hf}"].detach(), rtol=1e-3, atol=1e-6)
+    state = {name: value.clone() for name, value in optimizer.state().items()}
+    assert {name.rsplit(".", 1)[1] for name in state} == {"momentum", "step", "exp_avg", "exp_avg_sq"}
+    before = {name: p.detach().clone() for name, p in model.trained_parameters().items()}
+    backward(model, batch)
+    optimizer.step(3, torch.tensor(math.nan))
+    assert all(torch.equal(p, before[name]) for name, p in model.trained_parameters().items())
+    assert all(torch.equal(value, state[name]) for name, value in optimizer.state().items())
 
 
 def test_clipping_bounds_the_update(expanded, batch):

@@ -239,8 +239,24 @@ def test_after_training_everything_the_meter_no_longer_speaks_of_a_base(make_con
         output=str(tmp_path / "next"),
     )
     run_training(config)
-    assert "off: all parameters were trained since" in capsys.readouterr().out
+    assert "off: more than the new blocks was trained since" in capsys.readouterr().out
     assert all(row.get("base_loss") is None for row in read_metrics(tmp_path / "next"))
+
+
+def test_named_blocks_train_and_nothing_else_by_muon_and_resumed(make_config, stopped_at_2, base, tmp_path):
+    how = {
+        "expand": {"groups": None},
+        "train": {"parameters": "blocks", "blocks": "3,0"},
+        "optim": {"name": "muon"},
+        "data": {"general": None},
+    }
+    run_training(make_config(output=str(tmp_path / "whole"), **how))
+    stopped_at_2(make_config(**how))
+    run_training(parse(["--output", str(tmp_path / "run"), "--resume"]).config, resume=True)
+    assert digests(tmp_path / "run" / "export") == digests(tmp_path / "whole" / "export")
+    before, after = (PretrainedFolder(folder) for folder in (base, tmp_path / "run" / "export"))
+    changed = {name.split(".")[2] for name in before.entries if before.digest(name) != after.digest(name)}
+    assert changed == {"0", "3"}
 
 
 def test_a_failed_export_keeps_the_one_before(a_run, cli):
