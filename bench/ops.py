@@ -50,7 +50,7 @@ NO_STREAM = {"rstd_ptr", "label_ptr", "position_ptr", "loss_ptr", "correct_ptr",
              "weight_ptr", "dweight_ptr", "partial_ptr"}  # fmt: skip
 """Arguments with one number a row or fewer: nothing to make wide, or nothing that counts."""
 
-SINGLE = {("_cross_entropy_kernel", "logits_ptr"): 1}
+SINGLE = {(f"_cross_entropy{kl}_kernel", "logits_ptr"): 1 for kl in ("", "_kl")}
 """Accesses to a stream that are one number a row by nature: the logit of the label."""
 
 TOLERANCE = 2**-5

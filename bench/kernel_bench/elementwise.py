@@ -295,10 +295,12 @@ def _rotary(s: Setting, kernels: Any) -> Iterator[Op]:
 # The row-wise halves of the losses, what happens between a chunk's products
 
 
-def plain_cross_entropy(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def plain_cross_entropy(logits: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    *base, labels, scale = inputs
     logits = leaf(logits)
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    return losses.detach(), *torch.autograd.grad(losses, logits, scale.expand_as(losses))
+    total = sum((plain_kl(teacher, logits) for teacher in base), losses)
+    return losses.detach(), *torch.autograd.grad(total, logits, scale.expand_as(losses))
 
 
 def plain_evaluation(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,18 +318,19 @@ def _losses(s: Setting, kernels: Any) -> Iterator[Op]:
     def inputs() -> list[Tensor]:
         return [s.draw(T, V), s.labels(), torch.full((), 1 / T, device=s.device)]
 
-    def ours(logits: Tensor, labels: Tensor, scale: Tensor) -> Call:
+    def ours(function: Callable, *more: float) -> Callable[..., Call]:
         """The gradient is written over the logits, so only the first call sees them; its work is the same."""
         options = {"ignore_index": -100, "need_dlogits": True}
-        return lambda: (kernels.cross_entropy_(logits, labels, scale, **options)[0], logits)
+        return lambda logits, *rest: lambda: (function(logits, *rest, *more, **options)[0], logits)
 
-    yield Op(
-        name="cross_entropy",
-        inputs=inputs,
-        contestants={"ours": ours, "eager": direct(plain_cross_entropy)},
-        results=2,
-        work=s.bytes_of((2, T, V), fp32=T, int64=T),
-    )
+    for base, *kernel in ((0, kernels.cross_entropy_), (1, kernels.cross_entropy_kl_, 1.0)):
+        yield Op(
+            name="cross_entropy_kl" if base else "cross_entropy",
+            inputs=lambda base=base: [s.draw(T, V) for _ in range(base)] + inputs(),
+            contestants={"ours": ours(*kernel), "eager": direct(plain_cross_entropy)},
+            results=2,
+            work=s.bytes_of((2 + base, T, V), fp32=(1 + base) * T, int64=T),
+        )
     yield Op(
         name="cross_entropy evaluation",
         inputs=inputs,

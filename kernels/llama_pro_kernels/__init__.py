@@ -3,17 +3,18 @@
 Each op is a differentiable function ``X`` for any model of yours, made of two plain tensor functions, ``X_forward`` and
 ``X_backward``, for code that writes its own backward and decides itself what is kept.
 
-====================  ===================================================  ================================
-differentiable op     what it keeps for backward                           for a frozen weight
-====================  ===================================================  ================================
-rms_norm              x, rstd (one number a token)                         no dW computed
-add_rms_norm          the sum, rstd                                        no dW computed
-trainable_linear      x where the weight trains, W where x needs dX        x not kept, no dW
-rotary                positions and tables                                 –
-attention             q, k, v, o, lse                                      –
-swiglu                gate_up                                              –
-linear_cross_entropy  dX, dW, made together with the loss                  two products, no dW
-====================  ===================================================  ================================
+=======================  ================================================  ==========================
+differentiable op        what it keeps for backward                        for a frozen weight
+=======================  ================================================  ==========================
+rms_norm                 x, rstd (one number a token)                      no dW computed
+add_rms_norm             the sum, rstd                                     no dW computed
+trainable_linear         x where the weight trains, W where x needs dX     x not kept, no dW
+rotary                   positions and tables                              –
+attention                q, k, v, o, lse                                   –
+swiglu                   gate_up                                           –
+linear_cross_entropy     dX, dW, made together with the loss               two products, no dW
+linear_cross_entropy_kl  dX, made together with the losses                 three products; always so
+=======================  ================================================  ==========================
 
 A decoder block and the loss, on a row of two documents; the block is frozen, so only its input gets a gradient:
 
@@ -43,8 +44,9 @@ A decoder block and the loss, on a row of two documents; the block is frozen, so
 
 ``qk_norm_rotary``, the norm on each head of q and k with the rotation behind it, is a pair only; ``linear``,
 ``linear_dx``, ``linear_dw``, ``linear_dbias`` and ``linear_dscale`` are the products of a linear layer one by one;
-``linear_kl`` is a meter, forward only. Backward functions are told what is wanted (``need_dweight``): what is not
-wanted is neither computed nor allocated. Names that end in an underscore write over an input.
+``linear_kl`` is a meter, forward only; ``linear_cross_entropy_kl`` is a loss with the same divergence in it. Backward
+functions are told what is wanted (``need_dweight``): what is not wanted is neither computed nor allocated. Names that
+end in an underscore write over an input.
 
 CUDA tensors, or any under ``TRITON_INTERPRET=1``, get the kernels in ``triton_kernels``; others, and all of fp64, plain
 PyTorch in ``reference.py``. Products are PyTorch's, attention is a backend's. The functional ops are registered as
@@ -67,6 +69,11 @@ from .linear_cross_entropy import (
     linear_cross_entropy_forward,
     rows_per_chunk,
 )
+from .linear_cross_entropy_kl import (
+    LinearCrossEntropyKLOutput,
+    linear_cross_entropy_kl,
+    linear_cross_entropy_kl_forward,
+)
 from .linear_kl import LinearKLOutput, linear_kl, linear_kl_with_losses
 from .qk_norm_rotary import QKNormRotaryOutput, qk_norm_rotary_backward, qk_norm_rotary_forward
 from .reference import accumulation_dtype
@@ -75,6 +82,7 @@ from .rotary import rotary, rotary_backward, rotary_forward, rotary_forward_
 from .swiglu import swiglu, swiglu_backward, swiglu_backward_, swiglu_forward
 
 __all__ = [
+    "LinearCrossEntropyKLOutput",
     "LinearCrossEntropyOutput",
     "LinearKLOutput",
     "QKNormRotaryOutput",
@@ -90,6 +98,8 @@ __all__ = [
     "linear_cross_entropy_backward",
     "linear_cross_entropy_backward_",
     "linear_cross_entropy_forward",
+    "linear_cross_entropy_kl",
+    "linear_cross_entropy_kl_forward",
     "linear_dbias",
     "linear_dscale",
     "linear_dw",

@@ -3,7 +3,7 @@
 Precision: arithmetic happens in ``accumulation_dtype`` of the activations (fp32 for bf16 and fp16, fp64 for fp64); a
 result is rounded once, at the end. Nothing here is chosen for speed on a GPU; temporaries are reused where that costs
 no clarity. Results are contiguous whatever the strides of the inputs. What an op takes and returns is said where it is
-public: rms_norm.py, swiglu.py, rotary.py, linear_cross_entropy.py, attention.py.
+public: rms_norm.py, swiglu.py, rotary.py, linear_cross_entropy*.py, attention.py.
 
 Shapes: T tokens, H hidden, I intermediate, N heads, K key/value heads, D head dim, R rotary dim, V vocabulary.
 """
@@ -186,6 +186,38 @@ def cross_entropy_(
         if upcast is not logits:
             logits.copy_(upcast)
     return torch.where(valid, losses, 0), correct
+
+
+def cross_entropy_kl_(
+    logits: Tensor, base_logits: Tensor, labels: Tensor, scale: Tensor, kl_weight: float, *, ignore_index: int,
+    need_dlogits: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`cross_entropy_` of each row, with ``kl_weight`` times its divergence from the base added.
+
+    Args:
+        logits: ``[T, V]``, overwritten; afterwards ``scale · (p − onehot + kl_weight · (p − p_base))``, p the softmax,
+            or scratch without ``need_dlogits``. Rows whose two logits are bit-equal get :func:`cross_entropy_`'s
+            gradient bit for bit.
+        base_logits: ``[T, V]``.
+
+    Returns:
+        ``(losses, divergence)``: ``[T]`` unscaled and unweighted, nats, in the accumulation dtype, 0 at ignored labels;
+        the divergence is KL(base ‖ now), exactly 0 where the logits are bit-equal.
+    """
+    dtype, valid = accumulation_dtype(logits.dtype), labels != ignore_index
+    logp, base_p = (x.log_softmax(-1, dtype=dtype) for x in (logits, base_logits))
+    difference = base_p - logp
+    base_p.exp_()
+    # What the base holds impossible adds nothing, however impossible it is now.
+    divergence = difference.masked_fill_(base_logits == float("-inf"), 0).mul_(base_p).sum(-1)
+    upcast = logits.to(dtype)
+    losses, _ = cross_entropy_(upcast, labels, scale, ignore_index=ignore_index, need_dlogits=need_dlogits)
+    if need_dlogits:
+        row_scale = torch.where(valid, scale, 0)[:, None]
+        upcast.add_(logp.exp_().sub_(base_p).mul_(kl_weight * row_scale))
+        if upcast is not logits:
+            logits.copy_(upcast)
+    return losses, torch.where(valid, divergence, 0)
 
 
 def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:

@@ -140,17 +140,25 @@ def test_every_stream_has_its_own_strides():
     base, now = torch.randn(2, 6, 40)
     wanted = body.kl_divergence(base, now)
     torch.testing.assert_close(body.kl_divergence(padded(base, 1), padded(now, 2)), wanted)
+    rest, options = (torch.arange(6), torch.tensor(1.0), 0.7), {"ignore_index": -100, "need_dlogits": True}
+    written = padded(now, 2)
+    got = body.cross_entropy_kl_(written, padded(base, 1), *rest, **options)
+    torch.testing.assert_close(got, body.cross_entropy_kl_(now, base.t().contiguous().t(), *rest, **options))
+    torch.testing.assert_close(written, now)
 
 
 def test_logits_written_over_are_seen_by_autograd():
-    leaf = torch.randn(3, 8, requires_grad=True)
-    logits = torch.randn(3, 8)
-    loss = (leaf * logits).sum()
-    implementation(logits).cross_entropy_(
-        logits, torch.arange(3), torch.tensor(1.0), ignore_index=-100, need_dlogits=True
-    )
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    body, labels, scale = implementation(torch.ones(1)), torch.arange(3), torch.tensor(1.0)
+    options = {"ignore_index": -100, "need_dlogits": True}
+    for write in (
+        lambda logits: body.cross_entropy_(logits, labels, scale, **options),
+        lambda logits: body.cross_entropy_kl_(logits, torch.randn(3, 8), labels, scale, 0.7, **options),
+    ):
+        leaf, logits = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+        loss = (leaf * logits).sum()
+        write(logits)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 FAR = 2**30 + 64
@@ -221,3 +229,10 @@ def test_losses_over_more_than_2_to_the_31_elements():
     got, wanted = (body.cross_entropy_(logits, labels, scale, **options) for logits in (far, near))
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(far, near)
+    options.pop("need_correct")
+    for far_now, far_base in ((True, False), (False, True)):
+        now = far_rows(other) if far_now else other.clone()
+        expected = other.clone()
+        got = body.cross_entropy_kl_(now, far_rows(near) if far_base else near, labels, scale, 0.7, **options)
+        torch.testing.assert_close(got, body.cross_entropy_kl_(expected, near, labels, scale, 0.7, **options))
+        torch.testing.assert_close(now, expected)

@@ -23,6 +23,7 @@ FILES = [
     "test_qk_norm_rotary.py",
     "test_linear_products.py",
     "test_linear_cross_entropy.py",
+    "test_linear_cross_entropy_kl.py",
     "test_linear_kl.py",
 ]
 

@@ -130,6 +130,18 @@ def test_logits_become_their_gradient_in_one_kernel_without_a_second_buffer():
     assert count(lambda: ops.cross_entropy_(logits, labels, scale, **options)) == (
         ["_cross_entropy_kernel"], [((T,), fp32)],
     )  # fmt: skip
+    base = rows(V)
+    assert count(lambda: ops.cross_entropy_kl_(logits, base, labels, scale, 0.7, **options)) == (
+        ["_cross_entropy_kl_kernel"], [((T,), fp32)] * 2,
+    )  # fmt: skip
+
+
+def test_another_weight_of_the_divergence_is_no_other_kernel():
+    logits, labels, scale = rows(V), torch.empty(T, dtype=torch.int64), torch.empty(())
+    with recorded_launches() as launches:
+        for kl_weight in (0, 1, 0.1):
+            ops.cross_entropy_kl_(logits, logits, labels, scale, kl_weight, ignore_index=-100, need_dlogits=True)
+    assert all(isinstance(launch.arguments[-1], float) for launch in launches)  # an integer is specialised
 
 
 @pytest.mark.parametrize("need_dweight", [False, True])
@@ -182,6 +194,12 @@ def test_nothing_to_do_starts_nothing():
                 rows(V), torch.empty(T - 1), torch.empty(()), ignore_index=-1, need_dlogits=True
             ),
             "labels",
+        ),
+        (
+            lambda: ops.cross_entropy_kl_(
+                rows(V), rows(V - 1), torch.empty(T), torch.empty(()), 0.7, ignore_index=-1, need_dlogits=True
+            ),
+            "base_logits",
         ),
         (lambda: ops.kl_divergence(rows(V), rows(V - 1)), "logits"),
     ],

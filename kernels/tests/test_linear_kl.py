@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from llama_pro_kernels import linear_cross_entropy_forward, linear_kl, linear_kl_with_losses
 
@@ -52,6 +53,26 @@ def test_states_and_chunks_that_do_not_fit_are_refused():
         linear_kl(x, x[:3], weight)
     with pytest.raises(ValueError, match="chunk_size is 0"):
         linear_kl(x, x, weight, chunk_size=0)
+
+
+def test_the_base_may_have_its_own_head_and_width():
+    base, now, weight = torch.randn(T, H, dtype=fp64), torch.randn(T, H, dtype=fp64), torch.randn(V, H, dtype=fp64)
+    labels, own = torch.randint(V, (T,)), torch.randn(V, 4, dtype=fp64)
+    p, q = (x @ head.t() for x, head in ((base[:, :4], own), (now, weight)))
+    expected = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    with FlopCounterMode(display=False) as flops:
+        divergence = linear_kl(base[:, :4], now, weight, weight_base=own, chunk_size=4)
+    assert flops.get_total_flops() == 2 * T * (4 + H) * V
+    torch.testing.assert_close(divergence, expected, rtol=0, atol=1e-10)
+    found = linear_kl_with_losses(base[:, :4], now, weight, labels, weight_base=own)
+    losses = (F.cross_entropy(logits, labels, reduction="none") for logits in (p, q))
+    torch.testing.assert_close(tuple(found), (expected, *losses), rtol=0, atol=1e-10)
+    same = linear_kl_with_losses(base, now, weight, labels, weight_base=weight.clone())
+    assert all(map(torch.equal, same, linear_kl_with_losses(base, now, weight, labels)))
+    with pytest.raises(ValueError, match=r"weight_base \[16, 4\]"):
+        linear_kl(base[:, :4], now, weight, weight_base=own[1:])
+    with pytest.raises(ValueError, match=r"x_base \[11, 6\]"):
+        linear_kl(base, now, weight, weight_base=own)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from llama_pro_kernels import (
     add_rms_norm_forward,
     linear_cross_entropy_forward,
+    linear_cross_entropy_kl_forward,
     linear_kl,
     rms_norm_backward,
     rms_norm_forward,
@@ -339,6 +340,37 @@ def test_linear_kl(tokens, vocab, dtype, drift, assert_twice_as_good):
     assert_twice_as_good(linear_kl(base, now, weight), *both(plain, base, now, weight), atol=10 * 2**-24)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [17, 5003])
+@pytest.mark.parametrize("tokens", ROWS)
+@pytest.mark.parametrize("drift", [1e-3, 1e-1])
+def test_linear_cross_entropy_kl(tokens, vocab, dtype, drift, assert_twice_as_good):
+    base, weight = torch.randn(tokens, 24).to(dtype), torch.randn(vocab, 24).to(dtype)
+    now = base + drift * torch.randn(tokens, 24).to(dtype)
+    labels, scale = torch.randint(vocab, (tokens,)), torch.tensor(0.25)
+    labels[1::3] = -100
+
+    def plain(now, base, weight, labels, scale):
+        now = now.detach().requires_grad_()
+        dtype = torch.promote_types(now.dtype, torch.float32)
+        logits, base = ((x @ weight.t()).to(dtype) for x in (now, base))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        kl = F.kl_div(logits.log_softmax(-1), base.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        kl = torch.where(labels != -100, kl, 0)
+        loss = (losses + 3 * kl).sum() * scale
+        return loss.detach(), torch.autograd.grad(loss, now)[0], losses.detach(), kl.detach()
+
+    output = linear_cross_entropy_kl_forward(
+        now, base, weight, labels, scale, 3.0, need_dx=True, chunk_size=2, per_token=True
+    )
+    # A gradient is 1 + 3 softmaxes; the divergence's terms are as in the meter.
+    roundings = roundings_of_logits(now, weight)
+    atols = 4 * roundings, 4 * roundings, roundings, 10 * 2**-24
+    found = output.loss, output.dx, output.token_losses, output.token_divergence
+    for *results, atol in zip(found, *both(plain, now, base, weight, labels, scale), atols, strict=True):
+        assert_twice_as_good(*results, atol=atol)
+
+
 @pytest.mark.parametrize("padding", [1, 5000])
 def test_logits_of_minus_infinity_are_words_that_cannot_come(padding):
     """A masked vocabulary; more than one block of it, and at the row's begin, where there is no maximum yet."""
@@ -386,6 +418,18 @@ def test_twice_is_bit_equal():
         dx, dweight = rms_norm_backward(dy, s, weight, rstd, dresidual=ds, need_dweight=True)
         output = linear_cross_entropy_forward(y, head, labels, scale, **everything)
         divergence = linear_kl(y, dx, head)
-        return [y, s, rstd, dx, dweight, *output, divergence, swiglu_forward(y), *swiglu_backward(y[:, :380], y)[:1]]
+        both_losses = linear_cross_entropy_kl_forward(y, dx, head, labels, scale, 0.7, need_dx=True)[:4]
+        return [
+            y,
+            s,
+            rstd,
+            dx,
+            dweight,
+            *output,
+            divergence,
+            *both_losses,
+            swiglu_forward(y),
+            *swiglu_backward(y[:, :380], y)[:1],
+        ]
 
     assert all(map(torch.equal, run(), run()))

@@ -9,6 +9,7 @@ from llama_pro_kernels import (
     add_rms_norm,
     attention,
     linear_cross_entropy,
+    linear_cross_entropy_kl,
     linear_dscale,
     rms_norm,
     rotary,
@@ -48,8 +49,10 @@ def inputs():
     yield "rotary_backward", (q, k, v, *tables())
     for wanted in ((False, False), (True, False), (False, True), (True, True)):
         yield "linear_cross_entropy_forward", (x, head, labels, scale, *wanted, -100, None, *wanted)
-    yield "linear_kl", (x, dy, head, None, -100, None)
-    yield "linear_kl", (x, dy, head, labels, -100, 2)
+    for need_dx in (False, True):
+        yield "linear_cross_entropy_kl_forward", (x, dy, head, labels, scale, 0.7, need_dx, -100, 2, not need_dx)
+    yield "linear_kl", (x, dy, head, None, None, -100, None)
+    yield "linear_kl", (x, torch.randn(T, 5), torch.randn(9, 5), head, labels, -100, 2)
     yield "attention_forward", (q, k, v, cu_seqlens, T, 0.3, None, backend)
     yield "attention_backward", (q, q, k, v, o, lse, cu_seqlens, T, 0.3, None, backend)
 
@@ -104,6 +107,18 @@ def test_the_gradient_of_a_scale_compiles_without_a_break_and_computes_the_same(
     torch.testing.assert_close(compiled(*arguments), gradient(*arguments))
 
 
+def test_the_losses_beside_a_teacher_compile_without_a_break_and_compute_the_same():
+    def losses(x, *rest):
+        return linear_cross_entropy_kl(2 * x, *rest, 0.7, consume=True)
+
+    x, rest = torch.randn(T, H, requires_grad=True), (torch.randn(T, H), torch.randn(9, H), torch.randint(9, (T,)))
+    torch._dynamo.reset()
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    expected, got = (function(x, *rest, torch.tensor(0.5)) for function in (losses, compiled))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x) for loss, *_ in (got, expected)))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_decoder_never_waits_for_the_device(device):
     if device != "cuda":
@@ -115,10 +130,15 @@ def test_a_decoder_never_waits_for_the_device(device):
     cu_seqlens = torch.tensor([0, 2, 2, T, T], dtype=torch.int32)
     backend = select_attention_backend("cuda", bf16, head_dim=D)
     rest = (head, torch.randint(9, (T,)), torch.tensor(0.5), tables(), cu_seqlens, backend)
-    decoder(x, weights, norm, *rest).backward()
+
+    def step():
+        decoder(x, weights, norm, *rest).backward()
+        linear_cross_entropy_kl(x, x.detach(), *rest[:3], 0.7)[0].backward()
+
+    step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        decoder(x, weights, norm, *rest).backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

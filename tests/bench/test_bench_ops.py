@@ -53,6 +53,7 @@ def test_ideal_work_counted_by_hand(rows):
         "rotary forward in place": 4 * 2 * T * (N + K) * D + tables,
         "rotary backward": 4 * 2 * T * (N + 2 * K) * D + tables,
         "cross_entropy": 4 * (2 * T * V + T) + 8 * T,  # logits, their gradient, losses; labels
+        "cross_entropy_kl": 4 * (3 * T * V + 2 * T) + 8 * T,  # the base's logits too, and the divergence
         "cross_entropy evaluation": 4 * (T * V + T) + 8 * T + T,  # and who was right
         "kl_divergence": 4 * (2 * T * V + T),
         "linear_cross_entropy frozen": 2 * 2 * T * H * V,

@@ -6,7 +6,7 @@ elements. What cannot be addressed by strides is made contiguous first, never re
 """
 
 from .linear_dscale import linear_dscale
-from .losses import cross_entropy_, kl_divergence
+from .losses import cross_entropy_, cross_entropy_kl_, kl_divergence
 from .rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from .rotary import rotary_backward, rotary_forward, rotary_forward_
 from .swiglu import swiglu_backward, swiglu_backward_, swiglu_forward
@@ -14,6 +14,7 @@ from .swiglu import swiglu_backward, swiglu_backward_, swiglu_forward
 __all__ = [
     "add_rms_norm_forward",
     "cross_entropy_",
+    "cross_entropy_kl_",
     "kl_divergence",
     "linear_dscale",
     "rms_norm_backward",
