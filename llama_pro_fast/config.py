@@ -191,6 +191,10 @@ class TrainConfig:
     blocks: list[int] | str | None = None
     """With `train.parameters blocks`: block numbers from 0, `24,25,26` or a list."""
 
+    kl_weight: float = number(0.0, NOT_BELOW_0)
+    """Of KL(base ‖ now) on the general text of every step, which is added to its loss: the base is the teacher where it
+    should not be forgotten. Needs `data.replay`, and new blocks that train."""
+
     steps: int | None = number(None, ABOVE_0)
     """Optimizer steps. Give this or `tokens`; with neither the run is one epoch."""
 

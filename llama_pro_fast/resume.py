@@ -74,6 +74,7 @@ _KEPT = {
     "train.seed": "it orders the text",
     "train.seq_len": "it cuts the text",
     "train.batch_size": "steps are counted in it",
+    "train.kl_weight": "it is part of the loss",
     "train.parameters": "it decides what trains",
     "train.blocks": "it decides what trains",
     "train.dtype": "it decides how every number is rounded",

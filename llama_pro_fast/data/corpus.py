@@ -83,6 +83,7 @@ class Corpus:
         seed: int,
         batch_size: int,
         default_general: bool,
+        taught: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> Corpus:
         """Find the sources, tokenise what the cache does not hold, and set up the order.
@@ -90,10 +91,12 @@ class Corpus:
         Args:
             batch_size: sequences of a step, in each of which the sources have their shares.
             default_general: measure the built-in prose where the recipe names no general text.
+            taught: the general sources' sequences come last in a batch, so that the base can teach there.
             progress: told how far it is, in words.
 
         Raises:
-            UserError: a source is missing, unreadable, empty or too small, or the shares do not fit each other.
+            UserError: a source is missing, unreadable, empty or too small, or the shares do not fit each other, or with
+                ``taught`` no general source trains.
         """
         cache = Path(config.cache).expanduser() if config.cache is not None else default_cache()
         sources = resolve_sources(config, default_general=default_general)
@@ -115,12 +118,15 @@ class Corpus:
         ]
         mixed = mix(sources, stores, replay=config.replay, drop_duplicates=config.drop_duplicates)
         packed = {"seq_len": seq_len, "seed": seed, "batch_size": batch_size, "packing": config.packing}
+        general = [number for number, source in enumerate(sources) if source.role == "general"]
+        if taught and not any(mixed[number].trains for number in general):
+            raise UserError("--train.kl_weight: no general text is trained on; add --data.replay 0.2")
         trained = [(each.key, each.weight, each.share) for each in mixed if each.trains]
         measured = [
             (source.role, source.name, store.key(store.held_out)) for source, store in zip(sources, stores, strict=True)
         ]
         return cls(
-            PackedDataset(mixed, **packed, cache=cache),
+            PackedDataset(mixed, **packed, cache=cache, taught=general if taught else ()),
             mixed,
             [HeldOut(source, store, seq_len) for source, store in zip(sources, stores, strict=True)],
             _digest([ORDER, trained, sorted(packed.items())]),

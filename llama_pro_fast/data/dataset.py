@@ -7,6 +7,7 @@ batch to the next, and so the place in the data of a run is one integer.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from llama_pro_fast.data.batches import FILLING, Row, lay
 from llama_pro_fast.data.drawn import DrawnOrders
@@ -23,7 +25,7 @@ from llama_pro_fast.data.mixing import Mixing
 from llama_pro_fast.data.packing import Packed
 from llama_pro_fast.data.rounds import Rounds
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.batch import IGNORE_INDEX, PackedBatch
 
 if TYPE_CHECKING:
     from llama_pro_fast.text.store import TokenStore
@@ -77,6 +79,7 @@ class PackedDataset:
         batch_size: sequences of a step; the mixture holds in each.
         packing: ``best_fit`` or ``concat``.
         cache: where orders that take long to draw are kept; None keeps none.
+        taught: indices of sources whose sequences come last in a batch, which says how many they are.
 
     Raises:
         UserError: no source trains, the shares are too much or too little, an epoch has fewer tokens than one sequence,
@@ -92,6 +95,7 @@ class PackedDataset:
         batch_size: int,
         packing: str = "best_fit",
         cache: Path | None = None,
+        taught: Sequence[int] = (),
     ):
         assert min(seq_len, batch_size) >= 1, f"seq_len is {seq_len}, batch_size is {batch_size}"
         if seed < 0:
@@ -99,6 +103,7 @@ class PackedDataset:
         self._num_sources = len(sources)
         self._training = [i for i, source in enumerate(sources) if source.trains]
         training = [sources[i] for i in self._training]
+        self._taught = [number for number, place in enumerate(self._training) if place in taught]
         shares = _shares(training)
         self.seq_len = seq_len
         self._sides = [(source.store, source.store.train) for source in training]
@@ -155,7 +160,17 @@ class PackedDataset:
         A sequence's end is a document's end for attention and positions, and so is a piece's. ``T = count · seq_len``,
         ``max_seqlen`` is ``seq_len``, and ``cu_seqlens`` is padded to a power of two.
         """
-        return lay(self.pieces(start, count), self._sides, self.seq_len)
+        row = self.pieces(start, count)
+        if not self._taught:
+            return lay(row, self._sides, self.seq_len)
+        # A sequence is of one source, and begins with a piece of it.
+        sequence = (np.cumsum(row.lengths) - 1) // self.seq_len
+        is_taught = np.isin(row.sources[np.searchsorted(sequence, np.arange(count))], self._taught)
+        order = np.argsort(is_taught[sequence], kind="stable")
+        batch = lay(Row(*(column[order] for column in row)), self._sides, self.seq_len)
+        num_general = self.seq_len * int(is_taught.sum())
+        valid = torch.count_nonzero(batch.labels[len(batch.labels) - num_general :] != IGNORE_INDEX)
+        return dataclasses.replace(batch, num_general=num_general, num_valid_general=int(valid))
 
     def documents(self, start: int, count: int) -> list[tuple[int, int]]:
         """The documents that sequences ``start`` to ``start + count`` hold or cut, each once, in their order.

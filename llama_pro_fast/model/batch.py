@@ -31,6 +31,8 @@ class PackedBatch:
         cu_seqlens: ``[C]`` int32, document boundaries from 0 to T, padded by repeating T.
         max_seqlen: upper bound on a document's length, constant over a run.
         num_valid: how many labels are not ignored; a host integer, so nobody has to ask the device.
+        num_general: how many tokens, the last ones, are of general text, on which the base is the teacher.
+        num_valid_general: how many of their labels are not ignored.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +41,22 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     max_seqlen: int
     num_valid: int
+    num_general: int = 0
+    num_valid_general: int = 0
+
+    @property
+    def general(self) -> PackedBatch:
+        """The last ``num_general`` tokens, which begin with a document, as a batch; of the documents before them empty
+        ones are left."""
+        before = len(self.labels) - self.num_general
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[before:],
+            labels=self.labels[before:],
+            position_ids=self.position_ids[before:],
+            cu_seqlens=(self.cu_seqlens - before).clamp(min=0),
+            num_valid=self.num_valid_general,
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``."""

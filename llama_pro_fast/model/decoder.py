@@ -20,6 +20,7 @@ from llama_pro_kernels import (
     LinearKLOutput,
     linear_cross_entropy,
     linear_cross_entropy_forward,
+    linear_cross_entropy_kl,
     linear_kl_with_losses,
 )
 
@@ -61,28 +62,27 @@ class Decoder(nn.Module):
 
     def hidden_states(self, batch: PackedBatch, *, skip: Collection[int] = ()) -> torch.Tensor:
         """The final norm's output ``[T, H]`` in the compute dtype; blocks in ``skip`` are left out."""
-        context = self._context(batch)
-        x = self.embed_tokens(batch.input_ids)
-        for index, block in enumerate(self.blocks):
-            if index not in skip:
-                x = block(x, context)
-        return self.norm(x)
+        return self._above(0, self.embed_tokens(batch.input_ids), self._context(batch), skip)
 
     def hidden_states_and_bases(self, batch: PackedBatch, *, skips: Sequence[Collection[int]]) -> list[torch.Tensor]:
         """The final norm's output of the model, and for each of ``skips`` of the model without these blocks; what lies
         below the lowest of them all runs once."""
         context, first = self._context(batch), min(map(min, skips))
+        shared = [self._below(first, batch, context)] * (1 + len(skips))
+        # The last to take it lets go of it.
+        return [self._above(first, shared.pop(), context, skip) for skip in ((), *skips)]
+
+    def _below(self, first: int, batch: PackedBatch, context: BlockContext) -> torch.Tensor:
         x = self.embed_tokens(batch.input_ids)
         for block in self.blocks[:first]:
             x = block(x, context)
-        shared, results = [x] * (1 + len(skips)), []
-        for skip in ((), *skips):
-            x = shared.pop()  # the last to take it lets go of it
-            for index, block in enumerate(self.blocks[first:], start=first):
-                if index not in skip:
-                    x = block(x, context)
-            results.append(self.norm(x))
-        return results
+        return x
+
+    def _above(self, first: int, x: torch.Tensor, context: BlockContext, skip: Collection[int] = ()) -> torch.Tensor:
+        for index, block in enumerate(self.blocks[first:], start=first):
+            if index not in skip:
+                x = block(x, context)
+        return self.norm(x)
 
     def _context(self, batch: PackedBatch) -> BlockContext:
         return BlockContext.for_batch(batch, rotary_tables=(self.cos, self.sin), attention=self.attention)
@@ -102,6 +102,33 @@ class Decoder(nn.Module):
         return linear_cross_entropy(
             x, head.weight, batch.labels, scale, low_precision_weight=head.low_precision, consume=True
         )
+
+    def loss_beside_base(
+        self, batch: PackedBatch, scale: torch.Tensor, kl_weight: float, *, skip: Collection[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`loss`, and ``kl_weight`` × ``scale`` × the summed KL(base ‖ now) of the batch's general tokens.
+
+        The base is this model without the blocks in ``skip``, which are those that train: what lies below them runs
+        once, and the blocks above once more for the general tokens, without a graph.
+
+        Returns:
+            The sum of both, differentiable; and ``scale`` × the summed divergence (nats).
+        """
+        if not batch.num_general:
+            return self.loss(batch, scale), scale.new_zeros(())
+        head, context, general, first = self.lm_head, self._context(batch), batch.general, min(skip)
+        x = self._below(first, batch, context)
+        with torch.no_grad():
+            base = self._above(first, x[-batch.num_general :], self._context(general), skip)
+        x = self._above(first, x, context)
+        x, x_general = x.split([len(x) - batch.num_general, batch.num_general])
+        loss, _, divergence = linear_cross_entropy_kl(
+            x_general, base, head.weight_in_compute_dtype, general.labels, scale, kl_weight, consume=True
+        )
+        if len(x):
+            labels = batch.labels[: len(x)]
+            loss = loss + linear_cross_entropy(x, head.weight, labels, scale, consume=True)
+        return loss, divergence
 
     @torch.no_grad()
     def token_losses(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

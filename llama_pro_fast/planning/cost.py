@@ -5,7 +5,7 @@ All of it follows from the shape of the model and the place of the trained block
 Conventions: a product of an m×k by a k×n matrix is 2mkn FLOPs; attention counts only what the causal mask leaves (half)
 and its backward as twice its forward; what is recomputed counts apart. Elementwise work is left out.
 
-    forward     every product, every block
+    forward     every product, every block; where the base teaches, its products too
     dX          from the head down to the lowest trained block; its q/k/v projection makes none, as nothing below learns
     dW          trained matrices only
     attention   forward everywhere, backward from the lowest trained block up
@@ -53,6 +53,7 @@ def step_cost(
     *,
     seq_len: int,
     recompute: Sequence[Recompute] = (),
+    taught: float = 0.0,
 ) -> StepCost:
     """FLOPs per token of one training step.
 
@@ -61,6 +62,7 @@ def step_cost(
         trained: what trains; of the tables only the head makes products (the embedding is a lookup).
         seq_len: tokens per sequence; one document is assumed to fill it.
         recompute: of each block; by default none.
+        taught: share of the tokens that go through the base too, from the lowest trained block up.
     """
     spec = block_spec(config, 0)
     layers = config.num_hidden_layers
@@ -69,11 +71,14 @@ def step_cost(
     above = layers - trained.first
     specs = [block_spec(config, index) for index in range(layers)]
     attention = [attention_flops(spec, seq_len) for spec in specs]
+    again = [index for index in range(trained.first, layers) if index not in trained.blocks]
     return StepCost(
-        forward=2.0 * (layers * block + head),
+        forward=2.0 * (layers * block + head) + 2.0 * taught * (len(again) * block + head),
         dx=2.0 * (above * block + head) - (2.0 * qkv if above and not trained.everything else 0.0),
         dw=2.0 * (len(trained.blocks) * block + (head if trained.everything else 0)),
-        attention=float(sum(attention) + 2 * sum(attention[layers - above :])),
+        attention=float(
+            sum(attention) + 2 * sum(attention[layers - above :]) + taught * sum(attention[index] for index in again)
+        ),
         recomputed=sum(
             recomputed_flops(specs[index], policy, seq_len)
             for index, policy in enumerate(recompute)

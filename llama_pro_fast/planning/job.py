@@ -51,6 +51,7 @@ class Job:
         triton: whether the operations are Triton kernels or the reference in PyTorch.
         document: tokens of a document on average, before it is cut at a sequence's end.
         muon: whether matrices of blocks have Muon's one moment instead of AdamW's two.
+        taught: share of the tokens on which the base teaches.
     """
 
     config: Any
@@ -61,6 +62,7 @@ class Job:
     triton: bool = True
     document: float = DOCUMENT
     muon: bool = False
+    taught: float = 0.0
 
     @functools.cached_property
     def specs(self) -> list[BlockSpec]:
@@ -155,6 +157,7 @@ def ask(
         triton=triton,
         document=document or DOCUMENT,
         muon=config.optim.name == "muon",
+        taught=_taught(config),
     )
     per_step = train.batch_size * train.seq_len
     return Question(
@@ -171,6 +174,14 @@ def ask(
         price=price,
         assumed=assumed,
     )
+
+
+def _taught(config: RunConfig) -> float:
+    """Share of a step's tokens on which the base teaches: replay, or the general sources' shares; half where these have
+    weights, whose share only the text tells."""
+    given = config.data.general if isinstance(config.data.general, list) else []
+    shares = sum(source.share or 0.0 for source in given)
+    return (config.data.replay or shares or 0.5) if config.train.kl_weight else 0.0
 
 
 def assume(config: RunConfig, model: Any, device: Device, *, here: bool) -> tuple[RunConfig, str]:

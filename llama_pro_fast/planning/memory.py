@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -127,11 +126,16 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
     dhead = acc * head_size if job.trained.everything else 0
 
     # The head: its input and dX, a loss a token, and where it trains dW.
+    inputs = 2 * element * config.hidden_size + acc
+    if job.taught:  # at most of all tokens: the base's input, another loss, its logits; and the reference's temporaries
+        inputs += element * config.hidden_size + acc
+        more = 0 if job.triton else 3 * acc + (1 if element == acc else acc)
+        copies = chunk + rows * config.vocab_size * more
     loss = phase(
         "the loss",
         layers,
         every if accumulating else 0,
-        top + tokens * (2 * element * config.hidden_size + acc) + copies + dhead,
+        top + tokens * inputs + copies + dhead,
         logits=chunk,
     )
     phases = [loss]
@@ -156,9 +160,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         phases.append(
             phase("backward of the embedding", 0, every if accumulating else every - table, table + tied + dx)
         )
-    # Muon: the update in float32, and two products in bf16.
-    update = 8 * max(map(math.prod, _stacked(job.specs[0]))) if job.muon else 0
-    phases.append(phase("the optimizer's step", 0, every, update))
+    phases.append(phase("the optimizer's step", 0, every, _muon_bytes(job.specs[0]) if job.muon else 0))
     return max(phases, key=lambda found: found.total)
 
 
@@ -219,9 +221,10 @@ def has_low_precision(block_class: BlockClass, dtype: torch.dtype) -> bool:
     return block_class is BlockClass.TRAINED and dtype != accumulation_dtype(dtype)
 
 
-def _stacked(spec: BlockSpec) -> list[tuple[int, ...]]:
-    """Shapes of a block's tensors by themselves, which parameters stack."""
-    return [shape for parts in hf_parts(spec).values() for _, shape in parts]
+def _muon_bytes(spec: BlockSpec) -> int:
+    """Of Muon's update at its fullest: the momentum in float32, and in bf16 two matrices and two squares."""
+    shapes = [shape for parts in hf_parts(spec).values() for _, shape in parts if len(shape) == 2]
+    return max(8 * rows * columns + 4 * min(rows, columns) ** 2 for rows, columns in shapes)
 
 
 def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:

@@ -79,7 +79,7 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
     accumulating = batch_size > micro_batch_size
     memory = step_memory(job, recompute, micro_batch_size=micro_batch_size, accumulating=accumulating)
     evaluation = evaluation_memory(job, recompute, micro_batch_size=micro_batch_size)
-    cost = step_cost(job.config, job.trained, seq_len=job.seq_len, recompute=recompute)
+    cost = step_cost(job.config, job.trained, seq_len=job.seq_len, recompute=recompute, taught=job.taught)
     executed = cost.total + cost.recomputed + flash_backward_flops(job)
     tokens = micro_batch_size * job.seq_len
     traffic = job.num_trained * ((ACCUMULATE / tokens if accumulating else 0) + OPTIMIZER / (batch_size * job.seq_len))

@@ -29,18 +29,20 @@ class StepScalars:
         losses: ``[micro-batches]`` float32, parts of the step's mean loss.
         norm: of the gradient before clipping.
         left_out: 1 where a loss or the norm is not finite, so that the step changed nothing; else 0.
+        divergence: KL(base ‖ now), the mean over the step's general tokens; 0 where the base does not teach.
         data_seconds: on the host, that the step waited for its batches.
     """
 
     losses: torch.Tensor
     norm: torch.Tensor
     left_out: torch.Tensor
+    divergence: torch.Tensor
     data_seconds: float
 
     @property
     def row(self) -> torch.Tensor:
-        """All that is on the device, ``[micro-batches + 2]``."""
-        return torch.cat([self.losses, torch.stack([self.norm.float(), self.left_out])])
+        """All that is on the device, ``[micro-batches + 3]``."""
+        return torch.cat([self.losses, torch.stack([self.norm.float(), self.divergence, self.left_out])])
 
 
 class Log:
@@ -82,7 +84,7 @@ class Log:
         self.unlogged, self.skipped, self.bad_in_a_row = list(state.unlogged), state.skipped, state.bad_in_a_row
         self.sources, self.source_tokens = sources, dict(state.source_tokens)
         self.pending: list[torch.Tensor] = []
-        self.grad_norm = 0.0
+        self.grad_norm = self.divergence = 0.0
         self.started: float | None = None
         self.timed_steps, self.timed_seconds, self.data_seconds = 0, 0.0, 0.0
 
@@ -139,7 +141,7 @@ class Log:
             self.timed_steps += len(rows)
             self.timed_seconds += now - self.started
         self.started, self.pending = now, []
-        for number, (*losses, self.grad_norm, left_out) in enumerate(rows, start=step - len(rows) + 1):
+        for number, (*losses, self.grad_norm, self.divergence, left_out) in enumerate(rows, start=step - len(rows) + 1):
             if left_out:
                 self._left_out(number, losses, self.grad_norm)
             else:
@@ -187,12 +189,14 @@ class Log:
         known = speed is not None and self.device_flops is not None
         share = speed * self.flops_per_token / self.device_flops if known else None
         memory = peak_memory_gib(self.device)
+        taught = self.config.train.kl_weight > 0 and math.isfinite(self.divergence)
         self.metrics.write(
             "train",
             step,
             loss=loss,
             lr=rate,
             grad_norm=self.grad_norm if math.isfinite(self.grad_norm) else None,
+            **({"kl": self.divergence} if taught else {}),
             skipped=self.skipped,
             seconds=self.timed_seconds,
             data_seconds=self.data_seconds,
@@ -213,6 +217,7 @@ class Log:
             f"loss {'      –' if loss is None else format(loss, '7.4f')}",
             f"lr {rate:.2e}",
             f"grad {self.grad_norm:8.3f}",
+            *([f"KL {self.divergence:.4f}"] if taught else []),
             f"{'–' if speed is None else format(speed, ',.0f'):>9} tok/s",
             *([f"{share:4.0%} of peak"] if share is not None else []),
             f"{memory:6.2f} GiB",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -195,7 +196,15 @@ class _Loop:
         self.settled.claim.enter("training")
         self.signals.check()
         self.log.start()
-        scalars = train_step(self.model, self.optimizer, self.settled.corpus, config, self.done, self.signals)
+        scalars = train_step(
+            self.model,
+            self.optimizer,
+            self.settled.corpus,
+            config,
+            self.done,
+            self.signals,
+            self.settled.trained.skip_for_base,
+        )
         self.log.saw(self.settled.corpus.train.source_tokens(self.done.sequences, config.train.batch_size))
         tokens = config.train.batch_size * config.train.seq_len
         self.done = self.done.advanced(sequences=config.train.batch_size, tokens=tokens)
@@ -293,11 +302,15 @@ def train_step(
     config: Settled,
     done: Progress,
     signals: StopSignals,
+    skip_for_base: Collection[int],
 ) -> StepScalars:
     """One optimizer step over ``batch_size`` sequences, a micro-batch at a time.
 
     Each micro-batch is weighed by the valid tokens of the whole step, so the step's loss is a mean over tokens however
     they are spread over micro-batches.
+
+    Args:
+        skip_for_base: the blocks without which the model is its base, which teaches with a `train.kl_weight`.
 
     Raises:
         Stopped: between two micro-batches; no weight has changed.
@@ -311,12 +324,18 @@ def train_step(
     data_seconds = time.perf_counter() - asked
     # Filled on the device: a copy from the host would make it wait.
     scale = torch.full((), 1.0 / max(1, valid), device=device)
-    losses = []
+    kl_weight, losses, divergence = config.train.kl_weight, [], torch.zeros((), device=device)
     for batch in batches:
         signals.check()
-        part = model.loss(batch.to(device), scale)
+        batch = batch.to(device)
+        if kl_weight:
+            part, apart = model.loss_beside_base(batch, scale, kl_weight, skip=skip_for_base)
+            divergence += apart.float()
+        else:
+            part = model.loss(batch, scale)
         part.backward()
         losses.append(part.detach().float())
     losses = torch.stack(losses)
     norm = optimizer.step(done.step, losses.sum())
-    return StepScalars(losses, norm, optimizer.left_out, data_seconds)
+    divergence *= valid / max(1, sum(batch.num_valid_general for batch in batches))
+    return StepScalars(losses, norm, optimizer.left_out, divergence, data_seconds)

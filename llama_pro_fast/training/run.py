@@ -157,6 +157,7 @@ def _run(
                 seed=config.train.seed,
                 batch_size=config.train.batch_size,
                 default_general=not trained.everything,
+                taught=config.train.kl_weight > 0,
                 progress=update,
             )
         question = question_of(config, base, trained, plan, document=corpus.train.mean_document)

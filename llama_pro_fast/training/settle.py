@@ -86,14 +86,15 @@ def check_model(config: RunConfig) -> None:
 
 
 def check_bounds(config: RunConfig, trained: Trained) -> None:
-    """Refuse bounds on what is forgotten where that cannot be measured.
+    """Refuse what needs the base where it is not in the model: bounds on what is forgotten, and the base as teacher.
 
     Raises:
-        UserError: the base is not in the model.
+        UserError: naming the key.
     """
-    for key, bound in (("kl_above", config.stop.kl_above), ("general_rise", config.stop.general_rise)):
-        if bound is not None and trained.base_gone:
-            raise UserError(f"--stop.{key} {bound:g}: nothing to hold against: {trained.base_gone}; leave it out")
+    needing = ("stop.kl_above", config.stop.kl_above), ("stop.general_rise", config.stop.general_rise)
+    for key, value in (*needing, ("train.kl_weight", config.train.kl_weight or None)):
+        if value is not None and trained.base_gone:
+            raise UserError(f"--{key} {value:g}: nothing to hold against: {trained.base_gone}; leave it out")
 
 
 def start_device(config: RunConfig) -> torch.device:

@@ -60,6 +60,8 @@ class Case:
     micro_batch_size: int = 2
     micro_batches: int = 1
     attention: str = "cpu_flash"
+    muon: bool = False
+    taught: bool = False
 
     def job(self, dtype: torch.dtype) -> Job:
         sizes = {
@@ -78,6 +80,8 @@ class Case:
             seq_len=self.seq_len,
             attention=self.attention,
             triton=implementation_name("cpu", fp32).startswith("triton"),
+            muon=self.muon,
+            taught=float(self.taught),
         )
 
 
@@ -113,6 +117,8 @@ CASES = {
     "window": Case(
         fullest="backward of block 3", family="mistral", config={"sliding_window": 32}, attention="reference"
     ),
+    "Muon": Case(fullest="the optimizer's step", config={"hidden_size": 256}, seq_len=8, muon=True),
+    "the base teaches": Case(fullest="the loss", config={"vocab_size": 8000}, taught=True),
     "everything trains": Case(fullest="backward of block 3", trained=(), train_all=True),
     "everything trains, several micro-batches": Case(
         fullest="backward of block 3", trained=(), train_all=True, micro_batches=2
@@ -202,15 +208,25 @@ def _no_scratch_of_onednn():
             yield
 
 
+def optim_config(job: Job) -> OptimConfig:
+    return OptimConfig(name="muon" if job.muon else "adamw", lr=1e-3, warmup_steps=0, decay_steps=0)
+
+
 def counted_step(job: Job, recompute: tuple[Recompute, ...], micro_batch_size: int, micro_batches: int) -> int:
     """The peak of one optimizer step, bytes; its second, for in the first AdamW makes its moments."""
     model = make_model(job, recompute)
-    optimizer = Optimizer(model, model.trained_parameters(), OptimConfig(lr=1e-3, warmup_steps=0, decay_steps=0), 10)
+    optimizer = Optimizer(model, model.trained_parameters(), optim_config(job), 10)
     scale = torch.tensor(1e-3)
 
     def step(index: int) -> None:
         for _ in range(micro_batches):
-            model.loss(make_batch(job, micro_batch_size), scale).backward()
+            batch = make_batch(job, micro_batch_size)
+            if job.taught:
+                batch = dataclasses.replace(batch, num_general=len(batch.labels), num_valid_general=batch.num_valid)
+                model.loss_beside_base(batch, scale, 1.0, skip=job.trained.blocks)[0].backward()
+            else:
+                model.loss(batch, scale).backward()
+            del batch
         optimizer.step(index)
 
     step(0)
@@ -303,7 +319,7 @@ def assert_evaluation_counted(case: Case, job: Job, way: str) -> None:
         evaluate(model, [make_batch(job, micro_batch_size)], **bases)
     counted = peak.bytes + bytes_of(*model.parameters(), *model.buffers())
     # There are no moments here yet, and in a run there are.
-    said = evaluation_memory(job, WAYS[way], micro_batch_size=micro_batch_size) - 2 * 4 * job.num_trained
+    said = evaluation_memory(job, WAYS[way], micro_batch_size=micro_batch_size) - 4 * job.num_moments
     assert said == pytest.approx(counted, rel=0.05), f"{said / counted:.4f} of the count"
 
 
@@ -315,7 +331,7 @@ def test_the_kinds_are_what_the_model_and_the_optimizer_hold(name, dtype):
     said = step_memory(job, MIXTURE, micro_batch_size=case.micro_batch_size, accumulating=case.micro_batches > 1)
     model = make_model(job, MIXTURE)
     masters = model.trained_parameters().values()
-    optimizer = Optimizer(model, model.trained_parameters(), OptimConfig(lr=1e-3, warmup_steps=0, decay_steps=0), 10)
+    optimizer = Optimizer(model, model.trained_parameters(), optim_config(job), 10)
     assert said.masters == bytes_of(*masters)
     assert said.weights == bytes_of(*model.parameters()) - bytes_of(*masters)
     tables = bytes_of(model.cos, model.sin)
