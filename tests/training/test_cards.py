@@ -119,7 +119,8 @@ def test_what_a_damaged_row_held_is_a_dash(summary, card, finished, tmp_path):
         row["before"] = None
     text = card(summary)
     for row in summary["results"]:
-        nats, bits = (line for line in text.splitlines() if f" {row['source']} " in line and f" {row['role']} " in line)
+        named = [line for line in text.splitlines() if f" {row['source']} " in line and f" {row['role']} " in line]
+        nats, bits, *_ = named
         assert nats.count("–") == 2
         assert bits.count("–") == 1
         assert f"{row['after']['loss']:.4f}" in nats
