@@ -132,7 +132,7 @@ def read_export_back(
         "sample": {"prompt": written(prompts), "base": written(check.base), "now": written(check.now)},
     }
     if not new_blocks or len(domain) == len(corpus.held_out):
-        why = "there is no general text" if new_blocks else "the base is not in the model"
+        why = "there is no general text" if new_blocks else "there is no base that new blocks could be scaled down to"
         return found | {"dial": [], "dial_said": f"not measured: {why}"}
     train = config.train
     try:

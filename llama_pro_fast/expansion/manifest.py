@@ -76,9 +76,11 @@ class Manifest:
         return tuple(block.index for block in self.new_blocks if block.generation == len(self.generations))
 
     def zeroed(self, generation: int) -> dict[int, tuple[str, ...]]:
-        """Of each block of a generation the modules that were zero at birth, so that it adds to the residual stream
-        what they give: times 0 they make it an identity again."""
-        return {row.index: row.zeroed for row in self.new_blocks if row.generation == generation}
+        """Of each block of a generation the modules that were zero at birth: times 0 they make it an identity again.
+        Empty where a row does not name those that do."""
+        found = {row.index: row.zeroed for row in self.new_blocks if row.generation == generation}
+        known = all(len(names) == len(ZEROED) and all(name in names for name in ZEROED) for names in found.values())
+        return found if known else {}
 
     def base_gone(self, intact: Sequence[bool] | None) -> str:
         """Why the model without its newest blocks is not what they were put into; empty where it is.

@@ -15,7 +15,7 @@ Rows = Sequence[dict[str, Any]]
 def title(rows: Rows) -> str:
     """What the table is."""
     tokens = max(row["tokens"] for row in rows)
-    return f"nats per token if what the new blocks add is scaled (export --scale); {tokens:,} tokens a text at most"
+    return f"new blocks scaled (export --scale): the base's loss (× 0) and changes from it; at most {tokens:,} tokens a text"
 
 
 def lines(rows: Rows) -> tuple[list[str], list[list[str]]]:
@@ -70,10 +70,12 @@ def _draw(axes: Any, rows: Rows) -> None:
         axes.plot(rise, fall, color=COLOURS[index % len(COLOURS)], linewidth=1.4, marker="o", markersize=3,
                   label=mine[0]["source"])  # fmt: skip
     for row, y, *xs in zip(domain, fall, *rises, strict=True):
-        axes.annotate(f"× {row['scale']:g}", (max(xs), y), xytext=(6, -3), textcoords="offset points", fontsize=7.5,
+        axes.annotate(f"× {row['scale']:g}", (max(xs), y), xytext=(5, -10), textcoords="offset points", fontsize=7.5,
                       color=SOFT)  # fmt: skip
     axes.margins(x=0.1, y=0.12)
     if len(general) > 1:
-        axes.legend(frameon=False, fontsize=7.5, loc="lower right")
+        legend = axes.legend(frameon=False, fontsize=7.5, loc="lower right", labelcolor=SOFT)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     named = general[0][0]["source"] if len(general) == 1 else "general text"
     dress(axes, f"rise of the loss on {named}, nats per token")

@@ -12,6 +12,7 @@ for bit, and between them it has learned less and forgotten less, without any tr
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,11 +75,11 @@ def export_run(
 
 
 def _checked(scale: float | Sequence[float], run: Path, out: Path | None) -> tuple[float, ...]:
-    numbers = (scale,) if isinstance(scale, int | float) else tuple(scale)
+    numbers = tuple(map(float, [scale] if isinstance(scale, int | float) else scale))
     for number in numbers:
         if not 0 <= number <= LARGEST_SCALE:  # nor is NaN
             raise UserError(f"--scale {number:g}: give 0 (the base) to 1 (what was trained), at most {LARGEST_SCALE:g}")
-    if out is None or out.resolve() == (run / "export").resolve():
+    if out is None or os.path.realpath(out) == os.path.realpath(run / "export"):
         raise UserError(f"--scale: give a folder of its own for it; {run / 'export'} is the model as it was trained")
     return numbers
 
@@ -146,13 +147,14 @@ def _scaled(
     for generation, factor in enumerate([*older, newest], start=1):
         if factor == 1:
             continue
-        if not intact[generation - 1]:
+        zeroed = manifest.zeroed(generation)
+        if not zeroed or not intact[generation - 1]:
             made_from = manifest.generations[generation - 1].name
             raise UserError(
                 f"--scale {factor:g}: at 0 the model would not be {made_from}, which its new blocks were put into: "
-                "weights were changed since; export it as it is, without --scale"
+                "weights, or the manifest, were changed since; export it as it is, without --scale"
             )
-        for index, modules in manifest.zeroed(generation).items():
+        for index, modules in zeroed.items():
             names = (block_tensor_name(index, f"{name}.{kind}") for name in modules for kind in ("weight", "bias"))
             factors |= dict.fromkeys(base.entries.keys() & names, factor)
     # The newest blocks have trained since they were scaled, if ever they were.

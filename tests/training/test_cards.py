@@ -95,8 +95,18 @@ def test_the_card_shows_the_figures_in_full(summary, card, width):
         for key in ("unigram_bits_per_byte", "gzip_bits_per_byte"):
             assert f"{row[key]:.3f}" in text
     whole = " ".join(text.replace("│", " ").split())  # a long value goes on in the next line of its cell
+    for row in summary["dial"]:
+        change = row["loss"] - row["base_loss"]
+        assert (f"{change:+.4f}" if row["scale"] else f"{row['base_loss']:.4f}") in text
     check = summary["export_check"]["said"]
-    for words in ("blocks 2, 5", check, "runs/mine/export", "runs/mine/report/", "runs/mine: done"):
+    for words in (
+        "blocks 2, 5",
+        check,
+        summary["dial_said"],
+        "runs/mine/export",
+        "runs/mine/report/",
+        "runs/mine: done",
+    ):
         assert words in whole, words
 
 
