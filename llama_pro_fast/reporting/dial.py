@@ -15,7 +15,9 @@ Rows = Sequence[dict[str, Any]]
 def title(rows: Rows) -> str:
     """What the table is."""
     tokens = max(row["tokens"] for row in rows)
-    return f"new blocks scaled (export --scale): the base's loss (× 0) and changes from it; at most {tokens:,} tokens a text"
+    return (
+        f"new blocks scaled (export --scale): loss of the base (× 0), change from it; at most {tokens:,} tokens a text"
+    )
 
 
 def lines(rows: Rows) -> tuple[list[str], list[list[str]]]:
