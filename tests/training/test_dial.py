@@ -184,7 +184,7 @@ def test_where_everything_trained_there_is_nothing_to_scale(make_config, cli, tm
 @pytest.mark.usefixtures("read_back")
 def test_the_sweep_measures_what_an_export_would_be(make_config, tokenizer, tmp_path):
     base = write_base(tmp_path / "base", tokenizer, torch.float32, attention_bias=True, mlp_bias=True)
-    summary = run_training(make_config(model={"path": str(base)}))
+    summary = run_training(make_config(model={"path": str(base)}, train={"steps": 2}))
     rows = summary["dial"]
     assert json.loads((tmp_path / "run" / "report" / "summary.json").read_text())["dial"] == rows
     texts = [("domain", "domain"), ("general", "general")]
