@@ -130,21 +130,27 @@ def train(
 
 
 def export(
-    run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, from_step: int | None = None
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    from_step: int | None = None,
+    scale: float | Sequence[float] | None = None,
 ) -> Path:
     """Write a run's model, as its last complete checkpoint has it, as an ordinary Hugging Face folder.
 
     Args:
-        out: by default ``RUN/export``.
+        out: by default ``RUN/export``; with ``scale`` it must be given.
         from_step: the checkpoint to take; by default the last.
+        scale: how much is kept of what the new blocks add: 0 is the base, 1 the run, up to 2. After several expansions
+            a number for the new blocks of each, oldest first, or one for those of the last.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: there is no run, it has no checkpoint yet, or the folder cannot be written.
+        UserError: there is no run, it has no checkpoint yet or cannot be scaled so, or the folder cannot be written.
     """
-    return export_run(Path(run), None if out is None else Path(out), from_step=from_step)[0]
+    return export_run(Path(run), None if out is None else Path(out), from_step=from_step, scale=scale)[0]
 
 
 def freeze_to_new_blocks(model: torch.nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ for a few dozen tokens, not for serving, which an export leaves to transformers,
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from llama_pro_fast.config import Settled
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.evaluation import dial
 from llama_pro_fast.evaluation.held_out import evaluate
 from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import load_model
@@ -41,7 +42,13 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 24
 
 def unchecked(said: str) -> dict[str, Any]:
     """For a report: what :func:`read_export_back` returns, where it could not be done or failed."""
-    return {"export_check": {"equal": 0, "compared": 0, "said": said}, "sample": None}
+    dial_said = "not measured, as the export was not read back"
+    return {
+        "export_check": {"equal": 0, "compared": 0, "said": said},
+        "sample": None,
+        "dial": [],
+        "dial_said": dial_said,
+    }
 
 
 @dataclass(frozen=True)
@@ -68,17 +75,21 @@ def read_export_back(
     tokenizer: transformers.PreTrainedTokenizerBase,
     results: list[dict[str, Any]],
     *,
-    new_blocks: Collection[int],
+    new_blocks: Mapping[int, Collection[str]],
+    progress: Callable[[str], None] = lambda said: None,
 ) -> dict[str, Any]:
-    """Check a run's export, where there is memory for it.
+    """Check a run's export, where there is memory for it, and see what it would be with its new blocks scaled.
 
     Args:
         results: of the run's summary: what the trained model's last evaluation was.
-        new_blocks: blocks without which the model is its base; empty where there are none.
+        new_blocks: blocks without which the model is its base, and the modules of each that were zero at its birth;
+            empty where there are none.
+        progress: is told what goes on.
 
     Returns:
-        ``export_check`` (equal, compared, and both in words) and ``sample`` (a prompt, the base's continuation and the
-        trained model's, as text; None where nothing was computed), for the run's report.
+        ``export_check`` (equal, compared, and both in words), ``sample`` (a prompt, the base's continuation and the
+        trained model's, as text; None where nothing was computed) and ``dial`` (as :func:`dial.sweep` gives it; empty
+        where nothing was measured) with ``dial_said`` (what is to be said of it), for the run's report.
 
     Raises:
         UserError: the export is not the trained model, or transformers computes something else from it.
@@ -116,10 +127,26 @@ def read_export_back(
     def written(documents: list[list[int]] | None) -> str | None:
         return tokenizer.decode(documents[0], skip_special_tokens=True) if documents else None
 
-    return {
+    found = {
         "export_check": {"equal": check.equal, "compared": check.compared, "loss": loss, "said": said},
         "sample": {"prompt": written(prompts), "base": written(check.base), "now": written(check.now)},
     }
+    if not new_blocks or len(domain) == len(corpus.held_out):
+        why = "there is no general text" if new_blocks else "there is no base that new blocks could be scaled down to"
+        return found | {"dial": [], "dial_said": f"not measured: {why}"}
+    train = config.train
+    try:
+        rows = dial.sweep(
+            model,
+            corpus.held_out,
+            new_blocks,
+            tokens=dial.num_tokens(config.eval.tokens, train.steps * train.batch_size * train.seq_len),
+            micro_batch=train.micro_batch_size,
+            progress=progress,
+        )
+    except torch.OutOfMemoryError:
+        return found | {"dial": [], "dial_said": "not measured: no memory left on the device"}
+    return found | {"dial": rows, "dial_said": dial.said(rows)}
 
 
 def _check_loss(folder: Path, loss: float, trained: float, dtypes: Collection[str]) -> None:

@@ -6,6 +6,7 @@ from nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -59,17 +60,27 @@ class Manifest:
         base_intact: whether the newest generation's base is still in the model unchanged. Training more than the new
             blocks ends that: without its new blocks the model is then no model that was there before. Believed only
             where no weights are read; the trainer asks the digests (`expansion.lineage`), whatever is said here.
+        scale: by how much an export has scaled what each generation's blocks add, oldest first, since they last
+            trained; empty where it has scaled none.
     """
 
     base: ModelId
     generations: tuple[ModelId, ...]
     new_blocks: tuple[NewBlock, ...]
     base_intact: bool = True
+    scale: tuple[float, ...] = ()
 
     @property
     def trained_blocks(self) -> tuple[int, ...]:
         """Indices of the newest generation's blocks: each generation freezes all that was there before it."""
         return tuple(block.index for block in self.new_blocks if block.generation == len(self.generations))
+
+    def zeroed(self, generation: int) -> dict[int, tuple[str, ...]]:
+        """Of each block of a generation the modules that were zero at birth: times 0 they make it an identity again.
+        Empty where a row does not name those that do."""
+        found = {row.index: row.zeroed for row in self.new_blocks if row.generation == generation}
+        known = all(len(names) == len(ZEROED) and all(name in names for name in ZEROED) for names in found.values())
+        return found if known else {}
 
     def base_gone(self, intact: Sequence[bool] | None) -> str:
         """Why the model without its newest blocks is not what they were put into; empty where it is.
@@ -81,7 +92,9 @@ class Manifest:
             return ""
         made_from = self.generations[-1]
         if not self.base_intact:
-            return f"more than the new blocks was trained since, {made_from.name} is no longer in the model"
+            scaled = any(factor != 1 for factor in self.scale[:-1])
+            why = "older new blocks were scaled in an export" if scaled else "more than the new blocks was trained"
+            return f"{why} since, {made_from.name} is no longer in the model"
         return self._not_in_there(made_from, "its new blocks", self.trained_blocks)
 
     def first_base_gone(self, intact: Sequence[bool] | None) -> str:
@@ -109,6 +122,7 @@ class Manifest:
             base=previous.base if previous else made_from,
             generations=(*(previous.generations if previous else ()), made_from),
             new_blocks=tuple(sorted(rows, key=lambda block: block.index)),
+            scale=(*previous.scale, 1.0) if previous and previous.scale else (),
         )
 
     @classmethod
@@ -132,6 +146,7 @@ class Manifest:
                 generations=tuple(ModelId(**row) for row in raw["generations"]),
                 new_blocks=tuple(NewBlock(**{**row, "zeroed": tuple(row["zeroed"])}) for row in raw["new_blocks"]),
                 base_intact=raw.get("base_intact", True),
+                scale=tuple(raw.get("scale", ())),
             )
         except KeyError as error:
             raise _bad_manifest(f"lacks {error.args[0]}") from error
@@ -152,6 +167,10 @@ class Manifest:
             raise _bad_manifest("has a name or digest of a model that is no text")
         if not isinstance(self.base_intact, bool):
             raise _bad_manifest(f"says base_intact {self.base_intact!r:.40}, which is neither true nor false")
+        if not all(type(factor) in (int, float) and math.isfinite(factor) for factor in self.scale):
+            raise _bad_manifest("has a scale that is no number")
+        if len(self.scale) not in (0, len(self.generations)):
+            raise _bad_manifest(f"has {len(self.scale)} scales for {len(self.generations)} generations")
         if not rows or not self.generations:
             raise _bad_manifest("names no new block")
         for row in rows:
@@ -171,8 +190,9 @@ class Manifest:
                 raise _bad_manifest(f"does not add up: generation {generation} made {depth} blocks of {before}")
 
     def to_config(self) -> dict[str, Any]:
-        """The value of the ``block_expansion`` key."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        """The value of the ``block_expansion`` key; without ``scale`` where nothing was scaled."""
+        config = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return config if self.scale else {key: value for key, value in config.items() if key != "scale"}
 
 
 def what_trains(

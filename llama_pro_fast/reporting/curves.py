@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,11 +139,15 @@ def panels(runs: Sequence[Record], *, only_losses: bool = False) -> list[Panel]:
 
 
 def svg(panel: Panel) -> str:
-    """The panel as an ``<svg>`` element without its title, its colours CSS variables (``--ink``, ``--run-0``)."""
+    """The panel as an ``<svg>`` element without its title; see :func:`as_svg`."""
+    return as_svg(lambda axes: _draw(axes, panel))
+
+
+def as_svg(draw: Callable[[Any], None]) -> str:
+    """What ``draw`` puts into axes as an ``<svg>`` element, its colours CSS variables (``--ink``, ``--run-0``)."""
     with _style():
         figure = _figure(WIDTH, HEIGHT)
-        axes = figure.add_axes((0.125, 0.2, 0.835, 0.74))
-        _draw(axes, panel)
+        draw(figure.add_axes((0.125, 0.2, 0.835, 0.74)))
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = written.getvalue()
@@ -154,18 +158,25 @@ def svg(panel: Panel) -> str:
 
 def draw_loss(run: Record, path: Path, *, title: str) -> None:
     """The panels of a run's losses as a PNG."""
-    shown = panels([run], only_losses=True)
-    columns = min(2, max(1, len(shown)))
-    lines = -(-len(shown) // columns) or 1
+    shown = [
+        (f"{panel.title}, {panel.unit}" if panel.unit else panel.title, lambda axes, panel=panel: _draw(axes, panel))
+        for panel in panels([run], only_losses=True)
+    ]
+    as_png(shown, path, title=title)
+
+
+def as_png(pictures: Sequence[tuple[str, Callable[[Any], None]]], path: Path, *, title: str) -> None:
+    """Titled pictures side by side, each as a function that draws it into axes."""
+    columns = min(2, max(1, len(pictures)))
+    lines = -(-len(pictures) // columns) or 1
     with _style():
         figure = _figure(WIDTH * columns, (HEIGHT + 0.35) * lines + 0.3)
         figure.set_layout_engine("constrained")
         figure.suptitle(title, fontsize=10, color=INK, parse_math=False)
-        for index, panel in enumerate(shown):
+        for index, (name, draw) in enumerate(pictures):
             axes = figure.add_subplot(lines, columns, index + 1)
-            name = f"{panel.title}, {panel.unit}" if panel.unit else panel.title
             axes.set_title(name, loc="left", fontsize=8, color=INK, parse_math=False)
-            _draw(axes, panel)
+            draw(axes)
         figure.savefig(path, dpi=150, facecolor="white")
 
 
@@ -264,7 +275,7 @@ def _outside(panel: Panel, low: float, high: float) -> str:
 
 
 def _scales(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, SymmetricalLogLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator, SymmetricalLogLocator
 
     if panel.log_from:
         axes.set_xscale("symlog", linthresh=panel.log_from, linscale=0.4)
@@ -274,11 +285,17 @@ def _scales(axes: Any, panel: Panel) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
     room = 0.02 * panel.last_x or 1.0
     axes.set_xlim(0 if panel.log_from else -room, panel.last_x + room)
+    dress(axes, panel.x_name, of_x=amount if panel.x_name == "tokens" else _tick)
+
+
+def dress(axes: Any, x_name: str, *, of_x: Callable[[float], str] | None = None) -> None:
+    """What all pictures have in common: their ticks, their grid, the name of their horizontal axis."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
-    of_x = amount if panel.x_name == "tokens" else _tick
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: of_x(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: (of_x or _tick)(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-    axes.set_xlabel(panel.x_name, fontsize=8, color=SOFT, labelpad=2)
+    axes.set_xlabel(x_name, fontsize=8, color=SOFT, labelpad=2, parse_math=False)
     axes.tick_params(labelsize=8, colors=SOFT, length=0)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -28,14 +28,18 @@ def pictures(runs: Sequence[Record], legend: Html | None = None) -> Html:
     figures = []
     for panel in found:
         said = "; ".join(part for part in (panel.unit, "bold: smoothed" if panel.smoothed else "") if part)
-        unit = f" <span>{escape(said)}</span>" if said else ""
-        title = escape(panel.title)
-        picture = curves.svg(panel).replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
-        figures.append(f"<figure><figcaption>{title}{unit}</figcaption>{picture}</figure>")
+        figures.append(picture(panel.title, said, curves.svg(panel)))
     note = f'<p class="key">{legend}</p>' if legend else ""
     if any(panel.log_from for panel in found):
         note += "<p>The runs differ much in length: the horizontal axes are logarithmic.</p>"
     return Html(f'{note}<div class="panels">{"".join(figures)}</div>')
+
+
+def picture(title: str, said: str, svg: str) -> Html:
+    """An ``<svg>`` element under its title and what more is said of it."""
+    title, unit = escape(title), f" <span>{escape(said)}</span>" if said else ""
+    drawn = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return Html(f"<figure><figcaption>{title}{unit}</figcaption>{drawn}</figure>")
 
 
 def figure(value: Any, digits: int = 4) -> str:

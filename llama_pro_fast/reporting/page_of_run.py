@@ -10,6 +10,7 @@ from llama_pro_fast.console import amount, duration
 from llama_pro_fast.model.trained import LEGEND
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB
+from llama_pro_fast.reporting import dial
 from llama_pro_fast.reporting.markup import (
     UNKNOWN,
     Html,
@@ -18,6 +19,7 @@ from llama_pro_fast.reporting.markup import (
     facts,
     figure,
     median,
+    picture,
     pictures,
     plain,
     section,
@@ -42,6 +44,7 @@ def one_run(run: Record, name: str) -> str:
         *(f'<p class="warning">{escape(text)}</p>' for text in warnings(run)),
         section("The run", facts(_description(run))),
         section("Held-out text", _results(run)),
+        section("The dial", _dial(run)),
         section("Curves", pictures([run])),
         section("Speed and memory", facts(_costs(run))),
         section("Text so far", _sources(run)),
@@ -154,6 +157,15 @@ def _results(run: Record) -> Html | None:
         columns, bits = columns[:-2], [row[:-2] for row in bits]
     parts.append(table("bits per byte of text, comparable between tokenizers", columns, bits))
     return Html("".join(parts))
+
+
+def _dial(run: Record) -> Html | None:
+    rows = (run.summary or {}).get("dial")
+    if not rows:
+        return None
+    said = f"<p>{escape(run.summary['dial_said'])}</p>"
+    drawn = picture(dial.caption(rows), "", dial.svg(rows))
+    return Html(f'{table(dial.title(rows), *dial.lines(rows))}{said}<div class="panels">{drawn}</div>')
 
 
 def _costs(run: Record) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_pro_fast.files import sync, writing_to
+from llama_pro_fast.reporting import dial
 from llama_pro_fast.reporting.curves import draw_loss
 from llama_pro_fast.reporting.markup import change, figure
 from llama_pro_fast.reporting.page import PAGE, write_page
@@ -60,6 +61,10 @@ def write_report(run: Path, summary: dict[str, Any], *, complete: bool = True) -
         (folder / "summary.md").write_text(_markdown(summary), encoding="utf-8")
         record = Record.read(run)
         draw_loss(record, folder / "loss.png", title=summary["title"])
+        if summary["dial"]:
+            dial.png(summary["dial"], folder / "dial.png", title=summary["title"])
+        else:  # of before the run was resumed
+            (folder / "dial.png").unlink(missing_ok=True)
         write_page([replace(record, summary=summary if complete else None)], run / PAGE)
         if complete:
             partial = run / (SUMMARY + ".new")
@@ -71,10 +76,12 @@ def write_report(run: Path, summary: dict[str, Any], *, complete: bool = True) -
 def _markdown(summary: dict[str, Any]) -> str:
     lines = [f"# {summary['title']}", "", "| | |", "|---|---|"]
     for name, value in summary.items():
-        if name in ("title", "results", "sample"):
+        if name in ("title", "results", "sample", "dial_said"):
             continue
         if name == "export_check":
             value = value["said"]
+        elif name == "dial":
+            value = summary["dial_said"] or "see below"
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
         text = f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)
@@ -104,6 +111,17 @@ def _markdown(summary: dict[str, Any]) -> str:
         figures = ((row["before"] or {}).get("bits_per_byte"), row["after"]["bits_per_byte"])
         figures += (row.get("unigram_bits_per_byte"), row.get("gzip_bits_per_byte"))
         lines.append(f"| {row['source']} | {row['role']} | {' | '.join(map(figure, figures))} |")
+    if summary["dial"]:
+        columns, rows = dial.lines(summary["dial"])
+        table = [columns, ["---"] * len(columns), *rows]
+        lines += [
+            "",
+            f"The dial, {dial.title(summary['dial'])}.",
+            "",
+            *(f"| {' | '.join(line)} |" for line in table),
+            "",
+            "![dial](dial.png)",
+        ]
     if summary["sample"]:
         lines += ["", "How a held-out document goes on, greedily:"]
         for name, said in (("prompt", "Prompt"), ("base", "Base"), ("now", "Now")):

@@ -17,6 +17,7 @@ from llama_pro_fast.model.trained import LEGEND, Trained
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB
 from llama_pro_fast.planning.search import Fit
+from llama_pro_fast.reporting import dial
 from llama_pro_fast.runs.run_folder import resume_command, shown
 from llama_pro_kernels import implementation_name
 
@@ -91,6 +92,10 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
     columns = ("text", "role", "before", "after", "unigram", "gzip -9")
     table("the same in bits per byte, beside two simple compressors", columns, bits, words=2)
 
+    if summary["dial"]:
+        columns, lines = dial.lines(summary["dial"])
+        table(f"the dial, {dial.title(summary['dial'])}", columns, lines, words=2)
+
     share = summary["trained_parameters"] / summary["parameters"]
     speed, planned = summary["median_tokens_per_second"], summary["planned_tokens_per_second"]
     aimed = "" if planned is None else f" (planned {planned:,.0f})"
@@ -104,8 +109,10 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
         ("memory", f"peak {summary['peak_memory_gib']:.2f} GiB{of}; planned "
                    f"{_gib(summary['planned_memory_gib'])}{tensors}"),
         ("export", summary["export_check"]["said"]),
+        *([("dial", summary["dial_said"])] if summary["dial_said"] else []),
         ("model", f"{shown(exported)}  (an ordinary Hugging Face folder)"),
-        ("report", f"{shown(output / 'report')}/  report.html, summary.md, loss.png, summary.json"),
+        ("report", f"{shown(output / 'report')}/  report.html, summary.md, loss.png, "
+                   f"{'dial.png, ' if summary['dial'] else ''}summary.json"),
     ]  # fmt: skip
     box(f"{shown(output)}: done", facts)
     pipeline = f"""

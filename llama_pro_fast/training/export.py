@@ -2,12 +2,19 @@
 
 Works on any run that has a complete checkpoint, finished or not. Tensors that did not train are copied byte for byte
 from the folder the run trains; trained ones are cast once to the dtype they have there. Nothing is held but one tensor
-at a time."""
+at a time.
+
+An export can be scaled. A new block adds to the residual stream what those modules give that were zero at its birth
+(rewrite.py); with these times A it adds, to first order, A of it. At 1 the model is what was trained, at 0 the base bit
+for bit, and between them it has learned less and forgotten less, without any training.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +23,7 @@ from llama_pro_fast.config import Settled
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.lineage import difference, intact_bases, model_identity
 from llama_pro_fast.expansion.manifest import MANIFEST_KEY, Manifest
-from llama_pro_fast.expansion.rewrite import write_json
+from llama_pro_fast.expansion.rewrite import block_tensor_name, write_json
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.hf.config import CONFIG_FILE, resolve, with_older_rope_keys
 from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
@@ -26,37 +33,69 @@ from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, load, newest, stored_tensors
 from llama_pro_fast.runs.marker import CheckpointInfo, read_info
 
+LARGEST_SCALE = 2.0
+"""So far beyond what was trained as the base lies before it."""
 
-def export_run(run: Path, out: Path | None = None, *, from_step: int | None = None) -> tuple[Path, int]:
+
+def export_run(
+    run: Path,
+    out: Path | None = None,
+    *,
+    from_step: int | None = None,
+    scale: float | Sequence[float] | None = None,
+) -> tuple[Path, int]:
     """Export the run's last complete checkpoint.
 
     Args:
         run: the run's folder.
         out: where to; by default ``run/export``, which an earlier export of the same run may occupy.
         from_step: take the checkpoint of that step instead.
+        scale: by how much to scale what the run's new blocks add: from 0, the base, over 1, what was trained, to
+            :data:`LARGEST_SCALE`. Where the model was expanded several times, one number for each generation of new
+            blocks, oldest first, or a single one for the newest, which the run trained.
 
     Returns:
         The export's folder, and the step it is of.
 
     Raises:
         UserError: no run, no complete checkpoint or a damaged one, its base is gone or changed, ``out`` is taken, full
-            or not writable.
+            or not writable; or the model cannot be scaled so.
     """
+    if scale is not None:
+        scale = _checked(scale, run, out)
     config = load_config(run)
     checkpoint, info = last_checkpoint(run, from_step)
     try:
-        _export(run, config, checkpoint, info, out)
+        _export(run, config, checkpoint, info, out, scale)
     except UserError:
         if from_step is not None or checkpoint.exists():
             raise
-        return export_run(run, out)  # the run goes on, and has given this one up for a newer one
+        return export_run(run, out, scale=scale)  # the run goes on, and has given this one up for a newer one
     return out or run / "export", info.progress.step
 
 
-def _export(run: Path, config: Settled, checkpoint: Path, info: CheckpointInfo, out: Path | None) -> None:
+def _checked(scale: float | Sequence[float], run: Path, out: Path | None) -> tuple[float, ...]:
+    numbers = tuple(map(float, [scale] if isinstance(scale, int | float) else scale))
+    for number in numbers:
+        if not 0 <= number <= LARGEST_SCALE:  # nor is NaN
+            raise UserError(f"--scale {number:g}: give 0 (the base) to 1 (what was trained), at most {LARGEST_SCALE:g}")
+    if out is None or os.path.realpath(out) == os.path.realpath(run / "export"):
+        raise UserError(f"--scale: give a folder of its own for it; {run / 'export'} is the model as it was trained")
+    return numbers
+
+
+def _export(
+    run: Path,
+    config: Settled,
+    checkpoint: Path,
+    info: CheckpointInfo,
+    out: Path | None,
+    scale: tuple[float, ...] | None,
+) -> None:
     base = _folder_of(run, info)
     if (changed := difference(info.identity, model_identity(base))) is not None:
         raise UserError(f"{base.path}: is not the model {run} was trained on any more: {changed}; put it back")
+    manifest, factors = _scaled(run, config, base, scale)
     trained = _TrainedTensors(checkpoint, base)
     with new_folder(out or run / "export", replace=out is None) as partial:
         for file in base.files:
@@ -64,8 +103,9 @@ def _export(run: Path, config: Settled, checkpoint: Path, info: CheckpointInfo, 
             with open(partial / file, "wb") as target:
                 write_header(target, [(e.name, e.dtype, e.shape, e.num_bytes) for e in entries])
                 for entry in entries:
-                    if entry.name in trained.names:
-                        target.write(trained.cast(entry).view(torch.uint8).numpy().data)
+                    if entry.name in trained.names or entry.name in factors:
+                        tensor = trained.cast(entry, factors.get(entry.name, 1.0))
+                        target.write(tensor.view(torch.uint8).numpy().data)
                     else:
                         for piece in base.read_bytes(entry.name):
                             target.write(piece)
@@ -73,10 +113,59 @@ def _export(run: Path, config: Settled, checkpoint: Path, info: CheckpointInfo, 
         for path in [*index, *base.companions()]:
             shutil.copyfile(path, partial / path.name)
         raw_config = with_older_rope_keys(base.raw_config, base.config)
-        if (manifest := Manifest.from_config(raw_config)) is not None:
-            intact = config.train.parameters == "new_blocks" and intact_bases(base)[-1]
-            raw_config[MANIFEST_KEY] = dataclasses.replace(manifest, base_intact=intact).to_config()
+        if manifest is not None:
+            raw_config[MANIFEST_KEY] = manifest.to_config()
         write_json(partial / CONFIG_FILE, raw_config)
+
+
+def _scaled(
+    run: Path, config: Settled, base: PretrainedFolder, scale: tuple[float, ...] | None
+) -> tuple[Manifest | None, dict[str, float]]:
+    """The export's manifest, and by name what is scaled and by how much.
+
+    Raises:
+        UserError: the run's model has no new blocks, other generations than there are numbers, or not the base any more
+            that 0 would give back.
+    """
+    manifest = Manifest.from_config(base.raw_config)
+    if manifest is None or config.train.parameters != "new_blocks":
+        if scale is not None:
+            raise UserError(
+                f"--scale: {run} trained no new blocks alone; to keep a part of what it learned, average "
+                f"the weights of its export and of {base.path}, tensor by tensor"
+            )
+        return manifest and dataclasses.replace(manifest, base_intact=False, scale=()), {}
+    count, intact = len(manifest.generations), intact_bases(base)
+    *older, newest = scale or (1.0,)
+    older = older or [1.0] * (count - 1)
+    if len(older) != count - 1:
+        raise UserError(
+            f"--scale {','.join(f'{number:g}' for number in scale)}: the model was expanded {count} "
+            f"time{'s' * (count != 1)}; give so many numbers, oldest first, or one for the newest blocks"
+        )
+    factors = {}
+    for generation, factor in enumerate([*older, newest], start=1):
+        if factor == 1:
+            continue
+        zeroed = manifest.zeroed(generation)
+        if not zeroed or not intact[generation - 1]:
+            made_from = manifest.generations[generation - 1].name
+            raise UserError(
+                f"--scale {factor:g}: at 0 the model would not be {made_from}, which its new blocks were put into: "
+                "weights, or the manifest, were changed since; export it as it is, without --scale"
+            )
+        for index, modules in zeroed.items():
+            names = (block_tensor_name(index, f"{name}.{kind}") for name in modules for kind in ("weight", "bias"))
+            factors |= dict.fromkeys(base.entries.keys() & names, factor)
+    # The newest blocks have trained since they were scaled, if ever they were.
+    before = manifest.scale[:-1] or [1.0] * (count - 1)
+    now = (*(one * other for one, other in zip(before, older, strict=True)), newest)
+    scaled = dataclasses.replace(
+        manifest,
+        base_intact=intact[-1] and all(factor == 1 for factor in older),
+        scale=now if any(factor != 1 for factor in now) else (),
+    )
+    return scaled, factors
 
 
 def last_checkpoint(run: Path, from_step: int | None = None) -> tuple[Path, CheckpointInfo]:
@@ -108,7 +197,7 @@ class _TrainedTensors:
 
     def __init__(self, checkpoint: Path, base: PretrainedFolder) -> None:
         self.checkpoint = checkpoint
-        self.config = base.config
+        self.base, self.config = base, base.config
         self.ours = {
             name.removeprefix("model."): empty
             for name, empty in stored_tensors(checkpoint).items()
@@ -119,17 +208,21 @@ class _TrainedTensors:
             self.names[HEAD] = self.names[EMBEDDING]
         self.held: tuple[str, torch.Tensor] | None = None
 
-    def cast(self, entry: TensorEntry) -> torch.Tensor:
-        """A trained tensor in the dtype the base stores it in.
+    def cast(self, entry: TensorEntry, factor: float = 1.0) -> torch.Tensor:
+        """A tensor times ``factor`` in the dtype the base stores it in: trained, or the base's.
 
         Raises:
             UserError: it holds a number that is not finite.
         """
-        tensor = self._tensor(entry.name).to(TORCH_DTYPES[entry.dtype]).contiguous()
+        tensor = self._tensor(entry.name) if entry.name in self.names else self.base.tensor(entry.name)
+        if factor != 1:
+            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
+        tensor = tensor.to(TORCH_DTYPES[entry.dtype]).contiguous()
         if not tensor.isfinite().all():
+            remedy = "lower --scale, or " if factor > 1 else ""
             raise UserError(
-                f"{self.checkpoint}: {entry.name} is not finite in {entry.dtype}; take an earlier checkpoint with "
-                "--from_step, and lower --optim.lr"
+                f"{self.checkpoint}: {entry.name} is not finite in {entry.dtype}; {remedy}take an earlier checkpoint "
+                "with --from_step, and lower --optim.lr"
             )
         return tensor
 

@@ -22,7 +22,7 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation.baselines import references
 from llama_pro_fast.evaluation.export_check import read_export_back, unchecked
 from llama_pro_fast.expansion.lineage import intact_bases
-from llama_pro_fast.expansion.manifest import what_trains
+from llama_pro_fast.expansion.manifest import Manifest, what_trains
 from llama_pro_fast.files import writing_to
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import EMBEDDING
@@ -347,9 +347,15 @@ def finish(run: Run, done: Progress, ended: str | None) -> dict[str, Any]:
     # To read, should the check be the end of this process; the run is complete, and not to be resumed, after it.
     write_report(output, facts | unchecked("not read back yet") | measured, complete=False)
     try:
-        with waiting("reading the export back ..."):
+        with waiting("reading the export back ...") as update:
             read_back = read_export_back(
-                config, exported, corpus, run.tokenizer, measured["results"], new_blocks=trained.skip_for_base
+                config,
+                exported,
+                corpus,
+                run.tokenizer,
+                measured["results"],
+                new_blocks=new_blocks_over_base(run),
+                progress=update,
             )
     except torch.OutOfMemoryError:
         read_back = unchecked("not read back: no memory left on the device")
@@ -361,3 +367,10 @@ def finish(run: Run, done: Progress, ended: str | None) -> dict[str, Any]:
     write_report(output, summary)
     show_end(summary, output, exported)
     return summary
+
+
+def new_blocks_over_base(run: Run) -> dict[int, tuple[str, ...]]:
+    """The blocks without which a run's model is its base, and the modules of each that were zero at its birth; none
+    where the base is not in there."""
+    manifest = Manifest.from_config(run.folder.raw_config)
+    return manifest.zeroed(len(manifest.generations)) if run.trained.skip_for_base else {}

@@ -101,6 +101,9 @@ def broken(path: str, value) -> dict:
         ("new_blocks", [], "names no new block"),
         ("base.name", "another", "not the first generation's"),
         ("new_blocks", 3, "block_expansion"),
+        ("scale", [1.0], "1 scales for 2 generations"),
+        ("scale", [1.0, "half"], "a scale that is no number"),
+        ("scale", [1.0, float("nan")], "a scale that is no number"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(path, value, message):

@@ -24,7 +24,7 @@ from llama_pro_fast.config import (
     TrainConfig,
 )
 from llama_pro_fast.evaluation import export_check
-from llama_pro_fast.reporting import summary
+from llama_pro_fast.reporting import dial, summary
 from llama_pro_fast.runs.checkpoint import complete_checkpoints
 from llama_pro_fast.train import main as train_main
 from llama_pro_fast.training.run import run_training
@@ -175,8 +175,8 @@ def read_back() -> None:
 def _short_end(request, monkeypatch) -> None:
     """But for ``finished``, no run draws its curves, and without ``read_back`` none reads its export back: together
     more than half of its time."""
-    for name in ("draw_loss", "write_page"):
-        monkeypatch.setattr(summary, name, lambda *_, **__: None)
+    for where, name in ((summary, "draw_loss"), (summary, "write_page"), (dial, "png")):
+        monkeypatch.setattr(where, name, lambda *_, **__: None)
     if "read_back" not in request.fixturenames:
         monkeypatch.setattr(export_check, "available_memory", lambda: 0)
 

@@ -95,8 +95,18 @@ def test_the_card_shows_the_figures_in_full(summary, card, width):
         for key in ("unigram_bits_per_byte", "gzip_bits_per_byte"):
             assert f"{row[key]:.3f}" in text
     whole = " ".join(text.replace("│", " ").split())  # a long value goes on in the next line of its cell
+    for row in summary["dial"]:
+        change = row["loss"] - row["base_loss"]
+        assert (f"{change:+.4f}" if row["scale"] else f"{row['base_loss']:.4f}") in text
     check = summary["export_check"]["said"]
-    for words in ("blocks 2, 5", check, "runs/mine/export", "runs/mine/report/", "runs/mine: done"):
+    for words in (
+        "blocks 2, 5",
+        check,
+        summary["dial_said"],
+        "runs/mine/export",
+        "runs/mine/report/",
+        "runs/mine: done",
+    ):
         assert words in whole, words
 
 
@@ -119,7 +129,8 @@ def test_what_a_damaged_row_held_is_a_dash(summary, card, finished, tmp_path):
         row["before"] = None
     text = card(summary)
     for row in summary["results"]:
-        nats, bits = (line for line in text.splitlines() if f" {row['source']} " in line and f" {row['role']} " in line)
+        named = [line for line in text.splitlines() if f" {row['source']} " in line and f" {row['role']} " in line]
+        nats, bits, *_ = named
         assert nats.count("–") == 2
         assert bits.count("–") == 1
         assert f"{row['after']['loss']:.4f}" in nats

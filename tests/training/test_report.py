@@ -187,9 +187,26 @@ def test_the_page_of_a_finished_run_holds_its_figures(a_run, report):
     assert found.facts["trains"].endswith(f"({summary['trained_parameters'] / summary['parameters']:.1%})")
     assert found.facts["length"] == "6 steps of 4 × 32 tokens: 768 tokens"
     assert found.titles == [
-        "Training loss", "Held out: domain (domain)", "Held out: general (general)", 
-        "KL(base ‖ now): general (general)", "Learning rate", "Gradient norm", "Speed",
+        "Fall of the loss on domain, nats per token", "Training loss", "Held out: domain (domain)",
+        "Held out: general (general)", "KL(base ‖ now): general (general)", "Learning rate", "Gradient norm", "Speed",
     ]  # fmt: skip
+
+
+def test_the_page_of_a_finished_run_holds_its_dial(a_run, report):
+    path = a_run / "report" / "summary.json"
+    summary = json.loads(path.read_text())
+    found = report(a_run)
+    wanted = []
+    for role in ("domain", "general"):
+        base, *scaled = [row for row in summary["dial"] if row["role"] == role]
+        changes = [f"{row['loss'] - base['loss']:+.4f}" for row in scaled]
+        wanted.append([base["source"], role, f"{base['loss']:.4f}", *changes])
+    wanted.append(["", "its KL", "0.0000", *(f"{row['kl']:.4f}" for row in scaled)])
+    assert found.rows("text", "role", "× 0", "× 0.25", "× 0.5", "× 0.75", "× 1") == wanted
+    assert summary["dial_said"] in found.text
+    assert (a_run / "report" / "dial.png").stat().st_size
+    path.write_text(json.dumps({key: value for key, value in summary.items() if "dial" not in key}))  # an older run's
+    assert "scaled" not in report(a_run).text
 
 
 def test_a_page_needs_nothing_beside_itself(finished):
