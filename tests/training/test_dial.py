@@ -177,7 +177,7 @@ def test_where_everything_trained_there_is_nothing_to_scale(make_config, cli, tm
     assert summary["dial"] == []
     code, _, err = cli(export_main, tmp_path / "run", tmp_path / "out", "--scale", "0.5")
     cli.refused(
-        code, err, "trained all parameters, not new blocks", "average the weights", tmp_path / "run" / "expanded"
+        code, err, "trained other weights than new blocks", "average the weights", tmp_path / "run" / "expanded"
     )
 
 
