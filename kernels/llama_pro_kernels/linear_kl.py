@@ -29,32 +29,38 @@ class LinearKLOutput(NamedTuple):
 
 
 def _empty_outputs(
-    x_base: Tensor, x_now: Tensor, weight: Tensor, labels: Tensor | None, ignore_index: int, chunk_size: int | None
-) -> list[Tensor]:
+    x_base: Tensor, x_now: Tensor, weight: Tensor, weight_base: Tensor | None, labels: Tensor | None,
+    ignore_index: int, chunk_size: int | None,
+) -> list[Tensor]:  # fmt: skip
     dtype = accumulation_dtype(x_base.dtype)
     return [x_base.new_empty(x_base.shape[0], dtype=dtype) for _ in range(1 if labels is None else 3)]
 
 
 @register(
-    "linear_kl(Tensor x_base, Tensor x_now, Tensor weight, Tensor? labels, int ignore_index, int? chunk_size)"
-    " -> Tensor[]",
+    "linear_kl(Tensor x_base, Tensor x_now, Tensor weight, Tensor? weight_base, Tensor? labels, int ignore_index, "
+    "int? chunk_size) -> Tensor[]",
     fake=_empty_outputs,
-    flops=lambda x_base, x_now, weight, *_: 2 * 2 * x_base.numel() * weight.shape[0],
+    flops=lambda x_base, x_now, weight, *_: 2 * (x_base.numel() + x_now.numel()) * weight.shape[0],
 )
 def _linear_kl(
-    x_base: Tensor, x_now: Tensor, weight: Tensor, labels: Tensor | None, ignore_index: int, chunk_size: int | None
-) -> list[Tensor]:
-    if x_base.shape != x_now.shape or (labels is not None and labels.shape != x_base.shape[:1]):
+    x_base: Tensor, x_now: Tensor, weight: Tensor, weight_base: Tensor | None, labels: Tensor | None,
+    ignore_index: int, chunk_size: int | None,
+) -> list[Tensor]:  # fmt: skip
+    weight_base = weight if weight_base is None else weight_base
+    if len(weight_base) != len(weight):
+        raise ValueError(f"weight has {len(weight)} rows, weight_base {len(weight_base)}")
+    fits = len(x_base) == len(x_now) if weight_base is not weight else x_base.shape == x_now.shape
+    if not fits or (labels is not None and labels.shape != x_base.shape[:1]):
         wrong = "" if labels is None else f", labels {list(labels.shape)}"
         raise ValueError(f"x_base has shape {list(x_base.shape)}, x_now {list(x_now.shape)}{wrong}")
     check_chunk_size(chunk_size)
     ops, dtype = implementation(x_base), accumulation_dtype(x_base.dtype)
     chunk_size = chunk_size or rows_per_chunk(len(weight), x_base.dtype)
-    outputs = _empty_outputs(x_base, x_now, weight, labels, ignore_index, chunk_size)
+    outputs = _empty_outputs(x_base, x_now, weight, weight_base, labels, ignore_index, chunk_size)
     one = torch.ones((), dtype=dtype, device=x_base.device)
     for start in range(0, len(x_base), chunk_size):
         rows = slice(start, start + chunk_size)
-        base, now = linear(x_base[rows], weight), linear(x_now[rows], weight)
+        base, now = linear(x_base[rows], weight_base), linear(x_now[rows], weight)
         outputs[0][rows] = ops.kl_divergence(base, now)
         if labels is not None:
             for losses, logits in zip(outputs[1:], (base, now), strict=True):
@@ -66,15 +72,18 @@ def _linear_kl(
 
 
 @torch.no_grad()
-def linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, *, chunk_size: int | None = None) -> Tensor:
-    """KL(softmax(x_base Wᵀ) ‖ softmax(x_now Wᵀ)) of each token.
+def linear_kl(
+    x_base: Tensor, x_now: Tensor, weight: Tensor, *, weight_base: Tensor | None = None, chunk_size: int | None = None
+) -> Tensor:
+    """KL(softmax(x_base W_baseᵀ) ‖ softmax(x_now Wᵀ)) of each token.
 
     A meter and not a loss: forward only, no gradient flows through it.
 
     Args:
         x_base: ``[T, H]``, normed final hidden states of the base model.
         x_now: ``[T, H]``, those of the model in training.
-        weight: ``[V, H]``, the shared head, in the states' dtype.
+        weight: ``[V, H]``, the head, in the states' dtype.
+        weight_base: ``[V, H_base]``, the base's head and as wide as its states, where it is another one.
         chunk_size: tokens whose logits exist at one time; by default :func:`rows_per_chunk`.
 
     Returns:
@@ -82,9 +91,9 @@ def linear_kl(x_base: Tensor, x_now: Tensor, weight: Tensor, *, chunk_size: int 
         to rounding, and NaN where a state is.
 
     Raises:
-        ValueError: states of different shapes, a ``chunk_size`` below 1.
+        ValueError: states or heads that do not fit each other, a ``chunk_size`` below 1.
     """
-    return _linear_kl(x_base, x_now, weight, None, -100, chunk_size)[0]
+    return _linear_kl(x_base, x_now, weight, weight_base, None, -100, chunk_size)[0]
 
 
 @torch.no_grad()
@@ -94,6 +103,7 @@ def linear_kl_with_losses(
     weight: Tensor,
     labels: Tensor,
     *,
+    weight_base: Tensor | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
 ) -> LinearKLOutput:
@@ -106,4 +116,4 @@ def linear_kl_with_losses(
     Raises:
         ValueError: shapes that do not fit, a ``chunk_size`` below 1.
     """
-    return LinearKLOutput(*_linear_kl(x_base, x_now, weight, labels, ignore_index, chunk_size))
+    return LinearKLOutput(*_linear_kl(x_base, x_now, weight, weight_base, labels, ignore_index, chunk_size))

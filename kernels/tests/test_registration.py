@@ -48,8 +48,8 @@ def inputs():
     yield "rotary_backward", (q, k, v, *tables())
     for wanted in ((False, False), (True, False), (False, True), (True, True)):
         yield "linear_cross_entropy_forward", (x, head, labels, scale, *wanted, -100, None, *wanted)
-    yield "linear_kl", (x, dy, head, None, -100, None)
-    yield "linear_kl", (x, dy, head, labels, -100, 2)
+    yield "linear_kl", (x, dy, head, None, None, -100, None)
+    yield "linear_kl", (x, dy, head, head, labels, -100, 2)
     yield "attention_forward", (q, k, v, cu_seqlens, T, 0.3, None, backend)
     yield "attention_backward", (q, q, k, v, o, lse, cu_seqlens, T, 0.3, None, backend)
 
