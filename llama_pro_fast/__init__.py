@@ -1,6 +1,6 @@
 """llama-pro-fast: post-pretraining by block expansion (LLaMA Pro, arXiv 2401.02415).
 
-    from llama_pro_fast import expand, load, train, export, freeze_to_new_blocks
+    from llama_pro_fast import expand, load, train, evaluate, export, freeze_to_new_blocks
 
 Each is loaded when it is first asked for (:mod:`llama_pro_fast.api`), so that a command line answers at once. The
 command lines are modules of the same names: ``python -m llama_pro_fast.train``, or ``from llama_pro_fast.train import
@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["expand", "export", "freeze_to_new_blocks", "load", "train"]
+__all__ = ["evaluate", "expand", "export", "freeze_to_new_blocks", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

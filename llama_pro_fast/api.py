@@ -20,8 +20,10 @@ from llama_pro_fast.hf.families import block_spec, window_within
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.recipe import absolute
 from llama_pro_fast.resume import load_config
 from llama_pro_fast.training import model_folder
+from llama_pro_fast.training.evaluating import Report, evaluate_texts
 from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.run import run_training
 from llama_pro_fast.training.signals import Stopped
@@ -151,6 +153,39 @@ def export(
         UserError: there is no run, it has no checkpoint yet or cannot be scaled so, or the folder cannot be written.
     """
     return export_run(Path(run), None if out is None else Path(out), from_step=from_step, scale=scale)[0]
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    config: RunConfig | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    from_step: int | None = None,
+    fresh: bool = False,
+) -> Report:
+    """Measure a model on texts, and beside it the base in it or another model.
+
+    Args:
+        model: folder of a model, of a run, or a hub id.
+        config: its ``data`` names the texts; of ``train`` what is computed with counts, and ``eval.tokens``. A run
+            without one is measured on its own held-out texts.
+        base: another model to hold it against.
+        from_step: of a run, the checkpoint to take; by default the last.
+        fresh: measure again what is known from an earlier call.
+
+    Returns:
+        The figures; ``dataclasses.asdict`` of it is what ``--json`` writes.
+
+    Raises:
+        UserError: there is no such model or text, or no memory for them, or a loss is not finite.
+    """
+    return evaluate_texts(
+        os.fspath(model),
+        absolute(config or RunConfig()),
+        base=None if base is None else os.fspath(base),
+        from_step=from_step,
+        fresh=fresh,
+    )
 
 
 def freeze_to_new_blocks(model: torch.nn.Module) -> list[str]:

@@ -24,6 +24,7 @@ VERBS = {
     "expand": "insert identity copies of decoder blocks into a Llama-family checkpoint",
     "prepare": "tokenise the text of a run, once, with all CPUs, and say what is in it",
     "train": "train the new blocks of an expanded checkpoint on a domain",
+    "evaluate": "loss and bits per byte of a model on your text, beside its base",
     "report": "one page about runs, also while they are going on: curves, what was learned and forgotten",
     "export": "write a run's model as an ordinary Hugging Face checkpoint",
 }
@@ -96,7 +97,7 @@ def _dispatch(argv: list[str] | None) -> int:
     if verb in ("-h", "--help"):
         print(f"usage: {PROGRAM} VERB ...\n")
         for name, line in VERBS.items():
-            print(f"  {name:8}{line}")
+            print(f"  {name:10}{line}")
         print(f"\n`{PROGRAM} VERB --help` lists a verb's options.")
         return 0
     if verb == "--version":

@@ -65,13 +65,17 @@ def parse(
     verb: str = "train",
     description: str = "Train the new blocks of an expanded model (or expand a base first), evaluate, export, report.",
     own: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    takes: Mapping[str, str | None] | None = None,
 ) -> Request:
     """Read a command line of ``train``, or of a verb that takes the same options.
 
     With ``--resume`` the configuration is the stored one, with what may change as the command line has it.
 
     Args:
-        own: the verb's own options, by name, and what argparse is told of them.
+        own: the verb's own options, by name, and what argparse is told of them; arguments are in capitals.
+        takes: of the options of ``train`` those that mean something to the verb, with their help where it is another.
+            The others are refused on the command line; a recipe may hold them. By default all, and what a run is told
+            beside them (``resume``, ``from_step``, ``overwrite``).
 
     Raises:
         UserError: unknown key, wrong type, unreadable recipe.
@@ -83,27 +87,24 @@ def parse(
         help="A YAML recipe with the same keys, or the name of one in the package "
         f"({', '.join(packaged_recipes())}); later options win.",
     )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="yes",
-        choices=("yes", "auto"),
-        help="Go on with the run in `output`, from its last checkpoint; `auto` starts it where there is none yet.",
-    )
-    parser.add_argument("--from_step", type=int, help="With --resume: go on from the checkpoint of this step instead.")
-    parser.add_argument("--overwrite", action="store_true", help="Delete what is in `output` first.")
+    if takes is None:
+        _add_flags(parser)
     for name, settings in own.items():
-        parser.add_argument(f"--{name}", **settings)
+        parser.add_argument(name if name.isupper() else f"--{name}", **settings)
     parser.add_class_arguments(RunConfig, nested_key=None)
+    if takes is not None:
+        _leave(parser, takes, argv)
 
     argv = list(_with_recipe_paths(argv))
     for option, following in pairwise([*argv, ""]):
         if option == "--config":
             _check_recipe(Path(following))
-    with one_line_errors([*FLAGS, *own, *_keys()]):
+    with one_line_errors([*FLAGS, *own, *_keys()] if takes is None else ["config", *own, *takes]):
         given = parser.parse_args(argv, defaults=False)
         full = parser.instantiate(parser.parse_args(argv))
     config = absolute(RunConfig(**{f.name: full[f.name] for f in dataclasses.fields(RunConfig)}))
+    if takes is not None:
+        return Request(config, False, False, False, None, {name: full[name] for name in own})
     auto, resume, overwrite = full["resume"] == "auto", full["resume"] is not None, bool(full["overwrite"])
     if auto and not (config.output and (Path(config.output) / CONFIG_NAME).exists()):
         resume = False
@@ -113,6 +114,32 @@ def parse(
         there = f"there is no run in {config.output} yet" if auto else "give --resume too"
         raise UserError(f"--from_step: says where to go on from; {there}")
     return Request(config, resume, overwrite, auto, full["from_step"], {name: full[name] for name in own})
+
+
+def _add_flags(parser: Any) -> None:
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="yes",
+        choices=("yes", "auto"),
+        help="Go on with the run in `output`, from its last checkpoint; `auto` starts it where there is none yet.",
+    )
+    parser.add_argument("--from_step", type=int, help="With --resume: go on from the checkpoint of this step instead.")
+    parser.add_argument("--overwrite", action="store_true", help="Delete what is in `output` first.")
+
+
+def _leave(parser: Any, takes: Mapping[str, str | None], argv: Sequence[str]) -> None:
+    """Hide the options of ``train`` that are not taken, and refuse them on the command line."""
+    known = {prefix for key in _keys() for prefix in (key, key.partition(".")[0])}
+    for action in parser._actions:
+        if action.dest in takes:
+            action.help = takes[action.dest] or action.help
+        elif action.dest.removesuffix(".help") in known:
+            action.help = argparse.SUPPRESS
+    for part in argv:
+        key = part.removeprefix("--").partition("=")[0]
+        if part.startswith("--") and key in known and key not in takes:
+            raise UserError(f"--{key}: means nothing here; leave it out (`{parser.prog} --help` lists what does)")
 
 
 @contextlib.contextmanager

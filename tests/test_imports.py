@@ -14,7 +14,10 @@ import pytest
 
 import llama_pro_fast
 
-MODULES = "llama_pro_fast.train, llama_pro_fast.expand, llama_pro_fast.export, llama_pro_fast.cli, llama_pro_kernels"
+MODULES = (
+    "llama_pro_fast.train, llama_pro_fast.expand, llama_pro_fast.evaluate, llama_pro_fast.export, llama_pro_fast.cli, "
+    "llama_pro_kernels"
+)
 
 
 @pytest.mark.slow
@@ -52,7 +55,7 @@ ABOVE = {
     "training": {"model", "hf", "expansion", "planning", "text", "data", "evaluation", "runs", "reporting"},
 }
 """A folder of the library, and those it may import. Verbs import them all, and what lies beside the verbs none."""
-VERBS = {"train", "expand", "plan", "prepare", "report", "export", "api", "__init__"}
+VERBS = {"train", "expand", "plan", "prepare", "evaluate", "report", "export", "api", "__init__"}
 
 
 def imported(path: Path) -> set[str]:
@@ -98,11 +101,12 @@ def test_the_library_has_no_circle():
 @pytest.mark.slow
 def test_the_names_from_python_are_functions_whatever_else_is_imported():
     code = (
-        "import llama_pro_fast.train, llama_pro_fast.expand, llama_pro_fast.export, types\n"
-        "from llama_pro_fast import expand, export, freeze_to_new_blocks, load, train\n"
+        "import llama_pro_fast.train, llama_pro_fast.expand, llama_pro_fast.export, llama_pro_fast.evaluate, types\n"
+        "from llama_pro_fast import evaluate, expand, export, freeze_to_new_blocks, load, train\n"
         "import llama_pro_fast.train as same\n"
         "assert same is train\n"
-        "assert all(isinstance(f, types.FunctionType) for f in (expand, export, freeze_to_new_blocks, load, train))\n"
+        "functions = (evaluate, expand, export, freeze_to_new_blocks, load, train)\n"
+        "assert all(isinstance(f, types.FunctionType) for f in functions)\n"
         "from llama_pro_fast.train import main"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

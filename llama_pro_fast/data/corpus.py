@@ -98,24 +98,8 @@ class Corpus:
             UserError: a source is missing, unreadable, empty or too small, or the shares do not fit each other, or with
                 ``taught`` no general source trains.
         """
-        cache = Path(config.cache).expanduser() if config.cache is not None else default_cache()
         sources = resolve_sources(config, default_general=default_general)
-        for folder in (Path(source.path).expanduser() for source in sources if source.kind == "files"):
-            if folder.is_dir() and cache.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"--data.cache {cache}: lies in {folder}, a folder of text: give another place")
-        stores = [
-            tokenize_source(
-                source,
-                tokenizer,
-                held_out=config.held_out,
-                special_tokens=config.special_tokens,
-                cache_dir=cache,
-                workers=config.workers,
-                max_bad_share=config.max_bad_share,
-                progress=_telling(source.name, progress or (lambda text: None)),
-            )
-            for source in sources
-        ]
+        stores = tokenized(sources, tokenizer, config, shares=[config.held_out] * len(sources), progress=progress)
         mixed = mix(sources, stores, replay=config.replay, drop_duplicates=config.drop_duplicates)
         packed = {"seq_len": seq_len, "seed": seed, "batch_size": batch_size, "packing": config.packing}
         general = [number for number, source in enumerate(sources) if source.role == "general"]
@@ -126,7 +110,7 @@ class Corpus:
             (source.role, source.name, store.key(store.held_out)) for source, store in zip(sources, stores, strict=True)
         ]
         return cls(
-            PackedDataset(mixed, **packed, cache=cache, taught=general if taught else ()),
+            PackedDataset(mixed, **packed, cache=cache_of(config), taught=general if taught else ()),
             mixed,
             [HeldOut(source, store, seq_len) for source, store in zip(sources, stores, strict=True)],
             _digest([ORDER, trained, sorted(packed.items())]),
@@ -183,6 +167,47 @@ class Corpus:
             f"sequences {self.train.filled:.2%} full, {self.train.without_beginning:.1%} of the tokens in a piece "
             "without its document's beginning"
         )
+
+
+def tokenized(
+    sources: Sequence[ResolvedSource],
+    tokenizer,
+    config: DataConfig,
+    *,
+    shares: Sequence[float],
+    progress: Callable[[str], None] | None = None,
+) -> list[TokenStore]:
+    """The tokens of each source; what is in the cache is not made again.
+
+    Args:
+        shares: of each source, how much of it is held out; 1 is all of it.
+        progress: told how far it is, in words.
+
+    Raises:
+        UserError: a source is unreadable, empty or too small, or the cache lies in one.
+    """
+    cache = cache_of(config)
+    for folder in (Path(source.path).expanduser() for source in sources if source.kind == "files"):
+        if folder.is_dir() and cache.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--data.cache {cache}: lies in {folder}, a folder of text: give another place")
+    return [
+        tokenize_source(
+            source,
+            tokenizer,
+            held_out=share,
+            special_tokens=config.special_tokens,
+            cache_dir=cache,
+            workers=config.workers,
+            max_bad_share=config.max_bad_share,
+            progress=_telling(source.name, progress or (lambda text: None)),
+        )
+        for source, share in zip(sources, shares, strict=True)
+    ]
+
+
+def cache_of(config: DataConfig) -> Path:
+    """The folder of caches."""
+    return Path(config.cache).expanduser() if config.cache is not None else default_cache()
 
 
 def mix(

@@ -24,9 +24,7 @@ def remarks(corpus: Corpus, config: DataConfig, *, packaged_base: bool) -> Itera
         packaged_base: whether the base is the one in the package, whose own text the built-in prose is.
     """
     for text in corpus.held_out:
-        if not_read := text.source.describe_not_read():
-            yield f"{text.source.name}: not read: {not_read}"
-        yield from _left_out(text)
+        yield from left_out(text)
     if config.replay and not config.general:
         yield f"data.replay {config.replay:g}: nothing is replayed, --data.general names no text; {WITHOUT_REPLAY}"
     if not config.general and not packaged_base and any(t.source.role == "general" for t in corpus.held_out):
@@ -38,9 +36,11 @@ def remarks(corpus: Corpus, config: DataConfig, *, packaged_base: bool) -> Itera
         yield f"{corpus.packing()}: lower --train.seq_len or add text"
 
 
-def _left_out(text: HeldOut) -> Iterator[str]:
-    """What of a source could not be read, by reason, each with its first place."""
+def left_out(text: HeldOut) -> Iterator[str]:
+    """What of a source was not read or could not be, by reason, each with its first place."""
     store = text.store
+    if not_read := text.source.describe_not_read():
+        yield f"{text.source.name}: not read: {not_read}"
     if total := sum(count for _, count, _ in store.faults):
         reasons = []
         for reason, count, places in store.faults:

@@ -8,7 +8,7 @@ model that was expanded several times has several bases: it is held against the 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,24 +64,12 @@ def evaluate(
     device = model.norm.weight.device
     bases = {"": skip_for_base, "first_": skip_for_first_base}
     bases = {name: skip for name, skip in bases.items() if skip}
-    # The loss now, then of each base its loss and the divergence from it.
     sums = torch.zeros(1 + 2 * len(bases), dtype=torch.float64, device=device)
     tokens = 0
     for batch in batches:
         tokens += batch.num_valid
-        batch = batch.to(device)
-        if not bases:
-            now = model.hidden_states(batch)
-            sums[0] += model.token_losses(now, batch.labels).double().sum()
-            continue
-        now, *others = model.hidden_states_and_bases(batch, skips=list(bases.values()))
-        found = []
-        while others:
-            kl, base_losses, losses = model.compare(now, others.pop(0), batch.labels)
-            # `where`, not a product: a NaN outside the valid tokens must not leak in, one inside must show.
-            kl = torch.where(batch.labels != IGNORE_INDEX, kl, 0.0)
-            found += [base_losses.double().sum(), kl.double().sum()]
-        sums += torch.stack([losses.double().sum(), *found])
+        figures = token_figures(model, batch.to(device), list(bases.values()))
+        sums += torch.stack([figure.double().sum() for figure in figures])
     assert tokens, "nothing to predict"
     loss, *figures = (sums / tokens).tolist()
     names = [prefix + figure for prefix in bases for figure in ("base_loss", "kl")]
@@ -91,6 +79,44 @@ def evaluate(
         bits_per_byte=loss * tokens / math.log(2) / num_bytes if num_bytes else None,
         **dict(zip(names, figures, strict=True)),
     )
+
+
+@torch.no_grad()
+def token_figures(model: Decoder, batch: PackedBatch, skips: Sequence[Collection[int]] = ()) -> list[torch.Tensor]:
+    """Of each token of a batch that is on the model's device, ``[T]`` in nats and 0 where nothing is predicted.
+
+    Args:
+        skips: for each base in the model, the blocks without which it is that.
+
+    Returns:
+        The loss now, then for each base its loss and KL(base ‖ now).
+    """
+    if not skips:
+        return [model.token_losses(model.hidden_states(batch), batch.labels)]
+    now, *bases = model.hidden_states_and_bases(batch, skips=skips)
+    return compared(model, now, bases, batch.labels)
+
+
+def compared(
+    model: Decoder,
+    now: torch.Tensor,
+    bases: list[torch.Tensor],
+    labels: torch.Tensor,
+    *,
+    base_head: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """:func:`token_figures` from final hidden states.
+
+    Args:
+        bases: emptied on the way, so that each is let go of.
+        base_head: as in :meth:`Decoder.compare`.
+    """
+    found = []
+    while bases:
+        kl, base_losses, losses = model.compare(now, bases.pop(0), labels, base_head=base_head)
+        # `where`, not a product: a NaN outside the valid tokens must not leak in, one inside must show.
+        found += [base_losses, torch.where(labels != IGNORE_INDEX, kl, 0.0)]
+    return [losses, *found]
 
 
 def described(result: Evaluation) -> str:

@@ -145,10 +145,16 @@ class Decoder(nn.Module):
         ).token_losses
 
     @torch.no_grad()
-    def compare(self, now: torch.Tensor, base: torch.Tensor, labels: torch.Tensor) -> LinearKLOutput:
+    def compare(
+        self, now: torch.Tensor, base: torch.Tensor, labels: torch.Tensor, *, base_head: torch.Tensor | None = None
+    ) -> LinearKLOutput:
         """KL(base ‖ now) and both losses ``[T]`` in nats, from the final hidden states of the two; the losses are 0
-        where the label is ignored."""
-        return linear_kl_with_losses(base, now, self.lm_head.weight_in_compute_dtype, labels)
+        where the label is ignored.
+
+        Args:
+            base_head: ``[V, H_base]``, the head of a base that is another model.
+        """
+        return linear_kl_with_losses(base, now, self.lm_head.weight_in_compute_dtype, labels, weight_base=base_head)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -246,7 +246,9 @@ def sequence_length(config: RunConfig, model: Any) -> int:
         )
     seq_len = config.train.seq_len or min(positions, 4096)
     if seq_len > positions:
-        raise UserError(f"--train.seq_len {seq_len}: the model has {positions} positions; give at most that many")
+        raise UserError(
+            f"--train.seq_len {seq_len}: {config.model.path} has {positions} positions; give at most that many"
+        )
     if seq_len < 2:
         raise UserError("--train.seq_len 1: a token predicts the next one; give at least 2")
     return seq_len

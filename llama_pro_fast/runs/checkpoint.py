@@ -51,6 +51,21 @@ def complete_checkpoints(run: Path) -> list[Path]:
         raise UserError(f"{error.filename or run / 'checkpoints'}: cannot be read: {why_refused(error)}") from error
 
 
+def chosen(run: Path, step: int | None = None) -> Path | None:
+    """The folder of the run's last checkpoint, or of that step's; None where it has none. It is not proved yet.
+
+    Raises:
+        UserError: there is none of the step.
+    """
+    complete = complete_checkpoints(run)
+    if step is None:
+        return complete[-1] if complete else None
+    if (folder := folder_of(run, step)) not in complete:
+        there = ", ".join(str(step_of(f)) for f in complete) or "none"
+        raise UserError(f"--from_step {step}: {run} has no checkpoint of that step; there is {there}")
+    return folder
+
+
 def newest(run: Path, step: int | None = None) -> tuple[Path, CheckpointInfo] | None:
     """The run's last checkpoint, proved by its digests; None where it has none.
 
@@ -60,20 +75,13 @@ def newest(run: Path, step: int | None = None) -> tuple[Path, CheckpointInfo] | 
     Raises:
         UserError: it is damaged, or not there; the newest good one is named, and never taken unasked.
     """
-    complete = complete_checkpoints(run)
-    if step is None:
-        if not complete:
-            return None
-        folder = complete[-1]
-    else:
-        folder = folder_of(run, step)
-        if folder not in complete:
-            there = ", ".join(str(step_of(f)) for f in complete) or "none"
-            raise UserError(f"--from_step {step}: {run} has no checkpoint of that step; there is {there}")
+    if (folder := chosen(run, step)) is None:
+        return None
     try:
         return folder, verified(folder)
     except UserError as error:
-        for other in reversed(complete[: complete.index(folder)]):
+        before = [other for other in complete_checkpoints(run) if step_of(other) < step_of(folder)]
+        for other in reversed(before):
             try:
                 verified(other)
             except UserError:

@@ -53,7 +53,8 @@ def tokenize_source(
     Special tokens are added as the tokenizer does it, and its EOS to every document that does not end in it.
 
     Args:
-        held_out: share of the documents kept out of training, chosen by :func:`is_held_out`.
+        held_out: share of the documents kept out of training, chosen by :func:`is_held_out`; 1 is all of them, of a
+            source that does not train.
         special_tokens: what their names are where they stand in a text, ``text`` or ``tokens``.
         cache_dir: by default :func:`default_cache`.
         workers: processes; by default one for each CPU.
@@ -67,7 +68,7 @@ def tokenize_source(
             of it cannot be read; it is not what it should be; the cache cannot be written; the tokenizer is not a fast
             one; a worker was ended from outside. What has been done stays in the cache.
     """
-    if not 0 < held_out < 1:
+    if not (0 < held_out < 1 or (held_out == 1 and not source.trains)):
         raise UserError(f"data.held_out is {held_out}: give a share above 0 and below 1")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer: the model's folder needs a tokenizer.json")

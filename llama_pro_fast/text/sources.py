@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from llama_pro_fast.config import DataConfig, Source
@@ -81,21 +81,25 @@ class ResolvedSource:
         return describe(self.not_read)
 
 
-def resolve_sources(data: DataConfig, *, default_general: bool = True) -> list[ResolvedSource]:
+def resolve_sources(
+    data: DataConfig, *, default_general: bool = True, only_measured: bool = False
+) -> list[ResolvedSource]:
     """The domain sources, then the general ones.
 
     Args:
         default_general: where the recipe names no general text, `stdlib:prose` is it, only measured.
+        only_measured: nothing will be trained on any of them, so weights, shares and the replay say nothing, and there
+            may be no domain.
 
     Raises:
         UserError: no domain; a path that does not exist or holds nothing that can be read; a bad weight or share; two
             sources of one name.
     """
-    if not data.domain:
+    if not data.domain and not only_measured:
         raise UserError("no text to learn: give --data.domain a file, a folder or stdlib:code")
-    sources = [_resolve(source, "domain", 1.0) for source in _listed(data.domain)]
+    sources = [_resolve(source, "domain", 1.0) for source in _listed(data.domain or [])]
     general = data.general or ("stdlib:prose" if default_general else [])
-    replayed = bool(data.replay and data.general)
+    replayed = bool(data.replay and data.general and not only_measured)
     sources += [_resolve(source, "general", 1.0 if replayed else 0.0) for source in _listed(general)]
     if replayed:
         _check_replay(data.replay, [source for source in sources if source.role == "general"])
@@ -107,7 +111,7 @@ def resolve_sources(data: DataConfig, *, default_general: bool = True) -> list[R
                 f"two {source.role} sources are called {source.name!r} ({other.path} and {source.path}): "
                 "give one of them another `name`"
             )
-    return sources
+    return [replace(source, weight=0.0, share=None) for source in sources] if only_measured else sources
 
 
 def _check_replay(replay: float, general: list[ResolvedSource]) -> None:

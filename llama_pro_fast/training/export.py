@@ -17,21 +17,17 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from llama_pro_fast.config import Settled
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.expansion.lineage import difference, intact_bases, model_identity
+from llama_pro_fast.expansion.lineage import intact_bases
 from llama_pro_fast.expansion.manifest import MANIFEST_KEY, Manifest
 from llama_pro_fast.expansion.rewrite import block_tensor_name, write_json
 from llama_pro_fast.files import new_folder
-from llama_pro_fast.hf.config import CONFIG_FILE, resolve, with_older_rope_keys
+from llama_pro_fast.hf.config import CONFIG_FILE, with_older_rope_keys
 from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
-from llama_pro_fast.hf.loading import EMBEDDING, HEAD, hf_tensors
-from llama_pro_fast.hf.safetensors import TORCH_DTYPES, TensorEntry, write_header
+from llama_pro_fast.hf.safetensors import write_header
 from llama_pro_fast.resume import load_config
-from llama_pro_fast.runs.checkpoint import complete_checkpoints, load, newest, stored_tensors
-from llama_pro_fast.runs.marker import CheckpointInfo, read_info
+from llama_pro_fast.training.checkpoint_folder import CheckpointFolder
 
 LARGEST_SCALE = 2.0
 """So far beyond what was trained as the base lies before it."""
@@ -63,15 +59,15 @@ def export_run(
     """
     if scale is not None:
         scale = _checked(scale, run, out)
-    config = load_config(run)
-    checkpoint, info = last_checkpoint(run, from_step)
+    config, folder = load_config(run), CheckpointFolder(run, from_step)
     try:
-        _export(run, config, checkpoint, info, out, scale)
+        folder.check()
+        _export(folder, config, out, scale)
     except UserError:
-        if from_step is not None or checkpoint.exists():
+        if from_step is not None or folder.checkpoint.exists():
             raise
         return export_run(run, out, scale=scale)  # the run goes on, and has given this one up for a newer one
-    return out or run / "export", info.progress.step
+    return out or run / "export", folder.step
 
 
 def _checked(scale: float | Sequence[float], run: Path, out: Path | None) -> tuple[float, ...]:
@@ -84,35 +80,20 @@ def _checked(scale: float | Sequence[float], run: Path, out: Path | None) -> tup
     return numbers
 
 
-def _export(
-    run: Path,
-    config: Settled,
-    checkpoint: Path,
-    info: CheckpointInfo,
-    out: Path | None,
-    scale: tuple[float, ...] | None,
-) -> None:
-    base = _folder_of(run, info)
-    if (changed := difference(info.identity, model_identity(base))) is not None:
-        raise UserError(f"{base.path}: is not the model {run} was trained on any more: {changed}; put it back")
-    manifest, factors = _scaled(run, config, base, scale)
-    trained = _TrainedTensors(checkpoint, base)
-    with new_folder(out or run / "export", replace=out is None) as partial:
-        for file in base.files:
-            entries = [entry for entry in base.entries.values() if entry.file == file]
+def _export(folder: CheckpointFolder, config: Settled, out: Path | None, scale: tuple[float, ...] | None) -> None:
+    manifest, factors = _scaled(folder.run, config, PretrainedFolder(folder.path), scale)
+    with new_folder(out or folder.run / "export", replace=out is None) as partial:
+        for file in folder.files:
+            entries = [entry for entry in folder.entries.values() if entry.file == file]
             with open(partial / file, "wb") as target:
                 write_header(target, [(e.name, e.dtype, e.shape, e.num_bytes) for e in entries])
                 for entry in entries:
-                    if entry.name in trained.names or entry.name in factors:
-                        tensor = trained.cast(entry, factors.get(entry.name, 1.0))
-                        target.write(tensor.view(torch.uint8).numpy().data)
-                    else:
-                        for piece in base.read_bytes(entry.name):
-                            target.write(piece)
-        index = [] if base.files == [SINGLE_FILE] else [base.path / INDEX_FILE]
-        for path in [*index, *base.companions()]:
+                    for piece in folder.read_bytes(entry.name, factors.get(entry.name, 1.0)):
+                        target.write(piece)
+        index = [] if folder.files == [SINGLE_FILE] else [folder.path / INDEX_FILE]
+        for path in [*index, *folder.companions()]:
             shutil.copyfile(path, partial / path.name)
-        raw_config = with_older_rope_keys(base.raw_config, base.config)
+        raw_config = with_older_rope_keys(folder.raw_config, folder.config)
         if manifest is not None:
             raw_config[MANIFEST_KEY] = manifest.to_config()
         write_json(partial / CONFIG_FILE, raw_config)
@@ -131,8 +112,8 @@ def _scaled(
     if manifest is None or config.train.parameters != "new_blocks":
         if scale is not None:
             raise UserError(
-                f"--scale: {run} trained other weights than new blocks; to keep a part of what it learned, "
-                f"average the weights of its export and of {base.path}, tensor by tensor"
+                f"--scale: {run} trained no new blocks alone; to keep a part of what it learned, average "
+                f"the weights of its export and of {base.path}, tensor by tensor"
             )
         return manifest and dataclasses.replace(manifest, base_intact=False, scale=()), {}
     count, intact = len(manifest.generations), intact_bases(base)
@@ -166,71 +147,3 @@ def _scaled(
         scale=now if any(factor != 1 for factor in now) else (),
     )
     return scaled, factors
-
-
-def last_checkpoint(run: Path, from_step: int | None = None) -> tuple[Path, CheckpointInfo]:
-    """The run's last complete checkpoint, or the one asked for, and what it says.
-
-    Raises:
-        UserError: it has none, or that is damaged.
-    """
-    found = newest(run, from_step)
-    if found is None:
-        raise UserError(f"{run}: has no complete checkpoint yet; resume it with --output {run} --resume")
-    return found
-
-
-def trained_folder(run: Path) -> PretrainedFolder:
-    """The model's folder that a run trains, which its last complete checkpoint names."""
-    checkpoints = complete_checkpoints(run)
-    return _folder_of(run, read_info(checkpoints[-1]) if checkpoints else last_checkpoint(run)[1])
-
-
-def _folder_of(run: Path, info: CheckpointInfo) -> PretrainedFolder:
-    """Where the checkpoint says, or where config.yaml does since the model was moved; its identity tells."""
-    there = run / info.model
-    return PretrainedFolder(there if there.is_dir() else resolve(load_config(run).model.path))
-
-
-class _TrainedTensors:
-    """A checkpoint's trained parameters under Hugging Face names, one of ours in memory at a time."""
-
-    def __init__(self, checkpoint: Path, base: PretrainedFolder) -> None:
-        self.checkpoint = checkpoint
-        self.base, self.config = base, base.config
-        self.ours = {
-            name.removeprefix("model."): empty
-            for name, empty in stored_tensors(checkpoint).items()
-            if name.startswith("model.")
-        }
-        self.names = {hf: name for name, empty in self.ours.items() for hf, _ in hf_tensors(self.config, name, empty)}
-        if self.config.tie_word_embeddings and EMBEDDING in self.names and HEAD in base.entries:
-            self.names[HEAD] = self.names[EMBEDDING]
-        self.held: tuple[str, torch.Tensor] | None = None
-
-    def cast(self, entry: TensorEntry, factor: float = 1.0) -> torch.Tensor:
-        """A tensor times ``factor`` in the dtype the base stores it in: trained, or the base's.
-
-        Raises:
-            UserError: it holds a number that is not finite.
-        """
-        tensor = self._tensor(entry.name) if entry.name in self.names else self.base.tensor(entry.name)
-        if factor != 1:
-            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
-        tensor = tensor.to(TORCH_DTYPES[entry.dtype]).contiguous()
-        if not tensor.isfinite().all():
-            remedy = "lower --scale, or " if factor > 1 else ""
-            raise UserError(
-                f"{self.checkpoint}: {entry.name} is not finite in {entry.dtype}; {remedy}take an earlier checkpoint "
-                "with --from_step, and lower --optim.lr"
-            )
-        return tensor
-
-    def _tensor(self, hf_name: str) -> torch.Tensor:
-        ours = self.names[hf_name]
-        if self.held is None or self.held[0] != ours:
-            tensor = torch.empty_like(self.ours[ours], device="cpu")
-            load(self.checkpoint, {f"model.{ours}": tensor})
-            self.held = ours, tensor
-        parts = dict(hf_tensors(self.config, ours, self.held[1]))
-        return parts[EMBEDDING if hf_name == HEAD and hf_name not in parts else hf_name]

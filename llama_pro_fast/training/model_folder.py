@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_pro_fast.config import RunConfig
 from llama_pro_fast.console import progress_bars, say
+from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import IdentityProof, expand_and_prove
 from llama_pro_fast.expansion.rewrite import write_json
@@ -20,10 +21,12 @@ from llama_pro_fast.files import new_folder
 from llama_pro_fast.hf.config import BUILTIN, CONFIG_FILE, read_config, resolve, with_older_rope_keys
 from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import check_tensors
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs import run_folder
 from llama_pro_fast.text.sources import resolve_sources
 from llama_pro_fast.text.tokenizer import save_tokenizer, train_tokenizer
-from llama_pro_fast.training.export import export_run, trained_folder
+from llama_pro_fast.training.checkpoint_folder import CheckpointFolder, trained_folder
+from llama_pro_fast.training.export import export_run
 
 
 def find(path_or_id: str) -> Path:
@@ -40,6 +43,38 @@ def find(path_or_id: str) -> Path:
     folder, step = export_run(run)
     say(f"exported step {step} of {run_folder.shown(run)} to {run_folder.shown(folder)}")
     return folder
+
+
+def opened(path_or_id: str, *, from_step: int | None = None) -> PretrainedFolder:
+    """A model to be read. As :func:`find`, but nothing is written: of a run that has no export of its last step the
+    checkpoint is laid over the folder that it trains.
+
+    Args:
+        from_step: of a run, the checkpoint of that step.
+
+    Raises:
+        UserError: there is no such model, or the run has no such checkpoint.
+    """
+    if (run := _run(path_or_id)) is None:
+        if from_step is not None:
+            raise UserError(f"--from_step {from_step}: {path_or_id} is not the folder of a run; leave it out")
+        return PretrainedFolder(resolve(path_or_id))
+    if from_step is None and run_folder.is_complete(run) and (run / "export").is_dir():
+        return PretrainedFolder(run / "export")
+    return CheckpointFolder(run, from_step)
+
+
+def runs_behind(path_or_id: str) -> list[Path]:
+    """The run that a model, named by the run or its ``export/``, was trained in; the one that this had its own model
+    from; and so on."""
+    found = []
+    while True:
+        path = Path(os.path.expanduser(path_or_id))
+        run = _run(path_or_id) or (_run(str(path.parent)) if path.name == "export" else None)
+        if run is None or run in found:
+            return found
+        found.append(run)
+        path_or_id = load_config(run).model.path
 
 
 def with_export(config: RunConfig, *, resume: bool) -> RunConfig:
