@@ -42,6 +42,7 @@ from llama_pro_fast.runs.run_folder import shown
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.checkpoint_folder import CheckpointFolder
 from llama_pro_fast.training.measured_texts import MeasuredText, given_texts, in_tokens, own_texts
+from llama_pro_fast.training.samples import with_samples
 from llama_pro_fast.training.settle import settle_computation, start_device
 from llama_pro_kernels import implementation_name
 
@@ -162,7 +163,10 @@ def evaluate_texts(
         if config.data.domain or config.data.general:
             sources, notes = given_texts(config.data, runs + (model_folder.runs_behind(base) if base else []))
         elif runs:
-            sources, notes = own_texts(runs[0]), [f"measured: what {shown(runs[0])} held out of its own text"]
+            own, folder = load_config(runs[0]), PretrainedFolder(now.folder.path)
+            dtype = DTYPES[now.train.dtype]
+            data = with_samples(own, folder, folder.tokenizer(), device=device, dtype=dtype, tell=update)
+            sources, notes = own_texts(own, data), [f"measured: what {shown(runs[0])} held out of its own text"]
         else:
             raise UserError(
                 "--data.general: say what to measure: a file, a folder or a pattern of text, or a data set of the hub "
