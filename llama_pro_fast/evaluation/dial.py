@@ -19,9 +19,9 @@ from llama_pro_fast.model.decoder import Decoder
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
-LEAST_TOKENS, SHARE = 4096, 80
-"""A sweep is about fourteen passes over the tokens it measures, where there is one text of each role. So of a short run
-it measures fewer than the run's evaluations did: one for so many that were trained on, and at least so many."""
+LEAST_TOKENS, SHARE = 2048, 80
+"""A sweep passes over the tokens it measures some fourteen times, nine of them on general text. So in a short run it
+measures fewer than the run's evaluations did: one for so many that were trained on, and at least so many."""
 
 OURS = {names[0]: ours for ours, names in HF_MODULES.items() if len(names) == 1}
 

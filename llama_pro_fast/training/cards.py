@@ -109,7 +109,7 @@ def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:
         ("memory", f"peak {summary['peak_memory_gib']:.2f} GiB{of}; planned "
                    f"{_gib(summary['planned_memory_gib'])}{tensors}"),
         ("export", summary["export_check"]["said"]),
-        *([("dial", summary["dial_said"])] if summary["dial_said"] else []),
+        *([("dial", summary["dial_said"])] if summary["dial"] and summary["dial_said"] else []),
         ("model", f"{shown(exported)}  (an ordinary Hugging Face folder)"),
         ("report", f"{shown(output / 'report')}/  report.html, summary.md, loss.png, "
                    f"{'dial.png, ' if summary['dial'] else ''}summary.json"),

@@ -211,6 +211,7 @@ def test_the_sweep_measures_what_an_export_would_be(make_config, tokenizer, tmp_
 def test_a_short_run_is_not_made_much_longer():
     assert num_tokens(65_536, trained=10**9) == 65_536
     assert num_tokens(16_384, trained=80 * 512 * 8) == 4096  # the quickstart
+    assert num_tokens(16_384, trained=768) == 2048
     assert num_tokens(256, trained=768) == 256
 
 
