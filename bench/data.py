@@ -207,17 +207,12 @@ def measure(folder: Path, megabytes: int) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     megabytes, gib = result["text_bytes"] / 1e6, 2**30
-    seconds = {  # a format's; who encodes alone has the same to do beside either
-        (name, what): mean(run[f"{what}_cpu_seconds"] for run in runs)
-        for name, runs in result["formats"].items()
-        for what in ("main", "workers", "encode_batch_fast")
-    }
-    alone = mean(seconds[name, "encode_batch_fast"] for name in result["formats"])
     rows = []
-    for name in result["formats"]:
-        main, both = seconds[name, "main"], seconds[name, "main"] + seconds[name, "workers"]
-        per_megabyte = [f"{1e3 * each / megabytes:.1f}" for each in (both, alone)]
-        rows.append((name, *per_megabyte, f"{alone / both:.3f}", f"{main / both:.2%}"))
+    for name, runs in result["formats"].items():
+        whats = ("main", "workers", "encode_batch_fast")
+        main, workers, alone = (mean(run[f"{what}_cpu_seconds"] for run in runs) for what in whats)
+        per_megabyte = [f"{1e3 * seconds / megabytes:.1f}" for seconds in (main + workers, alone)]
+        rows.append((name, *per_megabyte, f"{alone / (main + workers):.3f}", f"{main / (main + workers):.2%}"))
     columns = (f"{megabytes:.0f} MB of text", "CPU ms/MB", "encode_batch_fast alone", "its rate", "main process")
     print(common.table(columns, rows), end="\n\n")
     of = ("main_peak_bytes", "main_peak_bytes_before", "worker_peak_bytes")
