@@ -17,16 +17,6 @@ def test_is_the_kl_divergence_of_the_two_predictions(chunk_size):
     torch.testing.assert_close(linear_kl(base, now, weight, chunk_size=chunk_size), expected, rtol=0, atol=1e-10)
 
 
-def test_the_base_may_have_a_head_and_a_width_of_its_own():
-    base, now = torch.randn(T, H + 2, dtype=fp64), torch.randn(T, H, dtype=fp64)
-    weight_base, weight = torch.randn(V, H + 2, dtype=fp64), torch.randn(V, H, dtype=fp64)
-    p, q = F.softmax(base @ weight_base.t(), -1), F.softmax(now @ weight.t(), -1)
-    found = linear_kl(base, now, weight, weight_base=weight_base, chunk_size=4)
-    torch.testing.assert_close(found, (p * (p / q).log()).sum(-1), rtol=0, atol=1e-10)
-    with pytest.raises(ValueError, match="weight_base 16"):
-        linear_kl(base, now, weight, weight_base=weight_base[1:])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_equal_states_have_exactly_no_divergence_and_different_ones_do(dtype):
     base, weight = torch.randn(T, H).to(dtype), torch.randn(V, H).to(dtype)

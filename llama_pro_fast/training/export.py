@@ -112,8 +112,8 @@ def _scaled(
     if manifest is None or config.train.parameters != "new_blocks":
         if scale is not None:
             raise UserError(
-                f"--scale: {run} trained no new blocks alone; to keep a part of what it learned, average "
-                f"the weights of its export and of {base.path}, tensor by tensor"
+                f"--scale: {run} trained other weights than new blocks; to keep a part of what it learned, average the "
+                f"weights of its export and of {base.path}, tensor by tensor"
             )
         return manifest and dataclasses.replace(manifest, base_intact=False, scale=()), {}
     count, intact = len(manifest.generations), intact_bases(base)
