@@ -4,8 +4,8 @@
 
 The base is SmolLM2-135M-Instruct, the domain German, which it hardly knows (tools/forgetting_texts.py makes the texts).
 Every method sees the same tokens in the same order, in as many steps, computed in bfloat16 from float32 weights, and
-each has rates of its own. Models are kept and measured in float32: rounded to bfloat16, a weight that moved by less than
-the rounding is back at the base's, which costs full fine-tuning at small rates half its gain.
+each has rates of its own. Models are kept and measured in float32: rounded to bfloat16, a weight that moved by less
+than the rounding is back at the base's, which costs full fine-tuning at small rates a part of its gain.
 
     expansion   six new blocks, one after every fifth block
     upper       six new blocks in the upper half

@@ -151,10 +151,14 @@ def read_export_back(
 
 def _check_loss(folder: Path, loss: float, trained: float, dtypes: Collection[str]) -> None:
     if not abs(loss - trained) <= max(ROUNDED[dtype] for dtype in dtypes):
-        raise UserError(
-            f"{folder}: has a loss of {loss:.4f} on the held-out text, the trained model had {trained:.4f}; do not use "
-            "this export, and please report it with config.json"
-        )
+        said = f"{folder}: has a loss of {loss:.4f} on the held-out text, the trained model had {trained:.4f}"
+        if {"F16", "BF16"} & {*dtypes}:
+            said += (
+                ": weights that moved by less than 16 bits can tell are the base's again. Store the base in float32 to "
+                "keep them; if that is not it, do not use this export, and please report it with config.json"
+            )
+            raise UserError(said)
+        raise UserError(f"{said}; do not use this export, and please report it with config.json")
 
 
 def compare_greedy(
