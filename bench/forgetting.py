@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -40,13 +40,22 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_pro_fast import train
+from llama_pro_fast.config import (
+    DataConfig,
+    EvalConfig,
+    ExpandConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.evaluation.held_out import evaluate
 from llama_pro_fast.hf.families import block_spec
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.recipe import parse
 from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_fast.training.schedule import settle_schedule
@@ -61,6 +70,7 @@ SIZES = {"cpu": 65_536, "cpu-long": 262_144, "gpu": 4_194_304}
 MEASURED = 4096
 """Tokens of each text."""
 REPLAY = 0.2
+SPAWN = multiprocessing.get_context("spawn")
 SCALES = (0.25, 0.5, 0.75)
 
 
@@ -69,26 +79,29 @@ class Method(NamedTuple):
 
     Attributes:
         rates: to be swept.
-        options: of `llama-pro-fast train`.
+        expand, parameters, blocks, optimizer: of the trainer's configuration.
         rank: of LoRA, which is trained here instead.
     """
 
     title: str
     rates: tuple[float, ...]
-    options: str = ""
+    expand: ExpandConfig = ExpandConfig()
+    parameters: str = "new_blocks"
+    blocks: str | None = None
+    optimizer: str = "adamw"
     rank: int = 0
 
 
-NEW, OLD = "--expand.groups 6", "--train.parameters blocks --train.blocks 24,25,26,27,28,29"
+SIX = ExpandConfig(groups=6)
 METHODS = {
-    "expansion": Method("new blocks", (5e-4, 1e-3, 2e-3), NEW),
-    "full": Method("full fine-tuning", (5e-5, 1e-4, 3e-4), "--train.parameters all"),
+    "expansion": Method("new blocks", (5e-4, 1e-3, 2e-3), SIX),
+    "full": Method("full fine-tuning", (5e-5, 1e-4, 3e-4), parameters="all"),
     "lora-70": Method("LoRA, rank 70", (3e-4, 1e-3, 3e-3), rank=70),
-    "blocks": Method("six old blocks", (1e-4, 3e-4, 1e-3), OLD),
-    "upper": Method("new blocks, upper half", (5e-4, 1e-3, 2e-3), "--expand.after 16,18,20,23,26,29"),
+    "blocks": Method("six old blocks", (1e-4, 3e-4, 1e-3), parameters="blocks", blocks="24,25,26,27,28,29"),
+    "upper": Method("new blocks, upper half", (5e-4, 1e-3, 2e-3), ExpandConfig(after="16,18,20,23,26,29")),
     "lora-256": Method("LoRA, rank 256", (3e-4, 1e-3, 3e-3), rank=256),
-    "muon": Method("new blocks, Muon", (1e-3, 3e-3, 1e-2), f"{NEW} --optim.name muon"),
-    "english": Method("new blocks, English only", (1e-3,), NEW),
+    "muon": Method("new blocks, Muon", (1e-3, 3e-3, 1e-2), SIX, optimizer="muon"),
+    "english": Method("new blocks, English only", (1e-3,), SIX),
 }
 MAIN = ("expansion", "full", "lora-70", "blocks")
 """That get three seeds, and a dial where they have one."""
@@ -176,47 +189,50 @@ class Bench:
     def folder(self, asked: Asked) -> Path:
         return self.work / f"{asked.method}-{asked.rate:g}-replay-{asked.replay:g}-seed-{asked.seed}"
 
-    def options(self, asked: Asked) -> list[str]:
-        """The command line of a run; of LoRA what is about its text and its optimizer."""
-        english = asked.method == "english"
-        told = {
-            "model.path": self.base,
-            "data.domain": self.texts / f"{REPLAYED if english else LEARNED}.jsonl",
-            "data.general": self.texts / f"{REPLAYED}.jsonl",
-            "data.replay": 0.0 if english else asked.replay,
-            "data.cache": self.work / "tokens",
-            "optim.lr": asked.rate,
-            "train.seq_len": SEQ_LEN,
-            "train.batch_size": BATCH,
-            "train.dtype": "bfloat16",
-            "train.steps": self.steps,
-            "train.seed": asked.seed,
-            "eval.every": self.steps,
-            "eval.tokens": SEQ_LEN,  # what is measured is measured here, of all methods alike
-            "output": self.folder(asked),
-        }
-        return [*METHODS[asked.method].options.split(), *(f"--{key}={value}" for key, value in told.items())]
+    def config(self, asked: Asked) -> RunConfig:
+        method, english = METHODS[asked.method], asked.method == "english"
+        return RunConfig(
+            model=ModelConfig(path=str(self.base)),
+            expand=method.expand,
+            data=DataConfig(
+                domain=str(self.texts / f"{REPLAYED if english else LEARNED}.jsonl"),
+                general=str(self.texts / f"{REPLAYED}.jsonl"),
+                replay=0.0 if english else asked.replay,
+                cache=str(self.work / "tokens"),
+            ),
+            optim=OptimConfig(name=method.optimizer, lr=asked.rate),
+            train=TrainConfig(
+                seq_len=SEQ_LEN,
+                batch_size=BATCH,
+                steps=self.steps,
+                seed=asked.seed,
+                dtype="bfloat16",
+                parameters=method.parameters,
+                blocks=method.blocks,
+            ),
+            # Every method's model is measured here, in the same way.
+            eval=EvalConfig(every=self.steps, tokens=SEQ_LEN),
+            output=str(self.folder(asked)),
+        )
 
     def trained(self, asked: Asked) -> Path:
         """The model that a run makes, as a folder; made before if it is there."""
-        folder = self.folder(asked)
-        if METHODS[asked.method].rank:
-            if not (folder / "config.json").exists():
-                train_lora(METHODS[asked.method].rank, self.options(asked), folder)
-            return folder
-        if not (folder / "report" / "summary.json").exists():
-            command = [sys.executable, "-m", "llama_pro_fast.train", *self.options(asked), "--resume", "auto"]
-            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-            if result.returncode:
-                raise SystemExit(f"{asked} failed:\n{result.stdout[-2000:]}")
-        return folder / "export"
+        folder, config, rank = self.folder(asked), self.config(asked), METHODS[asked.method].rank
+        model = folder if rank else folder / "export"
+        if not (model / "config.json").exists():
+            with SPAWN.Pool(1) as pool:  # so that nothing of a run is left in memory
+                if rank:
+                    pool.apply(train_lora, (rank, config, folder))
+                else:
+                    pool.apply(train, (str(folder) if (folder / "config.yaml").exists() else config,))
+        return model
 
     def between(self, asked: Asked) -> Path:
         """A model between the base and a run's: new blocks times the scale; of another method its weights that much of
         the way, which for LoRA is its own scale."""
         run = self.folder(asked)
         folder = self.work / f"{run.name}-scale-{asked.scale:g}"
-        if "--expand" in METHODS[asked.method].options:
+        if METHODS[asked.method].expand.wanted:
             export_run(run, folder, scale=asked.scale)
             return folder
         end = PretrainedFolder(self.trained(asked))
@@ -246,11 +262,10 @@ class Bench:
         return [PackedBatch.from_documents(documents[at : at + 8]) for at in range(0, len(documents), 8)]
 
 
-def train_lora(rank: int, options: list[str], folder: Path) -> None:
+def train_lora(rank: int, config: RunConfig, folder: Path) -> None:
     """PEFT's LoRA on the steps that the trainer would make, by its optimizer; saved merged."""
     from peft import LoraConfig, get_peft_model
 
-    config = parse(options).config
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     size = {"seq_len": SEQ_LEN, "seed": config.train.seed, "batch_size": BATCH}
     text = Corpus.prepare(config.data, tokenizer, **size, default_general=False).train

@@ -93,6 +93,8 @@ def _from_roff(source: str) -> str:
             paragraphs.append("")
             rest = rest if macro in (".SH", ".SS") else ""
         paragraphs[-1] += rest.strip('"') + " "
+        if macro in (".SH", ".SS"):
+            paragraphs.append("")
     text = "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip())
     text = re.sub(r"\\f(\[\w*\]|\(..|.)|\\[&|,/^%:]", "", text).replace("\\-", "-").replace("\\e", "\\")
     return re.sub(r"\\(\(..|\[[^\]]*\]|\*.)", "", text)

@@ -81,8 +81,8 @@ def test_texts_are_split_by_page_and_free_of_markup(tmp_path):
     assert len(learned) + len(held_out) == 61
     assert held_out
     assert not {*learned} & {*held_out}
-    page = next(text for text in learned if text.startswith("page"))
-    assert page.split("\n") == [f"{page.split()[0]} - {words.strip()}", "Mehr: --all"]
+    page = next(text for text in learned if text.startswith("NAME"))
+    assert page.split("\n") == ["NAME", f"{page.split()[1]} - {words.strip()}", "Mehr: --all"]
     assert rows("german-manual") == [f"Titel\n\n{words.strip()}"]
     assert rows("quotations") == [words.strip(), words.strip().upper()]
     assert rows("devil") == [f"devil\n {words.strip()}"]
