@@ -1,6 +1,7 @@
 """What a method gains in a domain and forgets elsewhere: methods at equal tokens, on a real base.
 
-    python bench/forgetting.py --base SMOLLM2 --root ROOT --budget 3600
+    python tools/gguf_base.py SmolLM2-135M-Instruct.Q4_1.gguf WORK/base
+    python bench/forgetting.py --work WORK --root ROOT --budget 3600
 
 The base is SmolLM2-135M-Instruct, the domain German, which it hardly knows (tools/forgetting_texts.py makes the texts).
 Every method sees the same tokens in the same order, in as many steps, computed in bfloat16 from float32 weights, and
@@ -163,14 +164,9 @@ class Bench:
         out: the rows, read back if they are there.
     """
 
-    def __init__(self, size: str, base: Path, texts: Path, work: Path, out: Path) -> None:
-        self.steps, self.base, self.texts, self.work, self.out = (
-            SIZES[size] // (SEQ_LEN * BATCH),
-            base,
-            texts,
-            work,
-            out,
-        )
+    def __init__(self, size: str, work: Path, out: Path) -> None:
+        self.steps = SIZES[size] // (SEQ_LEN * BATCH)
+        self.base, self.texts, self.work, self.out = work / "base", work / "texts", work, out
         self.rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
 
     def row(self, asked: Asked | None) -> None:
@@ -353,9 +349,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = common.parser(__doc__, out="forgetting-SIZE-DEVICE", device=False)
-    parser.add_argument("--base", type=Path, required=True, help="folder of the base, in the Hugging Face layout")
-    parser.add_argument("--root", type=Path, default=Path("/"), help="where the packages with the texts are unpacked")
-    parser.add_argument("--work", type=Path, required=True, help="folder for texts and runs, 0.5 GB a run")
+    parser.add_argument("--work", type=Path, required=True, help="folder for runs, 1 GB each, with the base in base/")
+    parser.add_argument("--root", type=Path, default=Path("/"), help="where the texts' packages are unpacked")
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--methods", default=",".join(METHODS), help="of these only; default: all")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no run is begun")
@@ -366,8 +361,8 @@ def main() -> None:
     )
     if not (work / "texts").exists():
         write_texts(options.root, work / "texts")
-    bench = Bench(options.size, options.base.resolve(), work / "texts", work, out)
-    if not bench.rows:
+    bench = Bench(options.size, work, out)
+    if not bench.rows and options.budget:
         bench.row(None)
     while time.monotonic() - started < options.budget:
         missing = (
@@ -379,6 +374,8 @@ def main() -> None:
             break
         bench.row(asked)
         print(*summary(bench.rows[:1] + bench.rows[-1:])[0], flush=True)
+    if not bench.rows:
+        return
     columns = ("method", "rate", "replay", "scale", "gained", "forgotten", *DOMAIN, *GENERAL)
     print(common.table(columns, summary(bench.rows)))
     draw(bench.rows, common.ROOT / "docs" / "pictures" / f"forgetting-{options.size}.png")

@@ -5,7 +5,7 @@
 # interpreter.
 set -euo pipefail
 
-part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart"
+part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart|forgetting"
 if [[ ! $part =~ ^($parts)$ ]]; then
     echo "usage: bench/suite.sh $parts" >&2
     exit 2
@@ -79,5 +79,11 @@ case $part in
         ;;
     quickstart)
         "$python" bench/quickstart.py --out "$OUT/quickstart.json"
+        ;;
+    forgetting)
+        size=$([[ $cuda == 1 ]] && echo gpu || echo cpu)
+        cp -n "bench/results/forgetting-$size.json" "$OUT/" 2>/dev/null || true # goes on with what is missing
+        "$python" bench/forgetting.py --size $size --budget 420 --work "${WORK:?with base/ and texts/, see docs/gpu.md}" \
+            --out "$OUT/forgetting-$size.json"
         ;;
 esac
