@@ -11,6 +11,7 @@ than the rounding is back at the base's, which costs full fine-tuning at small r
     expansion   six new blocks, one after every fifth block
     upper       six new blocks in the upper half
     muon        as expansion, matrices by Muon
+    taught      as expansion, with KL to the base on what is replayed; own-text with text for it that the base wrote
     full        full fine-tuning; merged with its base in the picture of the dials
     blocks      the six highest blocks of the base, as many parameters as six new ones
     lora-70     PEFT's LoRA on every linear layer, as many parameters; lora-256 of the rank that is recommended
@@ -49,6 +50,7 @@ from llama_pro_fast.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    Source,
     TrainConfig,
 )
 from llama_pro_fast.data.corpus import Corpus
@@ -81,6 +83,8 @@ class Method(NamedTuple):
     Attributes:
         rates: to be swept.
         expand, parameters, blocks, optimizer: of the trainer's configuration.
+        kl_weight: with it the base is the teacher on what is replayed.
+        own_text: whether the base wrote that itself.
         rank: of LoRA, which is trained here instead.
     """
 
@@ -90,6 +94,8 @@ class Method(NamedTuple):
     parameters: str = "new_blocks"
     blocks: str | None = None
     optimizer: str = "adamw"
+    kl_weight: float = 0.0
+    own_text: bool = False
     rank: int = 0
 
 
@@ -102,9 +108,11 @@ METHODS = {
     "upper": Method("new blocks, upper half", (5e-4, 1e-3, 2e-3), ExpandConfig(after="16,18,20,23,26,29")),
     "lora-256": Method("LoRA, rank 256", (3e-4, 1e-3, 3e-3), rank=256),
     "muon": Method("new blocks, Muon", (1e-3, 3e-3, 1e-2), SIX, optimizer="muon"),
+    "taught": Method("new blocks, the base as teacher", (5e-4, 1e-3, 2e-3), SIX, kl_weight=1.0),
+    "own-text": Method("the same on text by the base", (5e-4, 1e-3, 2e-3), SIX, kl_weight=1.0, own_text=True),
     "english": Method("new blocks, English only", (1e-3,), SIX),
 }
-MAIN = ("expansion", "full", "lora-70", "blocks")
+MAIN = ("expansion", "full", "lora-70", "blocks", "taught", "own-text")
 """That get three seeds, and a dial where they have one."""
 
 
@@ -133,7 +141,8 @@ def wanted(rows: list[dict[str, Any]], methods: list[str]) -> Iterator[Asked]:
     best = {name: rate for name in methods if (rate := best_rate(rows, name)) is not None}
     for seed in (1, 2):
         yield from (Asked(name, best[name], seed=seed) for name in MAIN if name in best)
-    yield from (Asked(name, rate, replay=0.0) for name, rate in best.items() if name != "english")
+    of_replay = ("taught", "own-text", "english")
+    yield from (Asked(name, rate, replay=0.0) for name, rate in best.items() if name not in of_replay)
     for name in MAIN:
         if name in best:
             yield from (Asked(name, best[name], scale=scale) for scale in SCALES)
@@ -187,12 +196,16 @@ class Bench:
 
     def config(self, asked: Asked) -> RunConfig:
         method, english = METHODS[asked.method], asked.method == "english"
+        general: str | list[Source] = str(self.texts / f"{REPLAYED}.jsonl")
+        if method.own_text:  # once as much as is replayed
+            documents = round(REPLAY * self.steps * BATCH * SEQ_LEN / 400)
+            general = [Source(path="base:samples", documents=documents)]
         return RunConfig(
             model=ModelConfig(path=str(self.base)),
             expand=method.expand,
             data=DataConfig(
                 domain=str(self.texts / f"{REPLAYED if english else LEARNED}.jsonl"),
-                general=str(self.texts / f"{REPLAYED}.jsonl"),
+                general=general,
                 replay=0.0 if english else asked.replay,
                 cache=str(self.work / "tokens"),
             ),
@@ -205,6 +218,7 @@ class Bench:
                 dtype="bfloat16",
                 parameters=method.parameters,
                 blocks=method.blocks,
+                kl_weight=method.kl_weight if asked.replay else 0.0,
             ),
             # Every method's model is measured here, in the same way.
             eval=EvalConfig(every=self.steps, tokens=SEQ_LEN),
