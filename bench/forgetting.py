@@ -55,6 +55,7 @@ from llama_pro_fast.config import (
 )
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.evaluation.held_out import evaluate
+from llama_pro_fast.files import new_folder
 from llama_pro_fast.hf.families import block_spec
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
@@ -242,6 +243,8 @@ class Bench:
         the way, which for LoRA is its own scale."""
         run = self.folder(asked)
         folder = self.work / f"{run.name}-scale-{asked.scale:g}"
+        if folder.exists():
+            return folder
         if METHODS[asked.method].expand.wanted:
             export_run(run, folder, scale=asked.scale)
             return folder
@@ -297,13 +300,14 @@ def train_lora(rank: int, config: RunConfig, folder: Path) -> None:
             loss.backward()
             losses.append(loss.detach())
         optimizer.step(step, torch.stack(losses).sum())
-    save(model.merge_and_unload(), config.model.path, folder)
+    save(model.float().merge_and_unload(), config.model.path, folder)  # a merge in bf16 would round what was learned
 
 
 def save(model: torch.nn.Module, base: Path | str, folder: Path) -> None:
-    """In the dtype of the exports of the others."""
-    model.float().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    """In the dtype of the exports of the others; the folder comes into being whole."""
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(base).save_pretrained(partial)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:

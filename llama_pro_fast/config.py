@@ -155,7 +155,8 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon`: orthogonalised momentum for matrices, which needs one moment instead of two, and AdamW for the rest. Its
-    updates are scaled to the root mean square of AdamW's, so a rate means about the same in both."""
+    updates are scaled to the root mean square of AdamW's, so a rate means about the same in both. Its momentum is 0.95;
+    `beta1`, `beta2` and `eps` are AdamW's alone."""
 
     lr: float | None = number(None, ABOVE_0)
     """Peak learning rate. There is no default: it depends on the base. The paper: 2e-4 for LLaMA-2-7B, 2e-5 for

@@ -67,7 +67,7 @@ def write_texts(root: Path, folder: Path) -> None:
 def _found(root: Path, pattern: str) -> list[Path]:
     if paths := sorted(path for path in root.glob(pattern) if path.is_file() and not path.is_symlink()):
         return paths
-    raise SystemExit(f"{root}: no {pattern}; see the beginning of bench/forgetting_texts.py, and give --root")
+    raise SystemExit(f"{root}: no {pattern}; see the beginning of tools/forgetting_texts.py, and give --root")
 
 
 def _number(name: str) -> int:
@@ -143,6 +143,6 @@ def _code() -> Iterator[str]:
     for path in sorted(paths, key=lambda path: _number(path.name)):
         if (text := path.read_text(encoding="utf-8", errors="replace")).strip():
             yield text
-            num_bytes += len(text)
+            num_bytes += len(text.encode())
         if num_bytes > CODE_BYTES:
             return

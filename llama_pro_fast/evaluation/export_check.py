@@ -76,6 +76,7 @@ def read_export_back(
     results: list[dict[str, Any]],
     *,
     new_blocks: Mapping[int, Collection[str]],
+    tokens: int,
     progress: Callable[[str], None] = lambda said: None,
 ) -> dict[str, Any]:
     """Check a run's export, where there is memory for it, and see what it would be with its new blocks scaled.
@@ -83,7 +84,8 @@ def read_export_back(
     Args:
         results: of the run's summary: what the trained model's last evaluation was.
         new_blocks: blocks without which the model is its base, and the modules of each that were zero at its birth;
-            empty where there are none.
+            empty where there are none, and no modules where they are not known.
+        tokens: that the run trained on.
         progress: is told what goes on.
 
     Returns:
@@ -131,8 +133,10 @@ def read_export_back(
         "export_check": {"equal": check.equal, "compared": check.compared, "loss": loss, "said": said},
         "sample": {"prompt": written(prompts), "base": written(check.base), "now": written(check.now)},
     }
-    if not new_blocks or len(domain) == len(corpus.held_out):
-        why = "there is no general text" if new_blocks else "there is no base that new blocks could be scaled down to"
+    if not new_blocks or not all(new_blocks.values()) or len(domain) == len(corpus.held_out):
+        why = "there is no base that new blocks could be scaled down to"
+        if new_blocks:
+            why = "there is no general text" if all(new_blocks.values()) else "the manifest names no modules to scale"
         return found | {"dial": [], "dial_said": f"not measured: {why}"}
     train = config.train
     try:
@@ -140,7 +144,7 @@ def read_export_back(
             model,
             corpus.held_out,
             new_blocks,
-            tokens=dial.num_tokens(config.eval.tokens, train.steps * train.batch_size * train.seq_len),
+            tokens=dial.num_tokens(config.eval.tokens, tokens),
             micro_batch=train.micro_batch_size,
             progress=progress,
         )

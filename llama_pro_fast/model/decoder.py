@@ -116,18 +116,18 @@ class Decoder(nn.Module):
         """
         if not batch.num_general:
             return self.loss(batch, scale), scale.new_zeros(())
-        head, context, general, first = self.lm_head, self._context(batch), batch.general, min(skip)
+        head, context = self.lm_head.weight_in_compute_dtype, self._context(batch)
+        general, first = batch.general, min(skip)
         x = self._below(first, batch, context)
         with torch.no_grad():
             base = self._above(first, x[-batch.num_general :], self._context(general), skip)
         x = self._above(first, x, context)
         x, x_general = x.split([len(x) - batch.num_general, batch.num_general])
         loss, _, divergence = linear_cross_entropy_kl(
-            x_general, base, head.weight_in_compute_dtype, general.labels, scale, kl_weight, consume=True
+            x_general, base, head, general.labels, scale, kl_weight, consume=True
         )
         if len(x):
-            labels = batch.labels[: len(x)]
-            loss = loss + linear_cross_entropy(x, head.weight, labels, scale, consume=True)
+            loss = loss + linear_cross_entropy(x, head, batch.labels[: len(x)], scale, consume=True)
         return loss, divergence
 
     @torch.no_grad()

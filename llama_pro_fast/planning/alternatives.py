@@ -46,7 +46,7 @@ def ways(question: Question, found: Fit | None) -> Iterator[Way]:
         for name, other in others.items():
             if other != expansion:
                 yield _way(question, f"{count} {name}", job.expanded(base, other))
-    whole = dataclasses.replace(job, config=base, trained=Trained.all_of(base.num_hidden_layers))
+    whole = dataclasses.replace(job, config=base, trained=Trained.all_of(base.num_hidden_layers), taught=0.0)
     if not job.trained.everything or expansion is not None:
         yield _way(question, "full fine-tuning", whole)
     yield _lora(question, whole)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_pro_fast.hf.families import block_spec
+from llama_pro_fast.hf.families import block_spec, hf_parts
 from llama_pro_fast.model.block import BlockClass, Recompute
 from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_fast.model.trained import Trained
@@ -139,6 +139,13 @@ def recomputed_flops(spec: BlockSpec, recompute: Recompute, seq_len: int) -> flo
     """FLOPs per token that a block computes a second time, with ``seq_len`` tokens a document."""
     attention = 0.0 if "o" in recompute.kept else attention_flops(spec, seq_len)
     return 2.0 * recomputed_matrices(spec, recompute) + attention
+
+
+def muon_flops(spec: BlockSpec) -> int:
+    """FLOPs of Muon's update of a block, once a step: five iterations of three products for each matrix, which brings
+    its singular values near 1."""
+    shapes = [shape for parts in hf_parts(spec).values() for _, shape in parts if len(shape) == 2]
+    return sum(5 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for m, n in shapes)
 
 
 def num_parameters(config) -> int:

@@ -21,6 +21,7 @@ from llama_pro_fast.planning.cost import (
     attention_flops,
     kept_bytes,
     matrices,
+    muon_flops,
     recomputed_flops,
     recomputed_matrices,
     step_cost,
@@ -81,6 +82,8 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
     evaluation = evaluation_memory(job, recompute, micro_batch_size=micro_batch_size)
     cost = step_cost(job.config, job.trained, seq_len=job.seq_len, recompute=recompute, taught=job.taught)
     executed = cost.total + cost.recomputed + flash_backward_flops(job)
+    if job.muon:
+        executed += len(job.trained.blocks) * muon_flops(job.specs[0]) / (batch_size * job.seq_len)
     tokens = micro_batch_size * job.seq_len
     traffic = job.num_trained * ((ACCUMULATE / tokens if accumulating else 0) + OPTIMIZER / (batch_size * job.seq_len))
     traffic += cast_bytes(job, recompute) / tokens

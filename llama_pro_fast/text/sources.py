@@ -97,10 +97,10 @@ def resolve_sources(
     """
     if not data.domain and not only_measured:
         raise UserError("no text to learn: give --data.domain a file, a folder or stdlib:code")
-    sources = [_resolve(source, "domain", 1.0) for source in _listed(data.domain or [])]
+    sources = [_resolve(source, "domain", 1.0) for source in listed(data.domain)]
     general = data.general or ("stdlib:prose" if default_general else [])
     replayed = bool(data.replay and data.general and not only_measured)
-    sources += [_resolve(source, "general", 1.0 if replayed else 0.0) for source in _listed(general)]
+    sources += [_resolve(source, "general", 1.0 if replayed else 0.0) for source in listed(general)]
     if replayed:
         _check_replay(data.replay, [source for source in sources if source.role == "general"])
     by_name: dict[tuple[str, str], ResolvedSource] = {}
@@ -146,8 +146,9 @@ def iterate_documents(source: ResolvedSource) -> Iterator[Document]:
             lines[file.name] = lines.get(file.name, 0) + count
 
 
-def _listed(sources: str | list[Source]) -> list[Source]:
-    return [Source(path=sources)] if isinstance(sources, str) else sources
+def listed(sources: str | list[Source] | None) -> list[Source]:
+    """A recipe's text as a list of sources."""
+    return [Source(path=sources)] if isinstance(sources, str) else sources or []
 
 
 def _resolve(source: Source, role: str, default_weight: float) -> ResolvedSource:

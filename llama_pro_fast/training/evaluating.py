@@ -40,7 +40,7 @@ from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.marker import COMPLETE
 from llama_pro_fast.runs.run_folder import shown
 from llama_pro_fast.training import model_folder
-from llama_pro_fast.training.checkpoint_folder import CheckpointFolder
+from llama_pro_fast.training.checkpoint_folder import CheckpointFolder, trained_folder
 from llama_pro_fast.training.measured_texts import MeasuredText, given_texts, in_tokens, own_texts
 from llama_pro_fast.training.samples import with_samples
 from llama_pro_fast.training.settle import settle_computation, start_device
@@ -162,9 +162,10 @@ def evaluate_texts(
     with waiting("reading text ...") as update:
         if config.data.domain or config.data.general:
             sources, notes = given_texts(config.data, runs + (model_folder.runs_behind(base) if base else []))
+            if not runs and Manifest.from_config(now.folder.raw_config) is not None:
+                notes.append(f"{model}: which text its new blocks trained on is not known here, so all is measured")
         elif runs:
-            own, folder = load_config(runs[0]), PretrainedFolder(now.folder.path)
-            dtype = DTYPES[now.train.dtype]
+            own, folder, dtype = load_config(runs[0]), trained_folder(runs[0]), DTYPES[now.train.dtype]
             data = with_samples(own, folder, folder.tokenizer(), device=device, dtype=dtype, tell=update)
             sources, notes = own_texts(own, data), [f"measured: what {shown(runs[0])} held out of its own text"]
         else:

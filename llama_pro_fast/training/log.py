@@ -29,7 +29,7 @@ class StepScalars:
         losses: ``[micro-batches]`` float32, parts of the step's mean loss.
         norm: of the gradient before clipping.
         left_out: 1 where a loss or the norm is not finite, so that the step changed nothing; else 0.
-        divergence: KL(base ‖ now), the mean over the step's general tokens; 0 where the base does not teach.
+        divergence: KL(base ‖ now), the mean over the step's general tokens; NaN where it has none.
         data_seconds: on the host, that the step waited for its batches.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -337,5 +338,6 @@ def train_step(
         losses.append(part.detach().float())
     losses = torch.stack(losses)
     norm = optimizer.step(done.step, losses.sum())
-    divergence *= valid / max(1, sum(batch.num_valid_general for batch in batches))
+    general = sum(batch.num_valid_general for batch in batches)
+    divergence *= valid / general if general else math.nan
     return StepScalars(losses, norm, optimizer.left_out, divergence, data_seconds)

@@ -20,10 +20,9 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.run_folder import shown
-from llama_pro_fast.text.sources import ResolvedSource, resolve_sources
+from llama_pro_fast.text.sources import ResolvedSource, listed, resolve_sources
 from llama_pro_fast.text.store import TokenStore
 from llama_pro_fast.training.samples import PATH as SAMPLES
-from llama_pro_fast.training.samples import listed
 
 
 @dataclass(frozen=True)
@@ -77,27 +76,28 @@ def given_texts(data: DataConfig, runs: Sequence[Path]) -> tuple[list[MeasuredSo
     Returns:
         The sources, and a line for each of which not all counts, or for which that cannot be found out.
     """
-    trained: dict[tuple[str, str], tuple[float, str | None, Path]] = {}
+    trained: dict[tuple[str, str], tuple[float, ResolvedSource, Path]] = {}
     notes = []
     for run in runs:
         own = load_config(run).data
         kept = [source for source in listed(own.general) if source.path != SAMPLES]  # nobody else's text
+        replay = own.replay if any(source.weight != 0 for source in kept) else 0.0
         try:
-            sources = resolve_sources(dataclasses.replace(own, general=kept), default_general=False)
+            sources = resolve_sources(dataclasses.replace(own, general=kept, replay=replay), default_general=False)
         except UserError as error:
             notes.append(f"{run}: its own text is not all here, so it may have trained on what is measured: {error}")
             continue
         for source in sources:
             for file in _files(source) if source.trains else ():
                 if file not in trained or own.held_out < trained[file][0]:
-                    trained[file] = own.held_out, source.split_by, run
+                    trained[file] = own.held_out, source, run
     found = []
     for source in resolve_sources(data, default_general=False, only_measured=True):
         hits = [trained[file] for file in _files(source) if file in trained]
         share = 1.0
         if hits:
-            share, split_by, run = min(hits, key=lambda hit: hit[0])
-            source = dataclasses.replace(source, split_by=split_by)
+            share, own, run = min(hits, key=lambda hit: hit[0])
+            source = dataclasses.replace(source, text=own.text, split_by=own.split_by)  # by which the sides are told
             notes.append(f"{source.name}: {shown(run)} trained on it, so only the {share:.3g} it held out is measured")
         found.append(MeasuredSource(source, share))
     return found, notes

@@ -357,6 +357,7 @@ def finish(run: Run, done: Progress, ended: str | None) -> dict[str, Any]:
                 run.tokenizer,
                 measured["results"],
                 new_blocks=new_blocks_over_base(run),
+                tokens=done.tokens,
                 progress=update,
             )
     except torch.OutOfMemoryError:
@@ -372,7 +373,9 @@ def finish(run: Run, done: Progress, ended: str | None) -> dict[str, Any]:
 
 
 def new_blocks_over_base(run: Run) -> dict[int, tuple[str, ...]]:
-    """The blocks without which a run's model is its base, and the modules of each that were zero at its birth; none
-    where the base is not in there."""
+    """The blocks without which a run's model is its base, and the modules of each that were zero at its birth, where
+    the manifest names them; none where the base is not in there."""
+    if not run.trained.skip_for_base:
+        return {}
     manifest = Manifest.from_config(run.folder.raw_config)
-    return manifest.zeroed(len(manifest.generations)) if run.trained.skip_for_base else {}
+    return dict.fromkeys(run.trained.skip_for_base, ()) | manifest.zeroed(len(manifest.generations))

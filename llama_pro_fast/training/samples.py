@@ -35,6 +35,7 @@ import transformers
 
 from llama_pro_fast.config import DataConfig, RunConfig, Source
 from llama_pro_fast.console import amount, duration, say
+from llama_pro_fast.data.corpus import cache_of
 from llama_pro_fast.digests import file_hash
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.lineage import intact_bases
@@ -45,7 +46,7 @@ from llama_pro_fast.hf.loading import check_tensors
 from llama_pro_fast.hf.stock import leave_out_blocks, stock_model
 from llama_pro_fast.host import available_memory
 from llama_pro_fast.planning.devices import GIB
-from llama_pro_fast.text.preparing import default_cache
+from llama_pro_fast.text.sources import listed
 
 PATH, NAME = "base:samples", "base-samples"
 FORMAT = 1
@@ -62,11 +63,6 @@ SEPARATOR = "<|endoftext|>"
 """What stood between the documents in vocabularies after GPT-2's. A chat model's EOS may be another token, which ends a
 turn and not a document."""
 DOCUMENT_BEFORE = "The end."
-
-
-def listed(sources: str | list[Source] | None) -> list[Source]:
-    """A recipe's text as a list of sources."""
-    return [Source(path=sources)] if isinstance(sources, str) else sources or []
 
 
 def is_wanted(data: DataConfig) -> bool:
@@ -121,8 +117,7 @@ def with_samples(
         return config.data
     check_tensors(folder)
     base = _Base(folder, *_base_in(folder, config), tokenizer, device, dtype, config.train.memory)
-    cache = Path(config.data.cache).expanduser() if config.data.cache else default_cache()
-    general = []
+    cache, general = cache_of(config.data), []
     for source in listed(config.data.general):
         if source.path == PATH:
             path = base.samples(source.documents or DOCUMENTS, cache / "samples", tell)
@@ -134,11 +129,11 @@ def with_samples(
 def _base_in(folder: PretrainedFolder, config: RunConfig) -> tuple[str, tuple[int, ...]]:
     """The digest of the model that the run should not forget, and the blocks of ``folder`` that are not in it.
 
-    Where new blocks train it is the model without them. Where everything trains it is the whole model, unless the run
-    itself has expanded it.
+    Where new blocks train it is the model without them. Where others do it is the whole model, unless the run itself
+    has expanded it.
     """
     manifest = Manifest.from_config(folder.raw_config)
-    if manifest is None or (config.train.parameters == "all" and not config.expand.wanted):
+    if manifest is None or (config.train.parameters != "new_blocks" and not config.expand.wanted):
         return folder_digest(folder), ()
     if gone := manifest.base_gone(intact_bases(folder)):
         raise UserError(f"--data.general {PATH}: nobody to write them: {gone}; give a file of general text")
