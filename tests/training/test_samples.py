@@ -11,8 +11,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from llama_pro_fast import evaluate
 from llama_pro_fast.cli import main
-from llama_pro_fast.config import Source
+from llama_pro_fast.config import DataConfig, RunConfig, Source
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.rewrite import write_expanded
@@ -186,3 +187,18 @@ def test_a_run_replays_them_and_finds_or_writes_them_again_when_it_goes_on(
     assert summary["results"] == whole["results"]
     assert {row["source"] for row in summary["results"]} == {"domain", "base-samples"}
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["general"] == "base:samples"
+
+
+def test_a_finished_run_is_evaluated_on_what_its_base_wrote(make_config, texts, tmp_path, monkeypatch):
+    """Also where everything trained, and the export is no longer the model that wrote; and a text that the run trained
+    on is held back though no other general text is left."""
+    data = {"general": "base:samples", "replay": 0.25, "held_out": 0.3, "cache": str(tmp_path / "cache")}
+    how = {"expand": {"groups": None}, "train": {"parameters": "all", "steps": 2}, "eval": {"every": 2, "tokens": 64}}
+    summary = run_training(make_config(data=data, **how))
+    monkeypatch.setattr(samples, "stock_model", None)  # nothing is written any more
+    found = {text.source: text.loss for text in evaluate(tmp_path / "run").texts}
+    # The export's weights are rounded.
+    assert found == pytest.approx({row["source"]: row["after"]["loss"] for row in summary["results"]}, rel=1e-3)
+    given = DataConfig(domain=str(texts / "domain.jsonl"), cache=data["cache"])
+    notes = evaluate(tmp_path / "run", RunConfig(data=given)).notes
+    assert any("trained on it, so only the 0.3 it held out" in note for note in notes)
