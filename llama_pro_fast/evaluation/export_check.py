@@ -26,6 +26,7 @@ from llama_pro_fast.evaluation import dial
 from llama_pro_fast.evaluation.held_out import evaluate
 from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import load_model
+from llama_pro_fast.hf.safetensors import TORCH_DTYPES
 from llama_pro_fast.host import available_memory
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.decoder import DTYPES, Decoder
@@ -33,8 +34,8 @@ from llama_pro_fast.model.decoder import DTYPES, Decoder
 TIE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far apart, as a share of the largest logit, two candidates may be and still trade places by rounding."""
 
-ROUNDED = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-3, "BF16": 2e-2}
-"""How much, in nats per token, a loss may change when trained float32 weights are stored in a dtype. In float32 only
+ROUNDED = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""How much, in nats per token, a loss may change when trained float32 weights are rounded to a dtype. In float32 only
 the order of sums differs; a bf16 weight is off by up to 2⁻⁹ of itself, in either direction."""
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 24
@@ -121,7 +122,8 @@ def read_export_back(
     loss = evaluate(model, sample.batches(config.train.micro_batch_size)).loss
     for row in results:  # none where the metrics could not be written
         if (row["role"], row["source"]) == ("domain", domain[0].source.name):
-            _check_loss(folder, loss, row["after"]["loss"], {entry.dtype for entry in export.entries.values()})
+            stored = {TORCH_DTYPES[entry.dtype] for entry in export.entries.values()}
+            _check_loss(folder, loss, row["after"]["loss"], stored, dtype)
 
     check = compare_greedy(folder, model, prompts, stock, dtype=dtype, new_blocks=new_blocks)
     said = f"read back: loss {loss:.4f}; in stock transformers {check.equal} of {check.compared} greedy tokens equal"
@@ -153,10 +155,11 @@ def read_export_back(
     return found | {"dial": rows, "dial_said": dial.said(rows)}
 
 
-def _check_loss(folder: Path, loss: float, trained: float, dtypes: Collection[str]) -> None:
-    if not abs(loss - trained) <= max(ROUNDED[dtype] for dtype in dtypes):
+def _check_loss(folder: Path, loss: float, trained: float, stored: set[torch.dtype], dtype: torch.dtype) -> None:
+    # A norm or bias that trains is computed with in float32, and in a model read back in the computation's dtype.
+    if not abs(loss - trained) <= max(ROUNDED[each] for each in stored | {dtype}):
         said = f"{folder}: has a loss of {loss:.4f} on the held-out text, the trained model had {trained:.4f}"
-        if {"F16", "BF16"} & {*dtypes}:
+        if {torch.float16, torch.bfloat16} & stored:
             said += (
                 ": weights that moved by less than 16 bits can tell are the base's again. Store the base in float32 to "
                 "keep them; if that is not it, do not use this export, and please report it with config.json"

@@ -25,6 +25,8 @@ from llama_pro_fast.text.sources import iterate_documents, resolve_sources
 from llama_pro_fast.training import run as run_module
 from llama_pro_fast.training.run import run_training
 
+from .conftest import write_base
+
 NEW = 8
 
 
@@ -197,7 +199,7 @@ def test_a_run_reads_its_export_back_and_shows_a_held_out_document(make_config):
     found, sample = summary["export_check"], summary["sample"]
     assert found["equal"] == found["compared"] == 3 * 16
     after = next(row["after"]["loss"] for row in summary["results"] if row["role"] == "domain")
-    assert found["loss"] == pytest.approx(after, abs=export_check.ROUNDED["BF16"])
+    assert found["loss"] == pytest.approx(after, abs=export_check.ROUNDED[torch.bfloat16])
     assert found["said"] == f"read back: loss {found['loss']:.4f}; in stock transformers 48 of 48 greedy tokens equal"
 
     source = resolve_sources(config.data)[0]
@@ -209,6 +211,19 @@ def test_a_run_reads_its_export_back_and_shows_a_held_out_document(make_config):
     for name, folder in (("base", config.model.path), ("now", summary["export"])):
         (expected,) = generated(folder, [ids], 16)
         assert sample[name] == tokenizer.decode(expected, skip_special_tokens=True), name
+
+
+@pytest.mark.usefixtures("read_back")
+def test_a_float32_base_trained_in_bf16_is_read_back_though_norms_are_rounded(make_config, tokenizer, tmp_path):
+    """They are float32 where they train, and bf16 in a model that is only read; in float32 that would be an error."""
+    config = make_config(
+        model={"path": str(write_base(tmp_path / "base", tokenizer, torch.float32))},
+        train={"dtype": "bfloat16"},
+        optim={"lr": 0.1},
+    )
+    found = run_training(config)
+    after = next(row["after"]["loss"] for row in found["results"] if row["role"] == "domain")
+    assert abs(found["export_check"]["loss"] - after) > export_check.ROUNDED[torch.float32]
 
 
 @pytest.fixture
