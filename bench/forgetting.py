@@ -55,11 +55,17 @@ from llama_pro_fast.config import (
 )
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.evaluation.held_out import evaluate
+from llama_pro_fast.expansion.manifest import what_trains
+from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.hf.families import block_spec
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.trained import Trained
+from llama_pro_fast.planning.alternatives import lora_estimate
+from llama_pro_fast.planning.cost import step_cost
+from llama_pro_fast.planning.job import Job, expanded_shape
 from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_fast.training.schedule import settle_schedule
@@ -310,7 +316,22 @@ def save(model: torch.nn.Module, base: Path | str, folder: Path) -> None:
         AutoTokenizer.from_pretrained(base).save_pretrained(partial)
 
 
-def summary(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def cost(method: Method, base: Any) -> tuple[float, float]:
+    """GFLOP of a token in training, and where it is served; LoRA is merged by then."""
+    layers, plan = base.num_hidden_layers, None
+    if method.rank:
+        job = Job(config=base, trained=Trained.all_of(layers), seq_len=SEQ_LEN)
+        training = lora_estimate(job, rank=method.rank, micro_batch_size=1, usable=2**62).cost
+    else:
+        if method.expand.wanted:
+            plan = ExpansionPlan.from_config(layers, method.expand)
+        trained = what_trains({}, layers, parameters=method.parameters, blocks=method.blocks, plan=plan, name="")
+        base = base if plan is None else expanded_shape(base, plan)
+        training = step_cost(base, trained, seq_len=SEQ_LEN, taught=REPLAY if method.kl_weight else 0.0)
+    return training.total / 1e9, step_cost(base, Trained(base.num_hidden_layers, ()), seq_len=SEQ_LEN).forward / 1e9
+
+
+def summary(rows: list[dict[str, Any]], base: Any) -> list[tuple[str, ...]]:
     """A line for each method, rate, replay and scale: means over seeds, and their standard deviation."""
     lines, groups = [], {}
     for row in rows[1:]:
@@ -322,7 +343,8 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
             for values in zip(*points, strict=True)
         ]
         losses = [f"{mean(row['loss'][text] for row in of_seeds):.3f}" for text in (*DOMAIN, *GENERAL)]
-        lines.append((METHODS[method].title, *(f"{value:g}" for value in how), *cells, *losses))
+        work = [f"{gflop:.2f}" for gflop in cost(METHODS[method], base)]
+        lines.append((METHODS[method].title, *(f"{value:g}" for value in how), *cells, *losses, *work))
     return lines
 
 
@@ -379,7 +401,7 @@ def main() -> None:
     )
     if not (work / "texts").exists():
         write_texts(options.root, work / "texts")
-    bench = Bench(options.size, work, out)
+    bench, config = Bench(options.size, work, out), PretrainedFolder(work / "base").config
     if not bench.rows and options.budget:
         bench.row(None)
     while time.monotonic() - started < options.budget:
@@ -391,11 +413,11 @@ def main() -> None:
         if (asked := next(missing, None)) is None:
             break
         bench.row(asked)
-        print(*summary(bench.rows[:1] + bench.rows[-1:])[0], flush=True)
+        print(*summary(bench.rows[:1] + bench.rows[-1:], config)[0], flush=True)
     if not bench.rows:
         return
-    columns = ("method", "rate", "replay", "scale", "gained", "forgotten", *DOMAIN, *GENERAL)
-    print(common.table(columns, summary(bench.rows)))
+    columns = ("method", "rate", "replay", "scale", "gained", "forgotten", *DOMAIN, *GENERAL, "train", "serve")
+    print(common.table(columns, summary(bench.rows, config)), "\nlosses in nats per token, work in GFLOP per token")
     draw(bench.rows, common.ROOT / "docs" / "pictures" / f"forgetting-{options.size}.png")
 
 

@@ -7,7 +7,8 @@ import gzip
 import json
 
 import pytest
-from forgetting import METHODS, REPLAY, Asked, best_rate, gain_and_forgotten, summary, wanted
+import transformers
+from forgetting import METHODS, REPLAY, Asked, best_rate, cost, gain_and_forgotten, summary, wanted
 from forgetting_texts import DOMAIN, GENERAL, PAGES, write_texts
 
 BASE = {"method": "base", "loss": dict.fromkeys((*DOMAIN, *GENERAL), 3.0)}
@@ -45,7 +46,15 @@ def test_rates_are_swept_before_anything_rests_on_the_best_one():
 def test_a_table_has_means_over_seeds():
     rows = [BASE, *(row(Asked("full", 1e-4, seed=seed), 0.1 * seed, 0.02) for seed in range(3))]
     assert gain_and_forgotten(rows, rows[2]) == pytest.approx((0.1, 0.02))
-    (line,) = summary(rows)
+    base = transformers.AutoConfig.for_model("llama", num_hidden_layers=30, hidden_size=576, intermediate_size=1536,
+                                             num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+                                             tie_word_embeddings=True)  # fmt: skip
+    (line,) = summary(rows, base)
+    assert line[-2:] == ("0.86", "0.27")  # of 135 M parameters 6 and 2 FLOPs, and attention
+    serve = {name: cost(method, base)[1] / cost(METHODS["full"], base)[1] for name, method in METHODS.items()}
+    assert {name for name, ratio in serve.items() if ratio > 1} == {n for n, m in METHODS.items() if m.expand.wanted}
+    train = {name: cost(method, base)[0] for name, method in METHODS.items()}
+    assert train["blocks"] < train["upper"] < train["expansion"] < train["taught"] < train["full"]
     assert line[:6] == ("full fine-tuning", "0.0001", "0.2", "1", "+0.100 ± 0.100", "+0.020 ± 0.000")
 
 
