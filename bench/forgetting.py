@@ -382,7 +382,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("forgotten: rise of the loss on other texts, nats per token")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
         axes.set_ylabel("gained: fall of the loss on German, nats per token")
     pictures.save(figure, path)
 
