@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +93,19 @@ def _remove(folder: Path) -> None:
             path.unlink()
     (folder / MARK).unlink(missing_ok=True)
     folder.rmdir()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file so that nobody ever reads a part of it; after a power cut it may be lost, or damaged."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def sync(path: Path) -> None:

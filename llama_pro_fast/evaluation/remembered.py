@@ -9,7 +9,6 @@ and inodes. A note that is lost, damaged or cannot be written costs the work tha
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_pro_fast.digests import SETTLED_NS
+from llama_pro_fast.files import write_whole
 from llama_pro_fast.text.shards import digest, read_signed, signed
 
 FORMAT = 1
@@ -44,14 +44,7 @@ class Remembered:
         file = self._file(what)
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
-            try:
-                with open(descriptor, "wb") as out:
-                    out.write(signed(values))
-                os.replace(temporary, file)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+            write_whole(file, signed(values))
 
     def held_by(self, files: Sequence[Path], find: Callable[[], Any]) -> str:
         """A digest of what some files hold, anything that JSON can spell; ``find`` reads them, only if one has changed

@@ -9,10 +9,7 @@ again, and only shards that are not there are made (:mod:`llama_pro_fast.text.sh
 
 from __future__ import annotations
 
-import contextlib
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ import numpy as np
 
 from llama_pro_fast.digests import SETTLED_NS, file_hash
 from llama_pro_fast.errors import UserError
+from llama_pro_fast.files import write_whole
 from llama_pro_fast.text.documents import Fault, Unit, is_held_out, text_hash
 from llama_pro_fast.text.encoding import Encoder, EncoderSettings
 from llama_pro_fast.text.folders import format_of
@@ -118,7 +116,9 @@ class UnitTokenizer:
             "lines": reading.lines,
         }
         if _is_lasting(unit, began, faults):
-            _write_note(self._cache / "units" / f"{note_key(unit, self._settings, self._held_out)}.json", note)
+            # A lost or damaged note costs one reading, so it need not be on the disk at once.
+            key = note_key(unit, self._settings, self._held_out)
+            write_whole(self._cache / "units" / f"{key}.json", signed(note))
         return note, damaged
 
     def _shard(self, draft: _Draft, progress: _Progress, damaged: list[str]) -> dict[str, Any]:
@@ -217,16 +217,3 @@ def _is_lasting(unit: Unit, began: int, faults: dict[str, Any]) -> bool:
         except (OSError, UserError):
             return False
     return True
-
-
-def _write_note(path: Path, note: dict[str, Any]) -> None:
-    """A lost or damaged note costs one reading, so it need not be on the disk at once."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(signed(note))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
