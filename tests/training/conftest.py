@@ -8,6 +8,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+import yaml
 from stopping import stop_in_step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -158,6 +159,24 @@ def finished(config_at, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
     run_training(config_at(run))
     return run
+
+
+@pytest.fixture
+def made(finished, tmp_path):
+    """``made(name, rows, **changes)``: the folder of a run that has no more than these rows; ``section={…}`` changes
+    its configuration."""
+
+    def make(name: str, rows=(), **changes) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        config = yaml.safe_load((finished / "config.yaml").read_text())
+        for section, values in changes.items():
+            config[section] |= values
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return make
 
 
 @pytest.fixture

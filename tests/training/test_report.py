@@ -12,7 +12,6 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
-import yaml
 
 from llama_pro_fast.report import main as report_main
 from llama_pro_fast.reporting import curves
@@ -102,24 +101,6 @@ def report(cli):
         return Page(path.read_text(encoding="utf-8"))
 
     return call
-
-
-@pytest.fixture
-def made(finished, tmp_path):
-    """``made(name, rows, **changes)``: the folder of a run that has no more than these rows; ``section={…}`` changes
-    its configuration."""
-
-    def make(name: str, rows=(), **changes) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        config = yaml.safe_load((finished / "config.yaml").read_text())
-        for section, values in changes.items():
-            config[section] |= values
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return folder
-
-    return make
 
 
 def train_row(step: int, loss: float | None = 2.0, **more) -> dict:
@@ -412,48 +393,6 @@ def test_text_of_a_user_is_text(made, report):
     assert found.facts["model"] == "<img src=x>"
     assert f"Held out: {name} (domain)" in found.titles
     assert {"b", "script", "img"}.isdisjoint(tag for tag, _ in Page(page([Record.read(run)] * 2)).tags)
-
-
-# The curves.
-
-
-def losses_of(made, values) -> curves.Panel:
-    rows = [train_row(step, value) for step, value in enumerate(values, start=1)]
-    return curves.panels([Record.read(made("run", rows))], only_losses=True)[0]
-
-
-def test_a_spike_does_not_flatten_a_curve_and_is_not_hidden(made):
-    values = [2 + 1 / step for step in range(1, 101)]
-    values[40] = 1e6
-    panel = losses_of(made, values)
-    low, high = curves.limits(panel)
-    assert low < 2.01
-    assert high < 4
-    assert "outside, to 1,000,000" in curves.svg(panel)
-
-
-def test_a_curve_without_a_spike_is_seen_whole(made):
-    values = [3 - step / 200 for step in range(200)]
-    low, high = curves.limits(losses_of(made, values))
-    assert low <= min(values) < max(values) <= high
-
-
-def test_many_rows_are_thinned_to_their_lowest_and_highest():
-    y = np.sin(np.arange(50_000) / 500)
-    y[31_234], y[7] = 9.0, -9.0
-    x, thin = curves._thinned(np.arange(50_000), y)
-    assert len(thin) <= curves.MOST_POINTS
-    assert (thin.max(), thin.min()) == (9.0, -9.0)
-    assert np.array_equal(y[x], thin)
-
-
-def test_the_smoothed_curve_is_the_mean_around_a_row():
-    y = np.arange(200.0) % 2
-    x, smooth = curves._smoothed(np.arange(200), y)
-    assert np.array_equal(x, np.arange(200))
-    half = 200 // 50
-    assert smooth[100] == pytest.approx(y[100 - half : 101 + half].mean())
-    assert smooth[0] == pytest.approx(y[: half + 1].mean())
 
 
 # What is refused.
