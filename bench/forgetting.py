@@ -120,7 +120,8 @@ METHODS = {
     "english": Method("new blocks, English only", (1e-3,), SIX),
 }
 MAIN = ("expansion", "full", "lora-70", "blocks", "taught", "own-text")
-"""That get three seeds, and a dial where they have one."""
+"""That get three seeds."""
+DIALS = ("expansion", "full", "lora-70")
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,7 @@ def wanted(rows: list[dict[str, Any]], methods: list[str]) -> Iterator[Asked]:
         yield from (Asked(name, best[name], seed=seed) for name in MAIN if name in best)
     of_replay = ("taught", "own-text", "english")
     yield from (Asked(name, rate, replay=0.0) for name, rate in best.items() if name not in of_replay)
-    for name in MAIN:
-        if name in best:
-            yield from (Asked(name, best[name], scale=scale) for scale in SCALES)
+    yield from (Asked(name, best[name], scale=scale) for name in DIALS if name in best for scale in SCALES)
 
 
 def best_rate(rows: list[dict[str, Any]], name: str) -> float | None:
