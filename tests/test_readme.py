@@ -132,11 +132,10 @@ def test_every_local_link_and_picture_is_there():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_figures_of_the_controls_are_those_of_the_result():
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        from quickstart import markdown
-    finally:
-        sys.path.remove(str(ROOT / "bench"))
-    rows = json.loads((ROOT / "bench" / "results" / "quickstart-controls-cpu.json").read_text())
-    assert markdown(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+def test_the_figures_of_the_comparison_are_those_of_the_result(monkeypatch):
+    for folder in ("bench", "tools"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    from forgetting_rows import markdown
+
+    rows = json.loads((ROOT / "bench" / "results" / "forgetting-cpu.json").read_text())
+    assert markdown(rows) in (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")

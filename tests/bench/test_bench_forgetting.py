@@ -8,7 +8,8 @@ import json
 
 import pytest
 import transformers
-from forgetting import METHODS, REPLAY, Asked, best_rate, cost, gain_and_forgotten, summary, wanted
+from forgetting import gflop_per_token
+from forgetting_rows import METHODS, REPLAY, Asked, best_rate, draw, gain_and_forgotten, markdown, summary, wanted
 from forgetting_texts import DOMAIN, GENERAL, PAGES, write_texts
 
 BASE = {"method": "base", "loss": dict.fromkeys((*DOMAIN, *GENERAL), 3.0)}
@@ -16,46 +17,77 @@ BASE = {"method": "base", "loss": dict.fromkeys((*DOMAIN, *GENERAL), 3.0)}
 
 def row(asked: Asked, gain: float, forgotten: float) -> dict:
     losses = dict.fromkeys(DOMAIN, 3.0 - gain) | dict.fromkeys(GENERAL, 3.0 + forgotten)
-    return vars(asked) | {"loss": losses}
+    return vars(asked) | {"loss": losses, "gflop": {"train": 0.86, "serve": 0.27}}
 
 
-def test_rates_are_swept_before_anything_rests_on_the_best_one():
-    names = ["expansion", "full"]
+def test_runs_come_in_the_order_of_their_worth():
+    names = ["expansion", "full", "muon"]
     rows, order = [BASE], []
     while missing := [a for a in wanted(rows, names) if not any(a.is_row(each) for each in rows[1:])]:
         asked = missing[0]
         order.append(asked)
         # The largest rate gains most and forgets more than that: the middle one is the best.
-        place = METHODS[asked.method].rates.index(asked.rate)
+        place = sorted(METHODS[asked.method].rates).index(asked.rate)
         rows.append(row(asked, gain=0.1 * place, forgotten=(0.0, 0.01, 0.2)[place]))
-    sweep = order[: 2 * 3]
-    assert {(a.replay, a.seed, a.scale) for a in sweep} == {(REPLAY, 0, 1.0)}
-    assert [a.method for a in sweep] == names * 3
-    for name in names:
-        assert best_rate(rows, name) == METHODS[name].rates[1]
-        rest = [a for a in order[6:] if a.method == name]
-        assert {a.rate for a in rest} == {METHODS[name].rates[1]}
-        assert [(a.replay, a.seed, a.scale) for a in rest] == [
-            *((REPLAY, seed, 1.0) for seed in (1, 2)),
-            (0.0, 0, 1.0),
-            *((REPLAY, 0, scale) for scale in (0.25, 0.5, 0.75)),
-        ]
+    middle = {name: sorted(METHODS[name].rates)[1] for name in names}
+    assert {name: best_rate(rows, name) for name in names} == middle
+    first, sweep, rest = order[:3], order[3:7], order[7:]
+    assert {a.method: a.rate for a in first} == middle
+    assert {(a.method, a.rate) for a in sweep} | {*middle.items()} == {
+        *((name, rate) for name in names[:2] for rate in METHODS[name].rates),
+        ("muon", middle["muon"]),
+    }
+    assert [(a.method, a.replay, a.seed, a.scale) for a in rest] == [
+        *((name, REPLAY, seed, 1.0) for seed in (1, 2) for name in names[:2]),
+        *((name, 0.0, 0, 1.0) for name in names[:2]),
+        *((name, REPLAY, 0, scale) for name in names[:2] for scale in (0.25, 0.5, 0.75)),
+        *[("muon", REPLAY, 0, 1.0)] * 2,
+    ]
+    assert all(a.rate == middle[a.method] for a in rest[:-2])
     assert len(set(order)) == len(order)
 
 
-def test_a_table_has_means_over_seeds():
-    rows = [BASE, *(row(Asked("full", 1e-4, seed=seed), 0.1 * seed, 0.02) for seed in range(3))]
+def test_a_table_has_means_over_seeds(tmp_path):
+    seeds = [row(Asked("full", 1e-4, seed=seed), 0.1 * seed, 0.02) for seed in range(3)]
+    rows = [BASE, *seeds, row(Asked("full", 1e-4, scale=0.5), 0.05, 0.0)]
     assert gain_and_forgotten(rows, rows[2]) == pytest.approx((0.1, 0.02))
+    half, whole = sorted(summary(rows), key=lambda line: line[3])
+    assert whole[:6] == ["full fine-tuning", "0.0001", "0.2", "1", "+0.100 ± 0.248", "+0.020 ± 0.000"]  # 4.303 / √3
+    assert half[3:6] == ["0.5", "+0.050", "+0.000"]
+    assert whole[6:] == ["-0.100"] * 2 + ["+0.020"] * 3 + ["0.86", "0.27"]
+
+
+def test_methods_are_told_apart_only_where_their_intervals_do_not_meet(tmp_path):
+    rows = [BASE]
+    for name, gains in {"expansion": (0.2, 0.21, 0.22), "full": (0.4, 0.41, 0.42), "lora-70": (0.1, 0.2, 0.3)}.items():
+        for rate in METHODS[name].rates:
+            rows += [row(Asked(name, rate, seed=0), gains[0] - 100 * abs(rate - METHODS[name].rates[0]), 0.0)]
+        rows += [row(Asked(name, METHODS[name].rates[0], seed=seed), gains[seed], 0.02) for seed in (1, 2)]
+    rows.append(row(Asked("full", METHODS["full"].rates[0], replay=0.0), 0.5, 0.1))
+    rows.append(row(Asked("expansion", METHODS["expansion"].rates[0], replay=0.0), 0.3, 0.1))
+    gained = {line.split(" | ")[0]: line.split(" | ")[3] for line in markdown(rows).splitlines()[2:]}
+    assert gained == {
+        "| new blocks": "+0.210 ± 0.025",
+        "| full fine-tuning": "+0.410 ± 0.025 (more)",
+        "| LoRA, rank 70": "+0.200 ± 0.248 (tie)",
+        "| new blocks, no replay": "+0.300",
+        "| full fine-tuning, no replay": "+0.500",
+    }
+    draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_work_of_a_token():
     base = transformers.AutoConfig.for_model("llama", num_hidden_layers=30, hidden_size=576, intermediate_size=1536,
                                              num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
                                              tie_word_embeddings=True)  # fmt: skip
-    (line,) = summary(rows, base)
-    assert line[-2:] == ("0.86", "0.27")  # of 135 M parameters 6 and 2 FLOPs, and attention
-    serve = {name: cost(method, base)[1] / cost(METHODS["full"], base)[1] for name, method in METHODS.items()}
-    assert {name for name, ratio in serve.items() if ratio > 1} == {n for n, m in METHODS.items() if m.expand.wanted}
-    train = {name: cost(method, base)[0] for name, method in METHODS.items()}
-    assert train["blocks"] < train["upper"] < train["expansion"] < train["taught"] < train["full"]
-    assert line[:6] == ("full fine-tuning", "0.0001", "0.2", "1", "+0.100 ± 0.100", "+0.020 ± 0.000")
+    work = {name: gflop_per_token(method, base) for name, method in METHODS.items()}
+    # Of 135 M parameters 6 and 2 FLOPs, and attention.
+    assert work["full"] == {"train": pytest.approx(0.86, abs=5e-3), "serve": pytest.approx(0.27, abs=5e-3)}
+    dearer = {name for name in work if work[name]["serve"] > work["full"]["serve"]}
+    assert dearer == {name for name, method in METHODS.items() if method.expand.wanted}
+    order = ["blocks", "upper", "expansion", "taught", "full"]
+    assert sorted(order, key=lambda name: work[name]["train"]) == order
 
 
 def test_texts_are_split_by_page_and_free_of_markup(tmp_path):

@@ -1,0 +1,240 @@
+"""The runs of bench/forgetting.py: which, in what order, and as a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import pictures
+from forgetting_texts import DOMAIN, GENERAL
+
+from llama_pro_fast.config import ExpandConfig
+
+REPLAY = 0.2
+SCALES = (0.25, 0.5, 0.75)
+SEEDS, T_95 = 3, 4.303
+"""Of the main methods, and Student's t for an interval of 95 % from so many."""
+NAMES = dict(
+    zip((*DOMAIN, *GENERAL), ("held-out pages", "another manual", "quotations", "Python", "satire"), strict=True)
+)
+
+
+class Method(NamedTuple):
+    """How it is trained.
+
+    Attributes:
+        rates: to be tried, in this order.
+        expand, parameters, blocks, optimizer: of the trainer's configuration.
+        kl_weight: with it the base is the teacher on what is replayed.
+        own_text: whether the base wrote that itself.
+        rank: of LoRA, which is trained here instead.
+    """
+
+    title: str
+    rates: tuple[float, ...]
+    expand: ExpandConfig = ExpandConfig()
+    parameters: str = "new_blocks"
+    blocks: str | None = None
+    optimizer: str = "adamw"
+    kl_weight: float = 0.0
+    own_text: bool = False
+    rank: int = 0
+
+
+SIX = ExpandConfig(groups=6)
+METHODS = {
+    "expansion": Method("new blocks", (1e-3, 2e-3, 5e-4), SIX),
+    "full": Method("full fine-tuning", (1e-4, 3e-4, 5e-5), parameters="all"),
+    "lora-70": Method("LoRA, rank 70", (1e-3, 3e-3, 3e-4), rank=70),
+    "blocks": Method("six old blocks", (3e-4, 1e-3, 1e-4), parameters="blocks", blocks="24,25,26,27,28,29"),
+    "upper": Method("new blocks, upper half", (1e-3, 2e-3, 5e-4), ExpandConfig(after="16,18,20,23,26,29")),
+    "lora-256": Method("LoRA, rank 256", (1e-3, 3e-3, 3e-4), rank=256),
+    "muon": Method("new blocks, Muon", (3e-3, 1e-2, 1e-3), SIX, optimizer="muon"),
+    "taught": Method("new blocks, the base as teacher", (1e-3, 2e-3, 5e-4), SIX, kl_weight=1.0),
+    "own-text": Method("the same on text by the base", (1e-3, 2e-3, 5e-4), SIX, kl_weight=1.0, own_text=True),
+    "english": Method("new blocks, English only", (1e-3,), SIX),
+}
+SWEPT = ("expansion", "full", "lora-70", "blocks")
+"""Whose rates are swept first, and which are also trained without replay."""
+MAIN = (*SWEPT, "taught", "own-text")
+"""That get three seeds."""
+DIALS = ("expansion", "full", "lora-70")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run: of a method, or with a scale the model between its base and that run."""
+
+    method: str
+    rate: float
+    replay: float = REPLAY
+    seed: int = 0
+    scale: float = 1.0
+
+    def is_row(self, row: dict[str, Any]) -> bool:
+        return all(row[key] == value for key, value in vars(self).items())
+
+
+def wanted(rows: list[dict[str, Any]], methods: list[str]) -> Iterator[Asked]:
+    """All runs in the order of their worth; which rate is the best one is known once those before it were done."""
+    swept, best = [name for name in methods if name in SWEPT], {name: best_rate(rows, name) for name in methods}
+    yield from (Asked(name, METHODS[name].rates[0]) for name in methods)
+    yield from (Asked(name, METHODS[name].rates[turn]) for turn in (1, 2) for name in swept)
+    yield from (Asked(name, best[name], seed=seed) for seed in range(1, SEEDS) for name in methods if name in MAIN)
+    yield from (Asked(name, best[name], replay=0.0) for name in swept)
+    yield from (Asked(name, best[name], scale=scale) for name in methods if name in DIALS for scale in SCALES)
+    yield from (Asked(name, rate) for name in methods for rate in METHODS[name].rates[1:])
+
+
+def best_rate(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Of those tried, the one at which most is gained less what is forgotten; None before any was."""
+    tried = {row["rate"]: row for row in rows[1:] if Asked(name, row["rate"]).is_row(row)}
+    return max(tried, key=lambda rate: balance(rows, tried[rate]), default=None)
+
+
+def balance(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
+    gain, forgotten = gain_and_forgotten(rows, row)
+    return gain - forgotten
+
+
+def gain_and_forgotten(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[float, float]:
+    """Nats per token, means over the texts of the domain and over the others."""
+    base = next(each for each in rows if each["method"] == "base")["loss"]
+    gain, rise = ([row["loss"][text] - base[text] for text in texts] for texts in (DOMAIN, GENERAL))
+    return -mean(gain), mean(rise)
+
+
+class Mean(NamedTuple):
+    """Over the seeds, with the half of its interval of 95 %; None from fewer than SEEDS."""
+
+    mean: float
+    half: float | None
+
+    @classmethod
+    def of(cls, values: list[float]) -> Mean:
+        return cls(mean(values), T_95 * stdev(values) / SEEDS**0.5 if len(values) == SEEDS else None)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+
+    def beside(self, other: Mean) -> str:
+        """In a word; intervals that meet are a tie, and of fewer seeds nothing is said."""
+        if self.half is None or other.half is None:
+            return ""
+        if abs(self.mean - other.mean) <= self.half + other.half:
+            return " (tie)"
+        return " (more)" if self.mean > other.mean else " (less)"
+
+
+class Result(NamedTuple):
+    """What the seeds of one method, rate, replay and scale came to."""
+
+    rows: list[dict[str, Any]]
+    gained: Mean
+    forgotten: Mean
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(**{key: self.rows[0][key] for key in ("method", "rate", "replay", "scale")})
+
+    def change(self, base: dict[str, Any]) -> list[str]:
+        """Of the loss of each text."""
+        return [f"{mean(row['loss'][text] for row in self.rows) - base['loss'][text]:+.3f}" for text in NAMES]
+
+    def work(self) -> list[str]:
+        return [f"{self.rows[0]['gflop'][when]:.2f}" for when in ("train", "serve")]
+
+
+def results(rows: list[dict[str, Any]]) -> list[Result]:
+    """Of all rows but the base's, which is the first."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows[1:]:
+        groups.setdefault((row["method"], row["rate"], row["replay"], row["scale"]), []).append(row)
+    found = []
+    for of_seeds in groups.values():
+        gained, forgotten = zip(*(gain_and_forgotten(rows, row) for row in of_seeds), strict=True)
+        found.append(Result(of_seeds, Mean.of([*gained]), Mean.of([*forgotten])))
+    order = list(METHODS)
+    return sorted(found, key=lambda each: (-each.asked.replay, order.index(each.asked.method)))
+
+
+def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for each result."""
+    lines = []
+    for each in results(rows):
+        asked = each.asked
+        how = [f"{value:g}" for value in (asked.rate, asked.replay, asked.scale)]
+        means = [str(each.gained), str(each.forgotten)]
+        lines.append([METHODS[asked.method].title, *how, *means, *each.change(rows[0]), *each.work()])
+    return lines
+
+
+COLUMNS = ["method", "rate", "replay", "scale", "gained", "forgotten", *NAMES.values(), "train", "serve"]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/evidence.md: every method at its best rate, in a word beside new blocks on the same replay."""
+    heads = ["method", "rate", "seeds", "gained", "forgotten", *NAMES.values(), "training", "served"]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
+    best = [each for each in results(rows) if each.asked.rate == best_rate(rows, each.asked.method)]
+    ours = {each.asked.replay: each for each in best if each.asked.method == "expansion" and each.asked.scale == 1}
+    for each in best:
+        asked = each.asked
+        if asked.scale == 1:
+            new = ours[asked.replay]
+            means = zip((each.gained, each.forgotten), (new.gained, new.forgotten), strict=True)
+            words = [f"{here}{'' if each is new else here.beside(there)}" for here, there in means]
+            title = METHODS[asked.method].title + ("" if asked.replay else ", no replay")
+            cells = [title, f"{asked.rate:g}", str(len(each.rows)), *words, *each.change(rows[0]), *each.work()]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Gain against forgetting: left every method at its rates, right the dials of the best ones."""
+    found, figure = results(rows), pictures.sheet(11, 5)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    for number, (name, method) in enumerate(METHODS.items()):
+        of_method = [each for each in found if each.asked.method == name]
+        rates = [each for each in of_method if each.asked.scale == 1 and each.asked.replay]
+        best = [each for each in of_method if each.asked.rate == best_rate(rows, name)]
+        dial = [each for each in best if each.asked.replay]
+        look = {"color": f"C{number}", "ls": "-" if name in MAIN else ":"}
+        if rates:
+            _line(left, rates, "rate", label=method.title, **look)
+        if any(each.asked.scale < 1 for each in dial):
+            _line(right, dial, "scale", label=method.title, **look)
+        for each in best:
+            if not each.asked.replay:
+                _dot(left, each, "", color=f"C{number}", markerfacecolor="white")
+    for axes, title in (
+        (left, f"learning rates; {REPLAY:.0%} replay, hollow: none"),
+        (right, "dials of the best rates"),
+    ):
+        axes.plot(0, 0, "k*", markersize=10)
+        axes.annotate("base", (0, 0), xytext=(6, -10), textcoords="offset points", fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("forgotten: rise of the loss on other texts, nats per token")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    left.set_ylabel("gained: fall of the loss on German, nats per token")
+    pictures.save(figure, path)
+
+
+def _line(axes: Any, of_method: list[Result], key: str, *, color: str, **look: Any) -> None:
+    ordered = sorted(of_method, key=lambda each: getattr(each.asked, key))
+    points = [(each.forgotten.mean, each.gained.mean) for each in ordered]
+    axes.plot(*zip(*([(0.0, 0.0)] * (key == "scale") + points), strict=True), color=color, **look)
+    for each in ordered:
+        _dot(axes, each, f"{getattr(each.asked, key):g}", color=color)
+
+
+def _dot(axes: Any, each: Result, text: str, *, color: str, **look: Any) -> None:
+    """With bars for the interval where there is one."""
+    x, y = each.forgotten, each.gained
+    axes.errorbar(x.mean, y.mean, xerr=x.half, yerr=y.half, fmt="o", ms=4, color=color, capsize=2, **look)
+    axes.annotate(text, (x.mean, y.mean), xytext=(4, -10), textcoords="offset points", fontsize=7, color=color)
