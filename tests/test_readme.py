@@ -130,12 +130,3 @@ def test_every_local_link_and_picture_is_there():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-def test_the_figures_of_the_comparison_are_those_of_the_result(monkeypatch):
-    for folder in ("bench", "tools"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-    from forgetting_rows import markdown
-
-    rows = json.loads((ROOT / "bench" / "results" / "forgetting-cpu.json").read_text())
-    assert markdown(rows) in (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")

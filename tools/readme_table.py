@@ -1,4 +1,5 @@
-"""The tables of speeds, a few rows in the README and all in docs/results.md with a picture, from the result they show.
+"""The tables of results in the pages: speeds, a few rows in the README and all in docs/results.md with a picture, and
+methods in docs/evidence.md.
 
 PYTHONPATH=.:kernels python tools/readme_table.py
 PYTHONPATH=.:kernels python tools/readme_table.py --check     ends with 1 if a table is another
@@ -18,14 +19,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # a folder of scripts, no package
 
 import common
+from forgetting_rows import markdown
 from pictures import draw_throughput, in_words, ordered, title
 
-README, PAGE = common.ROOT / "README.md", common.ROOT / "docs" / "results.md"
+README, PAGE, EVIDENCE = (common.ROOT / name for name in ("README.md", "docs/results.md", "docs/evidence.md"))
+COMPARISON = common.RESULTS / "forgetting-cpu.json"
 RESULT = common.RESULTS / "throughput-7b-nvidia-h200.json"
 PICTURE = common.ROOT / "docs" / "pictures" / "throughput.png"
 IN_README = ("ours", "hf-liger-flash4-bf16", "hf", "hf-checkpointing-trained")
 """What decides: ours, the fastest other way, stock transformers, and LLaMA-Factory's way."""
-PLACE = re.compile(r"(?<=<!-- throughput -->\n).*(?=<!-- /throughput -->)", re.DOTALL)
 
 
 def table(rows: list[dict[str, Any]], page: Path) -> str:
@@ -53,26 +55,28 @@ def table(rows: list[dict[str, Any]], page: Path) -> str:
     return "\n".join([*above, *lines, "", f"{title(rows[0])}, {when}:", f"[{RESULT.name}]({result}).", ""])
 
 
-def with_table(page: Path) -> str:
-    """A page's text with the result's table between its marks."""
+def replaced(page: Path, name: str, made: str) -> str:
+    """A page's text with the table between the marks of that name."""
     text = page.read_text(encoding="utf-8")
-    if not PLACE.search(text):
-        raise ValueError(f"{page.name} has no <!-- throughput --> … <!-- /throughput -->")
-    made = table(json.loads(RESULT.read_text()), page)
-    return PLACE.sub(lambda _: made, text)
+    place = re.compile(f"(?<=<!-- {name} -->\n).*(?=<!-- /{name} -->)", re.DOTALL)
+    if not place.search(text):
+        raise ValueError(f"{page.name} has no <!-- {name} --> … <!-- /{name} -->")
+    return place.sub(lambda _: made, text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a table is another")
     options = parser.parse_args(argv)
-    pages = {page: with_table(page) for page in (README, PAGE)}
+    rows, compared = (json.loads(path.read_text()) for path in (RESULT, COMPARISON))
+    pages = {page: replaced(page, "throughput", table(rows, page)) for page in (README, PAGE)}
+    pages[EVIDENCE] = replaced(EVIDENCE, "forgetting", markdown(compared) + "\n")
     if options.check:
         return int(any(page.read_text(encoding="utf-8") != made for page, made in pages.items()))
     for page, made in pages.items():
         page.write_text(made, encoding="utf-8")
-    draw_throughput(json.loads(RESULT.read_text()), PICTURE)
-    print(f"{', '.join(page.name for page in pages)} and {PICTURE.name}: of {RESULT.name}")
+    draw_throughput(rows, PICTURE)
+    print(f"{', '.join(page.name for page in pages)} and {PICTURE.name}: of {RESULT.name} and {COMPARISON.name}")
     return 0
 
 

@@ -51,11 +51,13 @@ def test_the_table_has_the_fastest_first_other_methods_apart_and_the_missing_lef
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("page", ["README", "PAGE"])
-def test_both_pages_hold_the_table_of_the_results(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "name"), [("README", "throughput"), ("PAGE", "throughput"), ("EVIDENCE", "forgetting")]
+)
+def test_the_pages_hold_the_tables_of_the_results(page, name, tmp_path, monkeypatch):
     assert readme_table.main(["--check"]) == 0, "run: python tools/readme_table.py"
     stale = tmp_path / "page.md"
-    stale.write_text("<!-- throughput -->\nold\n<!-- /throughput -->\n")
+    stale.write_text(f"<!-- {name} -->\nold\n<!-- /{name} -->\n")
     monkeypatch.setattr(readme_table, page, stale)
     assert readme_table.main(["--check"]) == 1
     assert "old" in stale.read_text()
