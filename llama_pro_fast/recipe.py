@@ -27,6 +27,7 @@ from llama_pro_fast.resume import CONFIG_NAME, stored_config
 
 RECIPES = Path(__file__).parent / "recipes"
 FLAGS = ("config", "resume", "from_step", "overwrite")  # of the command line only
+TEXTS = ("data.domain", "data.general")
 OF_PLAN = ("gpu", "price", "json")  # beside all of the others
 
 
@@ -102,7 +103,9 @@ def parse(
     with one_line_errors([*FLAGS, *own, *_keys()] if takes is None else ["config", *own, *takes]):
         given = parser.parse_args(argv, defaults=False)
         full = parser.instantiate(parser.parse_args(argv))
-    config = absolute(RunConfig(**{f.name: full[f.name] for f in dataclasses.fields(RunConfig)}))
+    config = RunConfig(**{f.name: full[f.name] for f in dataclasses.fields(RunConfig)})
+    _check_no_list(config)
+    config = absolute(config)
     if takes is not None:
         return Request(config, False, False, False, None, {name: full[name] for name in own})
     auto, resume, overwrite = full["resume"] == "auto", full["resume"] is not None, bool(full["overwrite"])
@@ -196,14 +199,35 @@ def _check_recipe(path: Path) -> None:
     for key, value in _flatten(recipe):
         if key not in _keys():
             raise UserError(f"--config {path}: {_unknown(key, _keys())}")
-        rows = value if key in ("data.domain", "data.general") and isinstance(value, list) else []
-        fields = [f.name for f in dataclasses.fields(Source)]
-        for row in rows:
-            for name in row if isinstance(row, dict) else [str(row)]:
-                if name not in fields or not isinstance(row, dict) or "path" not in row:
-                    raise UserError(
-                        f"--config {path}: {key}: a source has {', '.join(fields)} (path at least), got {row}"
-                    )
+        if key in TEXTS and isinstance(value, list):
+            _check_sources(f"--config {path}: {key}", value)
+
+
+def _check_sources(where: str, rows: list[Any]) -> None:
+    fields = [f.name for f in dataclasses.fields(Source)]
+    for row in rows:
+        for name in row if isinstance(row, dict) else [str(row)]:
+            if name not in fields or not isinstance(row, dict) or "path" not in row:
+                raise UserError(f"{where}: a source has {', '.join(fields)} (path at least), got {row}")
+
+
+def _check_no_list(config: RunConfig) -> None:
+    """Refuse what is meant as a list of sources and is none: to the parser any text is a path."""
+    for key in TEXTS:
+        value = getattr(config.data, key.removeprefix("data."))
+        if not isinstance(value, str) or not value.lstrip().startswith(("[{", "{")) or os.path.exists(value):
+            continue
+        try:
+            rows = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--{key}: {value} is no list of sources: {_one_line(str(error))}") from error
+        if not isinstance(rows, list):
+            raise UserError(f"--{key}: {value} is no list of sources: put it into [ ]")
+        _check_sources(f"--{key}", rows)
+        raise UserError(
+            f"--{key}: {value}: a value is not of its kind: `documents` is a whole number, weights and "
+            "shares are numbers, the rest is text"
+        )
 
 
 def absolute(config: RunConfig) -> RunConfig:

@@ -23,6 +23,7 @@ class HeldOutSample:
     Args:
         seq_len: S, tokens per sequence.
         max_tokens: how many are measured at most.
+        among: ``[n]`` int64, which of the held-out documents may be measured, in order; None: all.
 
     Attributes:
         num_tokens: in all batches together.
@@ -33,13 +34,14 @@ class HeldOutSample:
             in proportion to its tokens; of all others they are counted.
     """
 
-    def __init__(self, store: TokenStore, *, seq_len: int, max_tokens: int):
+    def __init__(self, store: TokenStore, *, seq_len: int, max_tokens: int, among: np.ndarray | None = None):
         assert min(seq_len, max_tokens) >= 1
         side = store.held_out
         self.seq_len = seq_len
         self._store = store
-        random = np.random.PCG64(np.random.SeedSequence(0)).random_raw(side.num_documents)
-        self._documents = np.argsort(random, kind="stable")
+        among = np.arange(side.num_documents) if among is None else among
+        random = np.random.PCG64(np.random.SeedSequence(0)).random_raw(len(among))
+        self._documents = among[np.argsort(random, kind="stable")]
         lengths = side.lengths[self._documents]
         self._begins = np.concatenate(([0], np.cumsum(lengths)))  # where each begins, and the end of the last
         self.num_tokens = min(int(self._begins[-1]), max_tokens)

@@ -25,7 +25,7 @@ from llama_pro_fast.evaluation.remembered import Remembered
 from llama_pro_fast.evaluation.texts import BaseText, Figures, Watch, measure, read_by_base
 from llama_pro_fast.expansion.lineage import intact_bases, model_identity
 from llama_pro_fast.expansion.manifest import Manifest, what_trains
-from llama_pro_fast.hf.config import CONFIG_FILE
+from llama_pro_fast.hf.config import CONFIG_FILE, resolve
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.host import available_memory
@@ -42,7 +42,7 @@ from llama_pro_fast.runs.run_folder import shown
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.checkpoint_folder import CheckpointFolder, trained_folder
 from llama_pro_fast.training.measured_texts import MeasuredText, given_texts, in_tokens, own_texts
-from llama_pro_fast.training.samples import with_samples
+from llama_pro_fast.training.samples import check_given, is_wanted, with_samples
 from llama_pro_fast.training.settle import settle_computation, start_device
 from llama_pro_kernels import implementation_name
 
@@ -130,6 +130,11 @@ class _Model:
                 attention=self.train.attention,
             )
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether its checkpoint is not there any more."""
+        return isinstance(self.folder, CheckpointFolder) and not self.folder.checkpoint.exists()
+
     def _check(self) -> None:
         if isinstance(self.folder, CheckpointFolder):
             self.folder.check()
@@ -157,16 +162,33 @@ def evaluate_texts(
     with waiting("reading config ..."):
         named = [(model, from_step), *([(base, None)] if base else [])]
         models = _settled(config, named, device)
-    now, other = models[0], models[1] if base else None
+    try:
+        return _report(models, config, runs, device, fresh=fresh)
+    except (UserError, OSError):
+        if from_step is not None or not any(each.is_gone for each in models):
+            raise
+        # The run goes on, and has given this checkpoint up for a newer one.
+        return evaluate_texts(model, config, base=base, fresh=fresh)
+
+
+def _report(
+    models: Sequence[_Model], config: RunConfig, runs: Sequence[Path], device: torch.device, *, fresh: bool
+) -> Report:
+    now, other = models[0], models[1] if len(models) > 1 else None
     max_tokens, seq_len = config.eval.tokens or TOKENS, now.train.seq_len
     with waiting("reading text ...") as update:
         if config.data.domain or config.data.general:
-            sources, notes = given_texts(config.data, runs + (model_folder.runs_behind(base) if base else []))
-            if not runs and Manifest.from_config(now.folder.raw_config) is not None:
-                notes.append(f"{model}: which text its new blocks trained on is not known here, so all is measured")
+            check_given(config)
+            of_base = model_folder.runs_behind(other.name) if other else []
+            sources, notes = given_texts(config.data, [*runs, *of_base])
+            if (unknown := _trained_elsewhere(now, runs)) is not None:
+                notes.append(f"{unknown}: which text its new blocks trained on is not known here, so all is measured")
         elif runs:
-            own, folder, dtype = load_config(runs[0]), trained_folder(runs[0]), DTYPES[now.train.dtype]
-            data = with_samples(own, folder, folder.tokenizer(), device=device, dtype=dtype, tell=update)
+            own, dtype = load_config(runs[0]), DTYPES[now.train.dtype]
+            data = own.data
+            if is_wanted(data):
+                folder = trained_folder(runs[0])
+                data = with_samples(own, folder, folder.tokenizer(), device=device, dtype=dtype, tell=update)
             sources, notes = own_texts(own, data), [f"measured: what {shown(runs[0])} held out of its own text"]
         else:
             raise UserError(
@@ -207,9 +229,11 @@ def evaluate_texts(
         reports.append(TextReport(**vars(found), **named, cached=index not in missing))
     lines = [*notes, *(line for text in texts for line in text.remarks), *(report.note for report in reports)]
     return Report(
-        model=model,
+        model=now.name,
         step=getattr(now.folder, "step", None),
-        base=base or (manifest.generations[-1].name if any(report.base for report in reports) else None),
+        base=other.name
+        if other
+        else (manifest.generations[-1].name if any(report.base for report in reports) else None),
         first_base=manifest.base.name if any(report.first_base for report in reports) else None,
         device=now.train.device,
         dtype=now.train.dtype,
@@ -220,6 +244,21 @@ def evaluate_texts(
         texts=reports,
         notes=[line for line in dict.fromkeys(lines) if line],
     )
+
+
+def _trained_elsewhere(now: _Model, runs: Sequence[Path]) -> str | None:
+    """The model, it or one behind it, with new blocks that none of the runs trained; None if there is none."""
+    if not runs:
+        folder, name, trained = now.folder, now.name, 0
+    else:
+        last = load_config(runs[-1])
+        name, trained = last.model.path, 0 if last.expand.wanted else 1
+        try:
+            folder = PretrainedFolder(resolve(name, wanted="tokenizer"))
+        except UserError:  # gone since, as it may be
+            return None
+    manifest = Manifest.from_config(folder.raw_config)
+    return name if manifest is not None and len(manifest.generations) > trained else None
 
 
 def _as_the_run(config: RunConfig, run: Path, device: torch.device) -> RunConfig:

@@ -27,6 +27,8 @@ from llama_pro_fast.hf.config import CONFIG_FILE, with_older_rope_keys
 from llama_pro_fast.hf.folder import INDEX_FILE, SINGLE_FILE, PretrainedFolder
 from llama_pro_fast.hf.safetensors import write_header
 from llama_pro_fast.resume import load_config
+from llama_pro_fast.runs.checkpoint import complete_checkpoints
+from llama_pro_fast.runs.marker import step_of
 from llama_pro_fast.training.checkpoint_folder import CheckpointFolder
 
 LARGEST_SCALE = 2.0
@@ -45,7 +47,7 @@ def export_run(
     Args:
         run: the run's folder.
         out: where to; by default ``run/export``, which an earlier export of the same run may occupy.
-        from_step: take the checkpoint of that step instead.
+        from_step: take the checkpoint of that step instead; then, unless it is the last, ``out`` must be given.
         scale: by how much to scale what the run's new blocks add: from 0, the base, over 1, what was trained, to
             :data:`LARGEST_SCALE`. Where the model was expanded several times, one number for each generation of new
             blocks, oldest first, or a single one for the newest, which the run trained.
@@ -60,6 +62,10 @@ def export_run(
     if scale is not None:
         scale = _checked(scale, run, out)
     config, folder = load_config(run), CheckpointFolder(run, from_step)
+    if from_step is not None and _is_own(run, out) and step_of(complete_checkpoints(run)[-1]) != from_step:
+        raise UserError(
+            f"--from_step {from_step}: give a folder of its own for it; {run / 'export'} is of the last step"
+        )
     try:
         folder.check()
         _export(folder, config, out, scale)
@@ -75,9 +81,14 @@ def _checked(scale: float | Sequence[float], run: Path, out: Path | None) -> tup
     for number in numbers:
         if not 0 <= number <= LARGEST_SCALE:  # nor is NaN
             raise UserError(f"--scale {number:g}: give 0 (the base) to 1 (what was trained), at most {LARGEST_SCALE:g}")
-    if out is None or os.path.realpath(out) == os.path.realpath(run / "export"):
+    if _is_own(run, out):
         raise UserError(f"--scale: give a folder of its own for it; {run / 'export'} is the model as it was trained")
     return numbers
+
+
+def _is_own(run: Path, out: Path | None) -> bool:
+    """Whether it is the run's own export, which is read as its model."""
+    return out is None or os.path.realpath(out) == os.path.realpath(run / "export")
 
 
 def _export(folder: CheckpointFolder, config: Settled, out: Path | None, scale: tuple[float, ...] | None) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from llama_pro_fast.config import DataConfig, Settled
 from llama_pro_fast.data.corpus import HeldOut, tokenized
 from llama_pro_fast.data.remarks import left_out
@@ -132,36 +134,62 @@ def in_tokens(
     stores = [tokenized(given, folder.tokenizer(), data, shares=shares, progress=progress) for _, folder in models]
     texts = []
     for source, *found in zip(given, *stores, strict=True):
-        now = _sample(source, found[0], seq_len, max_tokens)
+        remarks = list(left_out(HeldOut(source, found[0], seq_len)))
+        among = [None] if len(found) == 1 else _in_both(*found)
+        if (in_both := among[0]) is not None:
+            who = " and ".join(name for name, _ in models)
+            if not len(in_both):
+                raise UserError(f"{source.path}: {who} see other documents in it: each ends one at its own EOS's name")
+            left = found[0].held_out.num_documents - len(in_both)
+            remarks.append(
+                f"{source.name}: left out {left:,} of its documents, which {who} do not end in the same places"
+            )
+        now = _sample(source, found[0], seq_len, max_tokens, among[0])
         base, note = (now, "") if len(models) == 2 else (None, "")
         if base is not None:
-            base, note = _of_the_base(source, now, found[1], models)
-        remarks = list(left_out(HeldOut(source, found[0], seq_len)))
+            base, note = _of_the_base(source, now, found[1], among[1], models)
+        documents = found[0].held_out.num_documents if in_both is None else len(in_both)
         keys = [store.key(store.held_out) for store in found]
-        texts.append(MeasuredText(source, now, base, found[0].held_out.num_documents, note, remarks, keys))
+        texts.append(MeasuredText(source, now, base, documents, note, remarks, keys))
     return texts
 
 
+def _in_both(now: TokenStore, base: TokenStore) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Which held-out documents of each are the same texts, in one order; None where all are, as nearly always. Where a
+    text has the name of one tokenizer's EOS in it, that sees two documents and another one sees one."""
+    digests = [store.digests[store.held_out.numbers] for store in (now, base)]
+    if np.array_equal(*digests):
+        return None, None
+    _, *numbers = np.intersect1d(*digests, return_indices=True)
+    return numbers[0], numbers[1]
+
+
 def _of_the_base(
-    source: ResolvedSource, now: HeldOutSample, store: TokenStore, models: Sequence[tuple[str, PretrainedFolder]]
+    source: ResolvedSource,
+    now: HeldOutSample,
+    store: TokenStore,
+    among: np.ndarray | None,
+    models: Sequence[tuple[str, PretrainedFolder]],
 ) -> tuple[HeldOutSample, str]:
     (name, folder), (base_name, base_folder) = models
-    if now.equals(_sample(source, store, now.seq_len, now.num_tokens)):
+    if now.equals(_sample(source, store, now.seq_len, now.num_tokens, among)):
         sizes = folder.config.vocab_size, base_folder.config.vocab_size
         if sizes[0] == sizes[1]:
             return now, ""
         return now, f"{source.name}: no KL, as {base_name} knows {sizes[1]:,} tokens and {name} {sizes[0]:,}"
     # The same documents, to the same place in the last one.
-    whole = _sample(source, store, now.seq_len, store.held_out.num_tokens)
-    base = _sample(source, store, now.seq_len, whole.tokens_of(now.num_documents))
+    whole = _sample(source, store, now.seq_len, store.held_out.num_tokens, among)
+    base = _sample(source, store, now.seq_len, whole.tokens_of(now.num_documents), among)
     return (
         base,
         f"{source.name}: no KL, and only bits per byte compare: {base_name} cuts it into other tokens than {name}",
     )
 
 
-def _sample(source: ResolvedSource, store: TokenStore, seq_len: int, max_tokens: int) -> HeldOutSample:
-    sample = HeldOutSample(store, seq_len=seq_len, max_tokens=max_tokens)
+def _sample(
+    source: ResolvedSource, store: TokenStore, seq_len: int, max_tokens: int, among: np.ndarray | None
+) -> HeldOutSample:
+    sample = HeldOutSample(store, seq_len=seq_len, max_tokens=max_tokens, among=among)
     if not sample.num_predicted:
         raise UserError(
             f"{source.path}: documents of a single token each, which leave nothing to predict: give longer ones"

@@ -35,7 +35,7 @@ import transformers
 
 from llama_pro_fast.config import DataConfig, RunConfig, Source
 from llama_pro_fast.console import amount, duration, say
-from llama_pro_fast.data.corpus import cache_of
+from llama_pro_fast.data.corpus import cache_of, check_taught
 from llama_pro_fast.digests import file_hash
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.lineage import intact_bases
@@ -46,7 +46,7 @@ from llama_pro_fast.hf.loading import check_tensors
 from llama_pro_fast.hf.stock import leave_out_blocks, stock_model
 from llama_pro_fast.host import available_memory
 from llama_pro_fast.planning.devices import GIB
-from llama_pro_fast.text.sources import listed
+from llama_pro_fast.text.sources import listed, resolve_sources
 
 PATH, NAME = "base:samples", "base-samples"
 FORMAT = 1
@@ -77,6 +77,8 @@ def check_samples(config: RunConfig) -> None:
         UserError: naming the source and the remedy.
     """
     sources = [(role, source) for role in ("domain", "general") for source in listed(getattr(config.data, role))]
+    if sum(source.path == PATH for _, source in sources) > 1:
+        raise UserError(f"{PATH}: stands there more than once; name it once, with as many `documents:` as you want")
     for role, source in sources:
         if source.path != PATH:
             if source.documents is not None:
@@ -92,6 +94,20 @@ def check_samples(config: RunConfig) -> None:
         for key in ("text", "subset", "split", "split_by"):
             if getattr(source, key) != getattr(plain, key):
                 raise UserError(f"{PATH}: has no columns, subsets or splits: leave `{key}:` out")
+
+
+def check_given(config: RunConfig) -> None:
+    """Refuse text to be measured that the base would have to write first.
+
+    Raises:
+        UserError: naming the remedy.
+    """
+    check_samples(config)
+    if is_wanted(config.data):
+        raise UserError(
+            f"--data.general {PATH}: is written for a run; give the file that it was written to (in `samples` of the "
+            "cache), or name no text to measure a run's own"
+        )
 
 
 def with_samples(
@@ -116,6 +132,7 @@ def with_samples(
     if not is_wanted(config.data):
         return config.data
     check_tensors(folder)
+    _check_others(config)
     base = _Base(folder, *_base_in(folder, config), tokenizer, device, dtype, config.train.memory)
     cache, general = cache_of(config.data), []
     for source in listed(config.data.general):
@@ -124,6 +141,24 @@ def with_samples(
             source = dataclasses.replace(source, path=str(path), documents=None, name=source.name or NAME)
         general.append(source)
     return dataclasses.replace(config.data, general=general)
+
+
+def _check_others(config: RunConfig) -> None:
+    """Refuse now what would be refused of the run's text once the base had written its own.
+
+    Raises:
+        UserError: as :func:`resolve_sources` and :func:`check_taught`.
+    """
+    known, *_ = listed(config.data.domain)  # a text that is there, in place of one that is not yet
+    general = [
+        dataclasses.replace(known, name=source.name or NAME, weight=source.weight, share=source.share)
+        if source.path == PATH
+        else source
+        for source in listed(config.data.general)
+    ]
+    sources = resolve_sources(dataclasses.replace(config.data, general=general), default_general=False)
+    if config.train.kl_weight:
+        check_taught(config.data, any(source.trains for source in sources if source.role == "general"))
 
 
 def _base_in(folder: PretrainedFolder, config: RunConfig) -> tuple[str, tuple[int, ...]]:
@@ -167,6 +202,11 @@ class _Base:
             "ends": ends,
             "limit": min(TOKENS, self.folder.config.max_position_embeddings - len(start)),
         }
+        if how["limit"] < 1:
+            raise UserError(
+                f"--data.general {PATH}: {self.folder.path} has too few positions to write in: give a file of general "
+                "text"
+            )
         settings = [FORMAT, self.digest, documents, how, self.tokenizer.get_vocab()]
         path = folder / f"{file_hash(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.jsonl"
         if path.exists():
@@ -301,6 +341,11 @@ class _Sampling(transformers.LogitsProcessor):
         """``scores`` float32 ``[B, V]``."""
         self.token += 1
         self.at(self.token)
+        if scores.isnan().any():
+            raise UserError(
+                f"--data.general {PATH}: the base's predictions are not finite, so it cannot write: check its weights, "
+                "or give a file of general text"
+            )
         exponential = torch.empty_like(scores)
         for row, generator in zip(exponential, self.generators, strict=True):
             row.exponential_(generator=generator)

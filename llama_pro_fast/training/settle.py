@@ -81,7 +81,10 @@ def check_model(config: RunConfig) -> None:
     if (train.parameters == "blocks") != (train.blocks is not None):
         raise UserError("--train.blocks: goes with --train.parameters blocks; give both or neither")
     if train.blocks is not None and config.expand.wanted:
-        raise UserError("--train.blocks: names blocks of the model as it is; leave --expand.* out, or expand it first")
+        raise UserError(
+            "--train.blocks: names blocks of the model as it is; leave --expand.* out (over a recipe: --expand.groups "
+            "null), or expand it first"
+        )
     if train.steps is not None and train.tokens is not None:
         raise UserError("--train.steps and --train.tokens both set the length; give one of them")
     check_micro_batch(train)

@@ -22,6 +22,7 @@ from llama_pro_fast.evaluation import export_check
 from llama_pro_fast.evaluation.texts import standard_error
 from llama_pro_fast.hf.config import resolve
 from llama_pro_fast.reporting import summary
+from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.text.documents import is_held_out
 from llama_pro_fast.training import evaluating
@@ -230,12 +231,64 @@ def test_of_a_text_that_a_run_trained_on_only_what_it_held_out_counts(place, on,
     assert [text.documents for text in evaluate(place / "base", on("domain")).texts] == [30]
 
 
+def test_documents_that_end_elsewhere_for_the_other_tokenizer_are_left_out(place, on, tmp_path):
+    """Where a row spells the EOS of one of the two, that sees two documents in it; the others are the same text."""
+    shutil.copytree(place / "base", tmp_path / "other")
+    rows = [json.loads(line)["text"] for line in (place / "unseen.jsonl").read_text().splitlines()]
+    words = sorted(PreTrainedTokenizerFast.from_pretrained(place / "base").get_vocab())
+    eos = next(word for word in words if word.isalpha() and len(word) > 3 and word not in " ".join(rows))
+    PreTrainedTokenizerFast.from_pretrained(place / "base", eos_token=eos).save_pretrained(tmp_path / "other")
+    for name, text in (("plain", rows[3]), ("spells", f"{rows[3]} {eos} {rows[4]}")):
+        texts = [*rows[:3], text, *rows[4:]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+        config = replace(on(), data=DataConfig(general=str(tmp_path / f"{name}.jsonl")))
+        report = evaluate(place / "base", replace(config, eval=EvalConfig(tokens=300)), base=tmp_path / "other")
+        (text,) = report.texts
+        assert text.of_documents == (30 if name == "plain" else 29)
+        assert text.base.bits_per_byte == pytest.approx(text.bits_per_byte, rel=0.1)  # but for the EOS, the same model
+        assert any("spells: left out 1 of its documents" in note for note in report.notes) == (name == "spells")
+
+
+def test_a_generation_that_was_trained_elsewhere_is_said(place, on, tmp_path):
+    expand(place / "run" / "export", tmp_path / "two", after=[1])
+    config = load_config(place / "run")
+    config = replace(config, model=replace(config.model, path=str(tmp_path / "two")), expand=ExpandConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_loss", "write_page"):
+            patch.setattr(summary, name, lambda *_, **__: None)
+        patch.setattr(export_check, "available_memory", lambda: 0)
+        train(replace(config, output=str(tmp_path / "second")))
+    report = evaluate(tmp_path / "second", on("unseen"))
+    assert [note for note in report.notes if str(tmp_path / "two") in note and "not known" in note]
+    assert not [note for note in evaluate(place / "run", on("unseen")).notes if "not known" in note]
+
+
+def test_a_run_that_goes_on_while_it_is_evaluated_is_measured_at_its_newer_checkpoint(place, on, tmp_path, monkeypatch):
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("export", "report"))
+    newer = tmp_path / "run" / "checkpoints" / "step-000002"
+    newer.rename(tmp_path / "kept")
+    config, real, calls = on("unseen"), evaluating.in_tokens, []
+
+    def in_tokens(*args, **how):
+        if not calls:
+            (tmp_path / "kept").rename(newer)
+            shutil.rmtree(newer.with_name("step-000001"))
+        calls.append(1)
+        return real(*args, **how)
+
+    monkeypatch.setattr(evaluating, "in_tokens", in_tokens)
+    report = evaluate(tmp_path / "run", config)
+    assert (report.step, len(calls)) == (2, 2)
+    assert report.texts[0].loss == evaluate(place / "run", config).texts[0].loss
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["nowhere"], "model nowhere: no such folder"),
         (["BASE"], "--data.general: say what to measure"),
         (["BASE", "--data.general", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["BASE", "--data.general", "base:samples"], "is written for a run; give the file"),
         (["BASE", "--data.general", "EMPTY"], "no document with text"),
         (["BASE", "--data.general", "TEXT", "--from_step", "3"], "is not the folder of a run"),
         (["RUN", "--from_step", "3"], "no checkpoint of that step; there is 1, 2"),

@@ -121,5 +121,6 @@ def _with(changes: dict, **more: dict) -> dict:
 
 def test_it_is_refused_where_there_is_no_base_or_no_general_text(refused):
     refused("--train.kl_weight 1", "not kept", train__kl_weight=1, train__parameters="all", expand__groups=None)
-    refused("--train.kl_weight", "--data.replay", train__kl_weight=1)
+    refused("--train.kl_weight", "--data.replay 0.2", train__kl_weight=1)
+    refused("--train.kl_weight", "and --data.general FILE", train__kl_weight=1, data__general=None)
     refused("--train.kl_weight", "-1", train__kl_weight=-1)

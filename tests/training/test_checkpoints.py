@@ -153,6 +153,14 @@ def test_a_step_that_is_not_there_is_said_with_those_that_are(a_run, tmp_path, c
     cli.refused(code, err, "--from_step 5", "there is 4, 6")
 
 
+def test_an_older_step_does_not_take_the_place_of_the_runs_own_export(a_run, tmp_path, cli):
+    before = digests(a_run / "export")
+    code, _, err = cli(export_main, a_run, "--from_step", "4")
+    cli.refused(code, err, "--from_step 4: give a folder of its own")
+    assert cli(export_main, a_run, "--from_step", "6")[0] == 0
+    assert digests(a_run / "export") == before
+
+
 class RunsWhenRead:
     def __reduce__(self):
         return Path.touch, (Path("ran"),)

@@ -154,6 +154,7 @@ def test_without_a_token_that_begins_a_document_there_is_nothing_to_start_from(b
         ({"data": {"general": [Source(path="a.txt", documents=5)]}}, "a.txt: documents 5: only base:samples"),
         ({"data": {"general": [Source(path="base:samples", split_by="book")]}}, "leave `split_by:` out"),
         ({"data": {"general": [Source(path="base:samples", documents=0)]}}, "documents: 0 is not a number above 0"),
+        ({"data": {"general": [Source(path="base:samples")] * 2}}, "stands there more than once"),
         (
             {"model": {"init": "random"}, "train": {"parameters": "all"}, "expand": {"groups": None}},
             "random weights have nothing to keep",
@@ -164,6 +165,31 @@ def test_what_cannot_be_written_is_refused(make_config, sections, words):
     config = make_config(**{"data": {"general": "base:samples"}} | sections)
     with pytest.raises(UserError, match=words):
         check_text(config)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"data": {"domain": "nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
+        ({"data": {"general": [Source(path="base:samples"), Source(path="nowhere.jsonl")]}}, "nowhere.jsonl: no such"),
+        ({"data": {"general": [Source(path="base:samples", weight=0.0)], "replay": 0.2}}, "has weight 0"),
+        ({"train": {"kl_weight": 1.0}}, "no general text is trained on; add --data.replay 0.2$"),
+    ],
+)
+def test_what_is_refused_is_refused_before_the_base_writes(make_config, base, monkeypatch, sections, words):
+    monkeypatch.setattr(samples, "stock_model", None)
+    data = {"general": "base:samples"} | sections.get("data", {})
+    with pytest.raises(UserError, match=words):
+        run_training(make_config(**sections | {"data": data}))
+
+
+def test_a_base_whose_predictions_are_no_numbers_writes_nothing(base_of, written):
+    folder = base_of()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="predictions are not finite"):
+        written(folder)
 
 
 def test_a_run_replays_them_and_finds_or_writes_them_again_when_it_goes_on(

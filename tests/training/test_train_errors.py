@@ -157,6 +157,19 @@ def test_no_domain(refused):
     refused("--data.domain", data__domain=None)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("[{path: a.jsonl, wieght: 2}]", "a source has path, weight"),
+        ("[{path: a.jsonl, weight: two}]", "a value is not of its kind"),
+        ("{path: a.jsonl}", "put it into [ ]"),
+        ("[{path: a.jsonl", "is no list of sources"),
+    ],
+)
+def test_a_slip_in_a_list_of_sources_is_not_taken_for_a_path(refused, given, words):
+    refused("--data.general", words, data__general=given)
+
+
 def test_a_refused_run_leaves_no_folder(refused, tmp_path):
     refused("none.jsonl", data__domain=tmp_path / "none.jsonl")
     assert not (tmp_path / "run").exists()
