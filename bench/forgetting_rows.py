@@ -85,6 +85,10 @@ def wanted(rows: list[dict[str, Any]], methods: list[str]) -> Iterator[Asked]:
     yield from (Asked(name, METHODS[name].rates[turn]) for turn in (1, 2) for name in swept)
     yield from (Asked(name, best[name], seed=seed) for seed in range(1, SEEDS) for name in methods if name in MAIN)
     yield from (Asked(name, best[name], replay=0.0) for name in swept)
+    # What there is for those who have no general text: nothing, or text by the base.
+    yield from (
+        Asked(name, best[name], 0.0, seed) for seed in range(1, SEEDS) for name in methods if name == "expansion"
+    )
     yield from (Asked(name, best[name], scale=scale) for name in methods if name in DIALS for scale in SCALES)
     yield from (Asked(name, rate) for name in methods for rate in METHODS[name].rates[1:])
 
