@@ -207,14 +207,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         rates = [each for each in of_method if each.asked.scale == 1 and each.asked.replay]
         best = [each for each in of_method if each.asked.rate == best_rate(rows, name)]
         dial = [each for each in best if each.asked.replay]
-        look = {"color": f"C{number}", "ls": "-" if name in MAIN else ":"}
+        look = {"color": f"C{number}", "marker": "o" if name in MAIN else "s"}
         if rates:
             _line(left, rates, "rate", label=method.title, **look)
         if any(each.asked.scale < 1 for each in dial):
             _line(right, dial, "scale", label=method.title, **look)
         for each in best:
             if not each.asked.replay:
-                _dot(left, each, "", color=f"C{number}", markerfacecolor="white")
+                _dot(left, each, "", markerfacecolor="white", **look)
     for axes, title in (
         (left, f"learning rates; {REPLAY:.0%} replay, hollow: none"),
         (right, "dials of the best rates"),
@@ -230,16 +230,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     pictures.save(figure, path)
 
 
-def _line(axes: Any, of_method: list[Result], key: str, *, color: str, **look: Any) -> None:
+def _line(axes: Any, of_method: list[Result], key: str, *, label: str, **look: Any) -> None:
     ordered = sorted(of_method, key=lambda each: getattr(each.asked, key))
     points = [(each.forgotten.mean, each.gained.mean) for each in ordered]
-    axes.plot(*zip(*([(0.0, 0.0)] * (key == "scale") + points), strict=True), color=color, **look)
+    axes.plot(*zip(*([(0.0, 0.0)] * (key == "scale") + points), strict=True), label=label, ms=4, **look)
     for each in ordered:
-        _dot(axes, each, f"{getattr(each.asked, key):g}", color=color)
+        _dot(axes, each, f"{getattr(each.asked, key):g}", **look)
 
 
 def _dot(axes: Any, each: Result, text: str, *, color: str, **look: Any) -> None:
     """With bars for the interval where there is one."""
     x, y = each.forgotten, each.gained
-    axes.errorbar(x.mean, y.mean, xerr=x.half, yerr=y.half, fmt="o", ms=4, color=color, capsize=2, **look)
+    axes.errorbar(x.mean, y.mean, xerr=x.half, yerr=y.half, ls="", ms=4, color=color, capsize=2, **look)
     axes.annotate(text, (x.mean, y.mean), xytext=(4, -10), textcoords="offset points", fontsize=7, color=color)
