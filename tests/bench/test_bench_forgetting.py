@@ -62,7 +62,7 @@ def test_methods_are_told_apart_only_where_their_intervals_do_not_meet(tmp_path)
     rows = [BASE]
     for name, gains in {"expansion": (0.2, 0.21, 0.22), "full": (0.4, 0.41, 0.42), "lora-70": (0.1, 0.2, 0.3)}.items():
         for rate in METHODS[name].rates:
-            rows += [row(Asked(name, rate, seed=0), gains[0] - 100 * abs(rate - METHODS[name].rates[0]), 0.0)]
+            rows += [row(Asked(name, rate, seed=0), gains[0] - 1000 * abs(rate - METHODS[name].rates[0]), 0.0)]
         rows += [row(Asked(name, METHODS[name].rates[0], seed=seed), gains[seed], 0.02) for seed in (1, 2)]
     rows.append(row(Asked("full", METHODS["full"].rates[0], replay=0.0), 0.5, 0.1))
     rows.append(row(Asked("expansion", METHODS["expansion"].rates[0], replay=0.0), 0.3, 0.1))
