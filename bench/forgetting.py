@@ -21,7 +21,7 @@ First every rate with a fifth of each step replayed, by what it tells; then of e
 forgotten) two more seeds and a run without replay, and the dial: new blocks times A, or the weights A of the way from
 the base. A run is a row of the result, which is read back: a bench that was stopped goes on with what is missing.
 
-On a CPU two benches of one thread each (OMP_NUM_THREADS=1) do twice as much as one of two threads: each with --methods
+On a CPU two benches of one thread each (OMP_NUM_THREADS=1) do a third more than one of two threads: each with --methods
 and --out of its own, and --join brings their rows together.
 """
 
