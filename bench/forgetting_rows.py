@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -112,26 +112,29 @@ def gain_and_forgotten(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple
     return -mean(gain), mean(rise)
 
 
-class Mean(NamedTuple):
-    """Over the seeds, with the half of its interval of 95 %; None from fewer than SEEDS."""
+class Mean:
+    """Of one number over the seeds, in their order.
 
-    mean: float
-    half: float | None
+    Attributes:
+        half: of its interval of 95 %; None from fewer seeds than SEEDS.
+    """
 
-    @classmethod
-    def of(cls, values: list[float]) -> Mean:
-        return cls(mean(values), T_95 * stdev(values) / SEEDS**0.5 if len(values) == SEEDS else None)
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values, self.mean = values, mean(values)
+        self.half = T_95 * stdev(values) / SEEDS**0.5 if len(values) == SEEDS else None
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
     def beside(self, other: Mean) -> str:
-        """In a word; intervals that meet are a tie, and of fewer seeds nothing is said."""
+        """In a word, by the difference seed for seed: runs of one seed see the same text. Of fewer seeds nothing is
+        said."""
         if self.half is None or other.half is None:
             return ""
-        if abs(self.mean - other.mean) <= self.half + other.half:
+        difference = Mean([here - there for here, there in zip(self.values, other.values, strict=True)])
+        if abs(difference.mean) <= difference.half:
             return " (tie)"
-        return " (more)" if self.mean > other.mean else " (less)"
+        return " (more)" if difference.mean > 0 else " (less)"
 
 
 class Result(NamedTuple):
@@ -160,8 +163,10 @@ def results(rows: list[dict[str, Any]]) -> list[Result]:
         groups.setdefault((row["method"], row["rate"], row["replay"], row["scale"]), []).append(row)
     found = []
     for of_seeds in groups.values():
-        gained, forgotten = zip(*(gain_and_forgotten(rows, row) for row in of_seeds), strict=True)
-        found.append(Result(of_seeds, Mean.of([*gained]), Mean.of([*forgotten])))
+        of_seeds.sort(key=lambda row: row["seed"])
+        found.append(
+            Result(of_seeds, *map(Mean, zip(*(gain_and_forgotten(rows, row) for row in of_seeds), strict=True)))
+        )
     order = list(METHODS)
     return sorted(found, key=lambda each: (-each.asked.replay, order.index(each.asked.method)))
 

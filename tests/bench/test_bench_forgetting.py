@@ -58,18 +58,18 @@ def test_a_table_has_means_over_seeds(tmp_path):
     assert whole[6:] == ["-0.100"] * 2 + ["+0.020"] * 3 + ["0.86", "0.27"]
 
 
-def test_methods_are_told_apart_only_where_their_intervals_do_not_meet(tmp_path):
+def test_methods_are_told_apart_where_the_seeds_agree(tmp_path):
     rows = [BASE]
-    for name, gains in {"expansion": (0.2, 0.21, 0.22), "full": (0.4, 0.41, 0.42), "lora-70": (0.1, 0.2, 0.3)}.items():
+    for name, gains in {"expansion": (0.2, 0.3, 0.1), "full": (0.25, 0.36, 0.16), "lora-70": (0.3, 0.1, 0.2)}.items():
         for rate in METHODS[name].rates:
             rows += [row(Asked(name, rate, seed=0), gains[0] - 1000 * abs(rate - METHODS[name].rates[0]), 0.0)]
-        rows += [row(Asked(name, METHODS[name].rates[0], seed=seed), gains[seed], 0.02) for seed in (1, 2)]
+        rows += [row(Asked(name, METHODS[name].rates[0], seed=seed), gains[seed], 0.02) for seed in (2, 1)]
     rows.append(row(Asked("full", METHODS["full"].rates[0], replay=0.0), 0.5, 0.1))
     rows.append(row(Asked("expansion", METHODS["expansion"].rates[0], replay=0.0), 0.3, 0.1))
     gained = {line.split(" | ")[0]: line.split(" | ")[3] for line in markdown(rows).splitlines()[2:]}
     assert gained == {
-        "| new blocks": "+0.210 ± 0.025",
-        "| full fine-tuning": "+0.410 ± 0.025 (more)",
+        "| new blocks": "+0.200 ± 0.248",
+        "| full fine-tuning": "+0.257 ± 0.249 (more)",
         "| LoRA, rank 70": "+0.200 ± 0.248 (tie)",
         "| new blocks, no replay": "+0.300",
         "| full fine-tuning, no replay": "+0.500",
