@@ -85,10 +85,9 @@ def wanted(rows: list[dict[str, Any]], methods: list[str]) -> Iterator[Asked]:
     yield from (Asked(name, METHODS[name].rates[turn]) for turn in (1, 2) for name in swept)
     yield from (Asked(name, best[name], seed=seed) for seed in range(1, SEEDS) for name in methods if name in MAIN)
     yield from (Asked(name, best[name], replay=0.0) for name in swept)
-    # What there is for those who have no general text: nothing, or text by the base.
-    yield from (
-        Asked(name, best[name], 0.0, seed) for seed in range(1, SEEDS) for name in methods if name == "expansion"
-    )
+    # What there is for those who have no general text: nothing, the dial, or text by the base.
+    if "expansion" in methods:
+        yield from (Asked("expansion", best["expansion"], 0.0, n, by) for n in range(SEEDS) for by in (1.0, SCALES[-1]))
     yield from (Asked(name, best[name], scale=scale) for name in methods if name in DIALS for scale in SCALES)
     yield from (Asked(name, rate) for name in methods for rate in METHODS[name].rates[1:])
 
@@ -218,7 +217,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         if any(each.asked.scale < 1 for each in dial):
             _line(right, dial, "scale", label=method.title, **look)
         for each in best:
-            if not each.asked.replay:
+            if not each.asked.replay and each.asked.scale == 1:
                 _dot(left, each, "", markerfacecolor="white", **look)
     for axes, title in (
         (left, f"learning rates; {REPLAY:.0%} replay, hollow: none"),
