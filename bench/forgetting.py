@@ -17,9 +17,10 @@ than the rounding is back at the base's, which costs full fine-tuning at small r
     lora-70     PEFT's LoRA on every linear layer, as many parameters; lora-256 of the rank that is recommended
     english     as expansion, on nothing but the text for replay: what any training does to this base
 
-First every method once with a fifth of each step replayed, then two more rates of the four that are compared. Of the best
-rate (most gained less forgotten) two more seeds, a run without replay, and the dial: new blocks times A, or the weights A
-of the way from the base. Last the other methods' rates. A run is a row of the result, which is read back: a bench that was stopped goes on with what is missing.
+First every method once with a fifth of each step replayed, then two more rates of the four that are compared. Of the
+best rate (most gained less forgotten) two more seeds, a run without replay, and the dial: new blocks times A, or the
+weights A of the way from the base. Last the other methods' rates. A run is a row of the result, which is read back: a
+bench that was stopped goes on with what is missing.
 
 On a CPU two benches of one thread each (OMP_NUM_THREADS=1) do a third more than one of two threads: each with --methods
 and --out of its own, and --join brings their rows together.
