@@ -11,7 +11,7 @@ than the rounding is back at the base's, which costs full fine-tuning at small r
     expansion   six new blocks, one after every fifth block
     upper       six new blocks in the upper half
     muon        as expansion, matrices by Muon
-    taught      as expansion, with KL to the base on what is replayed; own-text with text for it that the base wrote
+    taught      as expansion, with KL to the base on what is replayed
     full        full fine-tuning; merged with its base in the picture of the dials
     blocks      the six highest blocks of the base, as many parameters as six new ones
     lora-70     PEFT's LoRA on every linear layer, as many parameters; lora-256 of the rank that is recommended
@@ -19,8 +19,9 @@ than the rounding is back at the base's, which costs full fine-tuning at small r
 
 First every method once with a fifth of each step replayed, then two more rates of the four that are compared. Of the
 best rate (most gained less forgotten) two more seeds, a run without replay, and the dial: new blocks times A, or the
-weights A of the way from the base. Last the other methods' rates. A run is a row of the result, which is read back: a
-bench that was stopped goes on with what is missing.
+weights A of the way from the base; and new blocks without replay at a rate at which they forget, with their dial. Last
+the other methods' rates. A run is a row of the result, which is read back: a bench that was stopped goes on with what
+is missing.
 
 On a CPU two benches of one thread each (OMP_NUM_THREADS=1) do a third more than one of two threads: each with --methods
 and --out of its own, and --join brings their rows together.
@@ -50,7 +51,6 @@ from llama_pro_fast.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
-    Source,
     TrainConfig,
 )
 from llama_pro_fast.data.corpus import Corpus
@@ -115,16 +115,12 @@ class Bench:
 
     def config(self, asked: Asked) -> RunConfig:
         method, english = METHODS[asked.method], asked.method == "english"
-        general: str | list[Source] = str(self.texts / f"{REPLAYED}.jsonl")
-        if method.own_text:  # once as much as is replayed
-            documents = round(REPLAY * self.steps * BATCH * SEQ_LEN / 400)
-            general = [Source(path="base:samples", documents=documents)]
         return RunConfig(
             model=ModelConfig(path=str(self.base)),
             expand=method.expand,
             data=DataConfig(
                 domain=str(self.texts / f"{REPLAYED if english else LEARNED}.jsonl"),
-                general=general,
+                general=str(self.texts / f"{REPLAYED}.jsonl"),
                 replay=0.0 if english else asked.replay,
                 cache=str(self.work / "tokens"),
             ),

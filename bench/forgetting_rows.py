@@ -15,6 +15,8 @@ from llama_pro_fast.config import ExpandConfig
 
 REPLAY = 0.2
 SCALES = (0.25, 0.5, 0.75)
+FAST = 3e-3
+"""At which new blocks forget without replay."""
 SEEDS, T_95 = 3, 4.303
 """Of the main methods, and Student's t for an interval of 95 % from so many."""
 NAMES = dict(
@@ -29,7 +31,6 @@ class Method(NamedTuple):
         rates: to be tried, in this order.
         expand, parameters, blocks, optimizer: of the trainer's configuration.
         kl_weight: with it the base is the teacher on what is replayed.
-        own_text: whether the base wrote that itself.
         rank: of LoRA, which is trained here instead.
     """
 
@@ -40,7 +41,6 @@ class Method(NamedTuple):
     blocks: str | None = None
     optimizer: str = "adamw"
     kl_weight: float = 0.0
-    own_text: bool = False
     rank: int = 0
 
 
@@ -54,12 +54,11 @@ METHODS = {
     "lora-256": Method("LoRA, rank 256", (1e-3, 3e-3, 3e-4), rank=256),
     "muon": Method("new blocks, Muon", (3e-3, 1e-2, 1e-3), SIX, optimizer="muon"),
     "taught": Method("new blocks, the base as teacher", (1e-3, 2e-3, 5e-4), SIX, kl_weight=1.0),
-    "own-text": Method("the same on text by the base", (1e-3, 2e-3, 5e-4), SIX, kl_weight=1.0, own_text=True),
     "english": Method("new blocks, English only", (1e-3,), SIX),
 }
 SWEPT = ("expansion", "full", "lora-70", "blocks")
 """Whose rates are swept first, and which are also trained without replay."""
-MAIN = (*SWEPT, "taught", "own-text")
+MAIN = (*SWEPT, "taught")
 """That get three seeds."""
 DIALS = ("expansion", "full", "lora-70")
 
@@ -85,9 +84,10 @@ def wanted(rows: list[dict[str, Any]], methods: list[str]) -> Iterator[Asked]:
     yield from (Asked(name, METHODS[name].rates[turn]) for turn in (1, 2) for name in swept)
     yield from (Asked(name, best[name], seed=seed) for seed in range(1, SEEDS) for name in methods if name in MAIN)
     yield from (Asked(name, best[name], replay=0.0) for name in swept)
-    # What there is for those who have no general text: nothing, the dial, or text by the base.
+    # What there is for those who have no general text: nothing, or the dial.
     if "expansion" in methods:
-        yield from (Asked("expansion", best["expansion"], 0.0, n, by) for n in range(SEEDS) for by in (1.0, SCALES[-1]))
+        for rate, scales in ((best["expansion"], SCALES[-1:]), (FAST, SCALES)):
+            yield from (Asked("expansion", rate, 0.0, n, by) for n in range(SEEDS) for by in (1.0, *scales))
     yield from (Asked(name, best[name], scale=scale) for name in methods if name in DIALS for scale in SCALES)
     yield from (Asked(name, rate) for name in methods for rate in METHODS[name].rates[1:])
 
@@ -216,12 +216,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             _line(left, rates, "rate", label=method.title, **look)
         if any(each.asked.scale < 1 for each in dial):
             _line(right, dial, "scale", label=method.title, **look)
+        if fast := [each for each in of_method if (each.asked.rate, each.asked.replay) == (FAST, 0)]:
+            _line(right, fast, "scale", label=f"{method.title}, {FAST:g}, no replay", markerfacecolor="white", **look)
         for each in best:
             if not each.asked.replay and each.asked.scale == 1:
                 _dot(left, each, "", markerfacecolor="white", **look)
     for axes, title in (
         (left, f"learning rates; {REPLAY:.0%} replay, hollow: none"),
-        (right, "dials of the best rates"),
+        (right, "dials"),
     ):
         axes.plot(0, 0, "k*", markersize=10)
         axes.annotate("base", (0, 0), xytext=(6, -10), textcoords="offset points", fontsize=8)

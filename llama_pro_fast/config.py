@@ -83,7 +83,7 @@ class Source:
 
     path: str
     """A file, a folder, a pattern such as `crawl/*.jsonl.gz`, a data set of the hub, an address that fsspec opens
-    (`s3://...`), `stdlib:code` / `stdlib:prose`, or as a general text `base:samples`, what the base itself writes."""
+    (`s3://...`), `stdlib:code` or `stdlib:prose`."""
 
     weight: float | None = number(None, NOT_BELOW_0)
     """How often each document stands in an epoch: at 1.5 once, and every other one a second time. Default: 1 for
@@ -105,9 +105,6 @@ class Source:
     """A column whose value decides whether a row trains or is held out, so that rows of one value (a repository, a
     book) are never on both sides. Default: the row's text."""
 
-    documents: int | None = number(None, ABOVE_0)
-    """Of `base:samples`: how many documents the base writes; by default 1,000."""
-
     name: str | None = None
     """How reports call it; by default the file's name without ending."""
 
@@ -120,8 +117,7 @@ class DataConfig:
     """What to learn: a path, or a list of sources."""
 
     general: str | list[Source] | None = None
-    """What not to forget: a path (`base:samples` where there is no such text), or a list of sources. Without one the
-    built-in prose (`stdlib:prose`) is measured."""
+    """What not to forget: a path, or a list of sources. Without one the built-in prose (`stdlib:prose`) is measured."""
 
     replay: float = number(0.0, BELOW_1)
     """Share of the tokens of every step that comes from the general sources, which are then trained on too."""

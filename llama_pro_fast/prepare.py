@@ -6,24 +6,20 @@ It takes the options of `train`: swap the verb, keep the line. A run of that tex
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 from llama_pro_fast.cli import run_entry_point
-from llama_pro_fast.config import DataConfig, RunConfig
+from llama_pro_fast.config import RunConfig
 from llama_pro_fast.console import amount, say, table, waiting
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.data.remarks import remarks
 from llama_pro_fast.data.show import shown_sequences
 from llama_pro_fast.data.statistics import PERCENTILES, SourceStatistics, shared_documents, statistics
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.hf.folder import PretrainedFolder
-from llama_pro_fast.model.decoder import DTYPES
 from llama_pro_fast.planning.job import sequence_length
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.text.tokenizer_checks import warnings
 from llama_pro_fast.training import model_folder
-from llama_pro_fast.training.samples import is_wanted, with_samples
-from llama_pro_fast.training.settle import check_text, dtype_name, start_device
+from llama_pro_fast.training.settle import check_text
 
 OWN = {
     "stats": {
@@ -48,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = model_folder.make_tokenizer(config, base, update)
         seq_len = sequence_length(config, base.config)
         corpus = Corpus.prepare(
-            _text(config, tokenizer, update),
+            config.data,
             tokenizer,
             seq_len=seq_len,
             seed=config.train.seed,
@@ -65,15 +61,6 @@ def main(argv: list[str] | None = None) -> int:
     for text in shown_sequences(corpus, tokenizer, request.own["show"]):
         say(text)
     return 0
-
-
-def _text(config: RunConfig, tokenizer, tell: Callable[[str], None]) -> DataConfig:
-    """The text of the run; of the model's weights only what the base writes needs anything."""
-    if not is_wanted(config.data):
-        return config.data
-    folder, device = PretrainedFolder(model_folder.find(config.model.path)), start_device(config)
-    dtype = DTYPES[dtype_name(config, device)]
-    return with_samples(config, folder, tokenizer, device=device, dtype=dtype, tell=tell)
 
 
 def _say_remarks(config: RunConfig, corpus: Corpus, tokenizer, base) -> None:

@@ -103,8 +103,9 @@ class Corpus:
         mixed = mix(sources, stores, replay=config.replay, drop_duplicates=config.drop_duplicates)
         packed = {"seq_len": seq_len, "seed": seed, "batch_size": batch_size, "packing": config.packing}
         general = [number for number, source in enumerate(sources) if source.role == "general"]
-        if taught:
-            check_taught(config, any(mixed[number].trains for number in general))
+        if taught and not any(mixed[number].trains for number in general):
+            text = "" if config.general else " and --data.general FILE"
+            raise UserError(f"--train.kl_weight: no general text is trained on; add --data.replay 0.2{text}")
         trained = [(each.key, each.weight, each.share) for each in mixed if each.trains]
         measured = [
             (source.role, source.name, store.key(store.held_out)) for source, store in zip(sources, stores, strict=True)
@@ -167,20 +168,6 @@ class Corpus:
             f"sequences {self.train.filled:.2%} full, {self.train.without_beginning:.1%} of the tokens in a piece "
             "without its document's beginning"
         )
-
-
-def check_taught(config: DataConfig, trains: bool) -> None:
-    """Refuse a base that is to teach nothing.
-
-    Args:
-        trains: whether any general text is trained on.
-
-    Raises:
-        UserError: naming the remedy.
-    """
-    if not trains:
-        text = "" if config.general else " and --data.general FILE, or base:samples"
-        raise UserError(f"--train.kl_weight: no general text is trained on; add --data.replay 0.2{text}")
 
 
 def tokenized(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import transformers
 
 from llama_pro_fast.digests import combined_digest
 from llama_pro_fast.errors import UserError
@@ -26,10 +27,9 @@ from llama_pro_fast.expansion.rewrite import Progress, block_tensor_name, split_
 from llama_pro_fast.files import new_folder
 from llama_pro_fast.hf.config import CONFIG_FILE, ROPE_KEYS, rope_of
 from llama_pro_fast.hf.families import block_spec, window_within
-from llama_pro_fast.hf.folder import PretrainedFolder
+from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import EMBEDDING, load_block, load_embedding, rotary_tables
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES
-from llama_pro_fast.hf.stock import stock_model
 from llama_pro_fast.host import available_memory
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.block import BlockContext
@@ -244,7 +244,12 @@ def _prove_logits(
 
 @torch.no_grad()
 def _logits(folder: PretrainedFolder, documents: list[list[int]], dtype: torch.dtype) -> list[torch.Tensor]:
-    model = stock_model(folder.path, dtype)
+    with no_progress_bars():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype).eval()
+    for parameter in model.parameters():
+        # Loading maps the files, and a CPU product may round otherwise where its weights start off a cache line: two
+        # folders would differ by where their tensors happen to lie. A copy of one's own is aligned.
+        parameter.data = parameter.data.clone()
     return [model(input_ids=torch.tensor([document]), use_cache=False).logits for document in documents]
 
 

@@ -196,8 +196,6 @@ def _files(source: Source) -> tuple[list[SourceFile], list[NotRead], str]:
     path = Path(os.path.expanduser(given))
     if given.startswith("stdlib:"):
         raise UserError(f"{given}: no such built-in text: there are {' and '.join(STDLIB)}")
-    if given.startswith("base:"):
-        raise UserError(f"{given}: no such text: what the base itself writes is called base:samples")
     if is_address(given):
         return _remote(source)
     if not os.path.exists(path):  # and not `path.exists()`, which fails on a name that is too long

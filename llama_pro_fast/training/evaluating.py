@@ -40,9 +40,8 @@ from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.marker import COMPLETE
 from llama_pro_fast.runs.run_folder import shown
 from llama_pro_fast.training import model_folder
-from llama_pro_fast.training.checkpoint_folder import CheckpointFolder, trained_folder
+from llama_pro_fast.training.checkpoint_folder import CheckpointFolder
 from llama_pro_fast.training.measured_texts import MeasuredText, given_texts, in_tokens, own_texts
-from llama_pro_fast.training.samples import check_given, is_wanted, with_samples
 from llama_pro_fast.training.settle import settle_computation, start_device
 from llama_pro_kernels import implementation_name
 
@@ -178,18 +177,12 @@ def _report(
     max_tokens, seq_len = config.eval.tokens or TOKENS, now.train.seq_len
     with waiting("reading text ...") as update:
         if config.data.domain or config.data.general:
-            check_given(config)
             of_base = model_folder.runs_behind(other.name) if other else []
             sources, notes = given_texts(config.data, [*runs, *of_base])
             if (unknown := _trained_elsewhere(now, runs)) is not None:
                 notes.append(f"{unknown}: which text its new blocks trained on is not known here, so all is measured")
         elif runs:
-            own, dtype = load_config(runs[0]), DTYPES[now.train.dtype]
-            data = own.data
-            if is_wanted(data):
-                folder = trained_folder(runs[0])
-                data = with_samples(own, folder, folder.tokenizer(), device=device, dtype=dtype, tell=update)
-            sources, notes = own_texts(own, data), [f"measured: what {shown(runs[0])} held out of its own text"]
+            sources, notes = own_texts(runs[0]), [f"measured: what {shown(runs[0])} held out of its own text"]
         else:
             raise UserError(
                 "--data.general: say what to measure: a file, a folder or a pattern of text, or a data set of the hub "

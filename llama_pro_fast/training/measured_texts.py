@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_pro_fast.config import DataConfig, Settled
+from llama_pro_fast.config import DataConfig
 from llama_pro_fast.data.corpus import HeldOut, tokenized
 from llama_pro_fast.data.remarks import left_out
 from llama_pro_fast.data.sample import HeldOutSample
@@ -22,9 +22,8 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.run_folder import shown
-from llama_pro_fast.text.sources import ResolvedSource, listed, resolve_sources
+from llama_pro_fast.text.sources import ResolvedSource, resolve_sources
 from llama_pro_fast.text.store import TokenStore
-from llama_pro_fast.training.samples import PATH as SAMPLES
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,11 @@ class MeasuredText:
     keys: list[str]
 
 
-def own_texts(config: Settled, data: DataConfig) -> list[MeasuredSource]:
-    """The texts that a run itself measures: the held-out side of each of its own.
-
-    Args:
-        config: of the run.
-        data: its texts, with a file in place of what the base writes.
-    """
-    sources = resolve_sources(data, default_general=config.train.parameters != "all")
-    return [MeasuredSource(source, data.held_out) for source in sources]
+def own_texts(run: Path) -> list[MeasuredSource]:
+    """The texts that a run itself measures: the held-out side of each of its own."""
+    config = load_config(run)
+    sources = resolve_sources(config.data, default_general=config.train.parameters != "all")
+    return [MeasuredSource(source, config.data.held_out) for source in sources]
 
 
 def given_texts(data: DataConfig, runs: Sequence[Path]) -> tuple[list[MeasuredSource], list[str]]:
@@ -82,10 +77,8 @@ def given_texts(data: DataConfig, runs: Sequence[Path]) -> tuple[list[MeasuredSo
     notes = []
     for run in runs:
         own = load_config(run).data
-        kept = [source for source in listed(own.general) if source.path != SAMPLES]  # nobody else's text
-        replay = own.replay if any(source.weight != 0 for source in kept) else 0.0
         try:
-            sources = resolve_sources(dataclasses.replace(own, general=kept, replay=replay), default_general=False)
+            sources = resolve_sources(own, default_general=False)
         except UserError as error:
             notes.append(f"{run}: its own text is not all here, so it may have trained on what is measured: {error}")
             continue

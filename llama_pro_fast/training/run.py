@@ -27,7 +27,6 @@ from llama_pro_fast.files import writing_to
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import EMBEDDING
 from llama_pro_fast.host import peak_memory_gib
-from llama_pro_fast.model.decoder import DTYPES
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB
 from llama_pro_fast.planning.explain import why
@@ -45,7 +44,6 @@ from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.cards import show_end
 from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.loop import Run, check_unchanged, starting_info, train
-from llama_pro_fast.training.samples import with_samples
 from llama_pro_fast.training.settle import (
     check_bounds,
     check_recipe,
@@ -153,7 +151,7 @@ def _run(
         with waiting("reading text ...") as update:
             tokenizer = base.tokenizer() if folder else model_folder.make_tokenizer(config, base, update)
             corpus = Corpus.prepare(
-                with_samples(config, base, tokenizer, device=device, dtype=DTYPES[config.train.dtype], tell=update),
+                config.data,
                 tokenizer,
                 seq_len=config.train.seq_len,
                 seed=config.train.seed,

@@ -24,7 +24,6 @@ from llama_pro_fast.planning.devices import GIB, Device
 from llama_pro_fast.planning.explain import shortfall
 from llama_pro_fast.planning.job import Question, ask, attention_backend, recompute_text, sequence_length
 from llama_pro_fast.planning.search import Fit, best_fit
-from llama_pro_fast.training.samples import check_samples
 from llama_pro_fast.training.schedule import settle_schedule
 from llama_pro_kernels import implementation_name
 
@@ -57,7 +56,6 @@ def check_text(config: RunConfig) -> None:
             "--data.domain: say what to learn: a file, a folder or a pattern of text (jsonl, parquet, csv, txt, source "
             "code), a data set of the hub, or stdlib:code"
         )
-    check_samples(config)
 
 
 def check_model(config: RunConfig) -> None:
@@ -125,12 +123,6 @@ def start_device(config: RunConfig) -> torch.device:
     return torch.device(device)
 
 
-def dtype_name(config: RunConfig, device: torch.device) -> str:
-    """What a run computes in."""
-    dtype = config.train.dtype
-    return dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-
-
 def settle_computation(config: RunConfig, base: PretrainedFolder, device: torch.device) -> RunConfig:
     """``config`` with sequence length, device, dtype, attention backend and threads filled in.
 
@@ -141,7 +133,7 @@ def settle_computation(config: RunConfig, base: PretrainedFolder, device: torch.
         UserError: a backend asked for is not there, or the sequence is longer than the model allows.
     """
     train, seq_len = config.train, sequence_length(config, base.config)
-    name = dtype_name(config, device)
+    name = train.dtype if train.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     attention = attention_backend(config, base.config, device, name, seq_len)
     try:
         implementation_name(device, DTYPES[name])

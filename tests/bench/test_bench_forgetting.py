@@ -9,7 +9,7 @@ import json
 import pytest
 import transformers
 from forgetting import gflop_per_token
-from forgetting_rows import METHODS, REPLAY, Asked, best_rate, draw, gain_and_forgotten, markdown, summary, wanted
+from forgetting_rows import FAST, METHODS, REPLAY, Asked, best_rate, draw, gain_and_forgotten, markdown, summary, wanted
 from forgetting_texts import DOMAIN, GENERAL, PAGES, write_texts
 
 BASE = {"method": "base", "loss": dict.fromkeys((*DOMAIN, *GENERAL), 3.0)}
@@ -27,8 +27,8 @@ def test_runs_come_in_the_order_of_their_worth():
         asked = missing[0]
         order.append(asked)
         # The largest rate gains most and forgets more than that: the middle one is the best.
-        place = sorted(METHODS[asked.method].rates).index(asked.rate)
-        rows.append(row(asked, gain=0.1 * place, forgotten=(0.0, 0.01, 0.2)[place]))
+        place = sorted({*METHODS[asked.method].rates, FAST}).index(asked.rate)
+        rows.append(row(asked, gain=0.1 * place, forgotten=(0.0, 0.01, 0.2, 0.4)[place]))
     middle = {name: sorted(METHODS[name].rates)[1] for name in names}
     assert {name: best_rate(rows, name) for name in names} == middle
     first, sweep, rest = order[:3], order[3:7], order[7:]
@@ -37,6 +37,9 @@ def test_runs_come_in_the_order_of_their_worth():
         *((name, rate) for name in names[:2] for rate in METHODS[name].rates),
         ("muon", middle["muon"]),
     }
+    fast = [a for a in rest if a.rate == FAST and a.method == "expansion"]
+    assert fast == [Asked("expansion", FAST, 0.0, n, by) for n in range(3) for by in (1.0, 0.25, 0.5, 0.75)]
+    rest = [a for a in rest if a not in fast]
     assert [(a.method, a.replay, a.seed, a.scale) for a in rest] == [
         *((name, REPLAY, seed, 1.0) for seed in (1, 2) for name in names[:2]),
         *((name, 0.0, 0, 1.0) for name in names[:2]),

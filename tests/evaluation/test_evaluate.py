@@ -288,7 +288,6 @@ def test_a_run_that_goes_on_while_it_is_evaluated_is_measured_at_its_newer_check
         (["nowhere"], "model nowhere: no such folder"),
         (["BASE"], "--data.general: say what to measure"),
         (["BASE", "--data.general", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["BASE", "--data.general", "base:samples"], "is written for a run; give the file"),
         (["BASE", "--data.general", "EMPTY"], "no document with text"),
         (["BASE", "--data.general", "TEXT", "--from_step", "3"], "is not the folder of a run"),
         (["RUN", "--from_step", "3"], "no checkpoint of that step; there is 1, 2"),
