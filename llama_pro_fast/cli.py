@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 
 from llama_pro_fast import __version__
 from llama_pro_fast.console import flush_or_give_up, open_missing_streams
-from llama_pro_fast.errors import UserError
+from llama_pro_fast.errors import ToldElsewhere, UserError
 from llama_pro_fast.files import why_refused
 
 PROGRAM = "llama-pro-fast"
@@ -56,6 +56,8 @@ def run_entry_point(main: Callable[[list[str] | None], int], argv: list[str] | N
         if not sys.stdout.closed:
             sys.stdout.flush()
         return code
+    except ToldElsewhere:
+        return USER_ERROR
     except (UserError, argparse.ArgumentError) as error:
         line = " ".join(part.strip() for part in str(error).splitlines())
         return _tell(f"error: {line}", USER_ERROR)

@@ -236,6 +236,10 @@ class TrainConfig:
     threads: int | None = number(None, THREADS)
     """CPU threads; by default what PyTorch chooses."""
 
+    ranks: int = number(1, THREADS)
+    """Processes that share every step, a device each: in a plan what is planned for, in a run what torchrun has
+    started."""
+
     log_every: int = number(10, ABOVE_0)
     """Steps between two lines of log."""
 
@@ -378,15 +382,20 @@ def check_values(config: Any, prefix: str = "") -> None:
 
 
 def check_micro_batch(train: TrainConfig) -> None:
-    """A step is whole micro-batches.
+    """A step is whole micro-batches, as many for each rank.
 
     Raises:
         UserError: it is not.
     """
-    if train.micro_batch_size is not None and train.batch_size % train.micro_batch_size:
+    micro, ranks, batch = train.micro_batch_size or 1, train.ranks, train.batch_size
+    if batch % ranks:
         raise UserError(
-            f"--train.micro_batch_size: {train.micro_batch_size} does not divide --train.batch_size {train.batch_size}"
+            f"--train.batch_size {batch}: {ranks} processes cannot share it evenly; give a multiple of {ranks}, or "
+            "start another number of them"
         )
+    if batch // ranks % micro:
+        each = "" if ranks == 1 else f" by {ranks} processes"
+        raise UserError(f"--train.micro_batch_size: {micro} does not divide --train.batch_size {batch}{each}")
 
 
 def _is_of(value: Any, hint: Any) -> bool:

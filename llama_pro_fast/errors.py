@@ -8,3 +8,7 @@ bug of ours and keeps its traceback.
 
 class UserError(ValueError):
     """Bad input: one line naming the thing, the place and the remedy."""
+
+
+class ToldElsewhere(UserError):
+    """The same on a process that need not tell it: another one of its run does."""

@@ -44,6 +44,7 @@ MAY_CHANGE = {
     "train.device": _ROUNDING,
     "train.attention": _ROUNDING,
     "train.threads": _ROUNDING,
+    "train.ranks": _ROUNDING,
     "train.deterministic": _ROUNDING,
     "data.workers": _SAME,
     "data.max_bad_share": _SAME,
@@ -87,6 +88,7 @@ _SETTLED_WITH = {
     "train.memory": ("train.micro_batch_size", "train.recompute"),
     "train.micro_batch_size": ("train.recompute",),
     "train.device": ("train.memory", "train.micro_batch_size", "train.recompute", "train.attention", "train.threads"),
+    "train.ranks": ("train.micro_batch_size", "train.recompute", "train.threads"),
     "train.steps": ("train.tokens",),
     "train.tokens": ("train.steps",),
 }
@@ -129,7 +131,8 @@ def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) 
 
 def opened(then: RunConfig, now: RunConfig) -> RunConfig:
     """``now`` with what hangs on a changed key, and has not changed itself, left open to be settled anew: on another
-    device all that was chosen for the old one; of the two lengths the one that has not changed."""
+    device, or with more or fewer ranks, all that was chosen for the old ones; of the two lengths the one that has not
+    changed."""
     before, after = ({key: value for key, value, _ in options(config)} for config in (then, now))
     changed = {key for key, value in after.items() if value != before[key]}
     if after["train.tokens"] is None:

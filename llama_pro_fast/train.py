@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.console import say, unheard
+from llama_pro_fast.ranks import Ranks, joined
 from llama_pro_fast.recipe import RECIPES, parse
 from llama_pro_fast.runs import run_folder
 from llama_pro_fast.training.run import run_training
@@ -18,16 +19,26 @@ PREDECESSOR = 300
 
 def main(argv: list[str] | None = None) -> int:
     """The verb `train`; without options the quickstart."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv:
-        output = run_folder.first_free(Path("runs", "quickstart"))
-        with unheard():
-            say(f"no options: the quickstart, into {output} (`llama-pro-fast train --help` for everything else)")
-        argv = ["--config", str(RECIPES / "quickstart.yaml"), "--output", str(output)]
-    request = parse(argv)
-    output = request.config.output and Path(request.config.output)
-    going_on = request.auto and request.resume and request.from_step is None
-    if going_on and run_folder.nothing_left(output, request.config):
+    with joined() as ranks:
+        return _train(sys.argv[1:] if argv is None else argv, ranks)
+
+
+def _train(argv: list[str], ranks: Ranks) -> int:
+    plain = not argv
+    with ranks.together():
+        if plain and ranks.leads:
+            output = run_folder.first_free(Path("runs", "quickstart"))
+            with unheard():
+                say(f"no options: the quickstart, into {output} (`llama-pro-fast train --help` for everything else)")
+            argv = ["--config", str(RECIPES / "quickstart.yaml"), "--output", str(output)]
+    argv, nothing_left = ranks.share(argv) if plain else argv, False
+    with ranks.together():
+        request = parse(argv)
+        output = request.config.output and Path(request.config.output)
+        going_on = request.auto and request.resume and request.from_step is None
+        if going_on and ranks.leads:
+            nothing_left = run_folder.nothing_left(output, request.config)
+    if ranks.share(nothing_left):
         with unheard():
             say(f"{run_folder.shown(output)}: finished already")
         return 0

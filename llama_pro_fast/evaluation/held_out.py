@@ -15,6 +15,7 @@ import torch
 
 from llama_pro_fast.model.batch import IGNORE_INDEX, PackedBatch
 from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,16 @@ def evaluate(
     skip_for_base: Collection[int] = (),
     skip_for_first_base: Collection[int] = (),
     num_bytes: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Measure ``model`` on ``batches``.
 
     Args:
+        batches: of this rank.
         skip_for_base: the newest blocks; given, the base is measured too.
         skip_for_first_base: the new blocks of all generations; given, the first base is measured too.
-        num_bytes: UTF-8 bytes that the valid tokens of all batches spell, to report bits per byte.
+        num_bytes: UTF-8 bytes that the valid tokens of all batches of all ranks spell, to report bits per byte.
+        ranks: which measure together.
 
     Returns:
         Sums are taken in float64, so the order of magnitude of a long text costs no digits.
@@ -70,6 +74,8 @@ def evaluate(
         tokens += batch.num_valid
         figures = token_figures(model, batch.to(device), list(bases.values()))
         sums += torch.stack([figure.double().sum() for figure in figures])
+    tokens = sum(each for (each,) in ranks.table([tokens]))
+    ranks.add([sums])
     assert tokens, "nothing to predict"
     loss, *figures = (sums / tokens).tolist()
     names = [prefix + figure for prefix in bases for figure in ("base_loss", "kl")]

@@ -101,7 +101,8 @@ class Question:
         job: the model as it will be trained.
         device: what it runs on.
         usable: bytes of it.
-        batch_size: sequences per optimizer step.
+        batch_size: sequences per optimizer step, of each rank.
+        ranks: processes that share a step, a device each.
         micro_batch_size, recompute: None where they are to be chosen.
         model: its name, as the user gave it.
         base, expansion: the config before the expansion, and how; None where the run makes none.
@@ -114,6 +115,7 @@ class Question:
     device: Device
     usable: int
     batch_size: int
+    ranks: int = 1
     micro_batch_size: int | None = None
     recompute: tuple[Recompute, ...] | None = None
     model: str = ""
@@ -164,7 +166,8 @@ def ask(
         job=job,
         device=device,
         usable=device.usable if train.memory == "auto" else int(train.memory * GIB),
-        batch_size=train.batch_size,
+        batch_size=train.batch_size // train.ranks,
+        ranks=train.ranks,
         micro_batch_size=train.micro_batch_size,
         recompute=None if train.recompute == "auto" else parse_recompute(train.recompute, trained.classes),
         model=config.model.path,

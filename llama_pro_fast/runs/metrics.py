@@ -129,6 +129,16 @@ class MetricsWriter:
         say(f"{name}: off from here on ({first_line(error)}); {METRICS_FILE} has the same figures, the run goes on")
 
 
+class NotWritten:
+    """The metrics of a rank that does not lead: another one writes them."""
+
+    def write(self, kind: str, step: int, **values: Any) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class _Board(Protocol):
     """Where figures are looked at; whatever it raises switches it off."""
 

@@ -35,15 +35,19 @@ CONTENTS = (*(name + end for name in FOLDERS for end in ("", ".partial", ".old")
 
 
 class Claim:
-    """A held lock on a run's folder: :meth:`enter` notes what the run is at, for whoever looks in from outside."""
+    """A held lock on a run's folder: :meth:`enter` notes what the run is at, for whoever looks in from outside.
 
-    def __init__(self, descriptor: int) -> None:
+    Args:
+        descriptor: of the lock; None for a process of a run whose lock another one of it holds.
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
         self._phase = ""
 
     def enter(self, phase: str) -> None:
         """From now on the run is at ``phase``; a full disk does not matter."""
-        if phase != self._phase:
+        if phase != self._phase and self._descriptor is not None:
             self._phase = phase
             note = json.dumps({"process": os.getpid(), "phase": phase}).encode()
             with suppress(OSError):

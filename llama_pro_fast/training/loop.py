@@ -23,9 +23,10 @@ from llama_pro_fast.model.decoder import DTYPES, Decoder
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.devices import peak_flops
 from llama_pro_fast.planning.search import Fit
+from llama_pro_fast.ranks import ALONE, Ranks
 from llama_pro_fast.runs import checkpoint, run_folder
 from llama_pro_fast.runs.marker import CheckpointInfo, Progress
-from llama_pro_fast.runs.metrics import MetricsWriter, read_metrics
+from llama_pro_fast.runs.metrics import MetricsWriter, NotWritten, read_metrics
 from llama_pro_fast.runs.run_folder import Claim
 from llama_pro_fast.training.cards import show_start
 from llama_pro_fast.training.log import Log, StepScalars
@@ -49,6 +50,7 @@ class Run:
         start: the checkpoint that it goes on from, or START of a run that was begun and has none, and what that says of
             itself; None for a new run.
         claim: on its folder, which is told what the run is at.
+        ranks: the processes that make it.
     """
 
     config: Settled
@@ -61,6 +63,7 @@ class Run:
     planned: Fit
     start: tuple[Path, CheckpointInfo] | None
     claim: Claim
+    ranks: Ranks = ALONE
 
 
 def train(run: Run, signals: StopSignals) -> tuple[Progress, str | None]:
@@ -123,16 +126,21 @@ class _Loop:
         if self.first and resumed:
             say("another text is measured than before: what is gained and forgotten counts from this step on")
 
-        self.metrics = MetricsWriter(
-            run.output,
-            resumed_at=self.done.step if resumed else None,
-            evaluated=self.evaluated,
-            wandb=self.config.train.wandb,
-        )
+        with run.ranks.together():
+            self.metrics = (
+                MetricsWriter(
+                    run.output,
+                    resumed_at=self.done.step if resumed else None,
+                    evaluated=self.evaluated,
+                    wandb=self.config.train.wandb,
+                )
+                if run.ranks.leads
+                else NotWritten()
+            )
         for change in self.config.history:
             if change.step == self.done.step:
                 self.metrics.write("change", change.step, key=change.key, before=change.before, after=change.after)
-        self.meter = Meter(self.model, run.corpus, self.config, self.metrics, run.trained)
+        self.meter = Meter(self.model, run.corpus, self.config, self.metrics, run.trained, run.ranks)
         self.log = Log(
             self.config,
             self.metrics,
@@ -140,7 +148,7 @@ class _Loop:
             done=self.done.step,
             state=self.info.log,
             flops_per_token=run.planned.cost.total,
-            device_flops=peak_flops(run.device),
+            device_flops=(flops := peak_flops(run.device)) and flops * run.ranks.count,
             sources=run.corpus.labels,
             documents=partial(_documents_of, run),
             epochs=lambda step: run.corpus.train.epochs_seen(step * self.config.train.batch_size),
@@ -205,6 +213,7 @@ class _Loop:
             self.done,
             self.signals,
             self.settled.trained.skip_for_base,
+            self.settled.ranks,
         )
         self.log.saw(self.settled.corpus.train.source_tokens(self.done.sequences, config.train.batch_size))
         tokens = config.train.batch_size * config.train.seq_len
@@ -227,37 +236,44 @@ class _Loop:
         damaged."""
         rows = [row for row in read_metrics(self.settled.output) if row["kind"] == "eval"]
         there = {(row.get("role"), row.get("source")) for row in rows if row["step"] == self.done.step}
-        return there >= {(text.source.role, text.source.name) for text in self.settled.corpus.held_out}
+        wanted = {(text.source.role, text.source.name) for text in self.settled.corpus.held_out}
+        return self.settled.ranks.share(there >= wanted)
 
     def _save_is_due(self) -> bool:
         train = self.config.train
         by_steps = train.checkpoint_every is not None and self.done.step % train.checkpoint_every == 0
-        return by_steps or time.monotonic() - self.saved_at >= 60 * train.checkpoint_minutes
+        by_time = time.monotonic() - self.saved_at >= 60 * train.checkpoint_minutes
+        return by_steps or bool(self.settled.ranks.table([by_time])[0][0])
 
     def _save(self) -> None:
         if self.saved_step == self.done.step or self.done.step == 0:
             return
         self.log.pause(self.done.step)
         self.optimizer.check_finite()
-        self.metrics.sync()
-        saved = checkpoint.save(
-            self.settled.output,
-            self.tensors | checkpoint.random_state(self.settled.device),
-            replace(self.info, progress=self.done, evaluated=self.evaluated, ended=self.ended, log=self.log.state),
-            keep=self.config.train.keep_checkpoints,
-            purge=not self.log.bad_in_a_row,
-            entering=self.settled.claim.enter,
-        )
-        self.log.saved(self.done.step, saved)
+        self.settled.ranks.check_same(self.tensors)
+        with self.settled.ranks.together():
+            if self.settled.ranks.leads:
+                self.metrics.sync()
+                info = replace(self.info, progress=self.done, evaluated=self.evaluated, ended=self.ended)
+                saved = checkpoint.save(
+                    self.settled.output,
+                    self.tensors | checkpoint.random_state(self.settled.device),
+                    replace(info, log=self.log.state),
+                    keep=self.config.train.keep_checkpoints,
+                    purge=not self.log.bad_in_a_row,
+                    entering=self.settled.claim.enter,
+                )
+                self.log.saved(self.done.step, saved)
         self.saved_step, self.saved_at = self.done.step, time.monotonic()
 
     def _restate(self) -> None:
         """No step was made since the checkpoint: what else has become of the run is written into it."""
         folder, then = self.settled.start
         now = replace(self.info, config=then.config, evaluated=self.evaluated, ended=self.ended)
-        if now != then:
-            self.metrics.sync()
-            checkpoint.restate(folder, now)
+        with self.settled.ranks.together():
+            if now != then and self.settled.ranks.leads:
+                self.metrics.sync()
+                checkpoint.restate(folder, now)
 
 
 def starting_info(run: Run) -> CheckpointInfo:
@@ -304,24 +320,28 @@ def train_step(
     done: Progress,
     signals: StopSignals,
     skip_for_base: Collection[int],
+    ranks: Ranks = ALONE,
 ) -> StepScalars:
-    """One optimizer step over ``batch_size`` sequences, a micro-batch at a time.
+    """One optimizer step over ``batch_size`` sequences, a micro-batch at a time; each rank takes as many, in order.
 
     Each micro-batch is weighed by the valid tokens of the whole step, so the step's loss is a mean over tokens however
-    they are spread over micro-batches.
+    they are spread over micro-batches and ranks. Gradients are added over the ranks once, after the last micro-batch.
 
     Args:
         skip_for_base: the blocks without which the model is its base, which teaches with a `train.kl_weight`.
 
     Raises:
-        Stopped: between two micro-batches; no weight has changed.
+        Stopped: between two micro-batches, of several ranks before the first; no weight has changed.
     """
     device = model.norm.weight.device
     micro = config.train.micro_batch_size
     asked = time.perf_counter()
     starts = range(done.sequences, done.sequences + config.train.batch_size, micro)
-    batches = [corpus.train.batch(start, micro) for start in starts]
-    valid = sum(batch.num_valid for batch in batches)
+    each = len(starts) // ranks.count
+    own = slice(ranks.number * each, (ranks.number + 1) * each)
+    batches = [corpus.train.batch(start, micro) for start in starts[own]]
+    counts = [sum(batch.num_valid for batch in batches), sum(batch.num_valid_general for batch in batches)]
+    valid, general = map(sum, zip(*signals.agreed(counts), strict=True))
     data_seconds = time.perf_counter() - asked
     # Filled on the device: a copy from the host would make it wait.
     scale = torch.full((), 1.0 / max(1, valid), device=device)
@@ -337,7 +357,11 @@ def train_step(
         part.backward()
         losses.append(part.detach().float())
     losses = torch.stack(losses)
+    if ranks.count > 1:
+        of_all = torch.zeros(len(starts), device=device)
+        of_all[own] = losses
+        losses = of_all
+        ranks.add([losses, divergence, *optimizer.gradients()])
     norm = optimizer.step(done.step, losses.sum())
-    general = sum(batch.num_valid_general for batch in batches)
     divergence *= valid / general if general else math.nan
     return StepScalars(losses, norm, optimizer.left_out, divergence, data_seconds)

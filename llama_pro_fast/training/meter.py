@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 from llama_pro_fast.config import RunConfig
@@ -15,6 +16,7 @@ from llama_pro_fast.evaluation.held_out import Evaluation, described, evaluate
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.model.trained import Trained
+from llama_pro_fast.ranks import ALONE, Ranks
 from llama_pro_fast.runs.metrics import MetricsWriter
 from llama_pro_fast.runs.run_folder import resume_command
 from llama_pro_fast.training.schedule import lower_rate
@@ -33,9 +35,16 @@ class Meter:
     """
 
     def __init__(
-        self, model: Decoder, corpus: Corpus, config: RunConfig, metrics: MetricsWriter, trained: Trained
+        self,
+        model: Decoder,
+        corpus: Corpus,
+        config: RunConfig,
+        metrics: MetricsWriter,
+        trained: Trained,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.corpus, self.config, self.metrics, self.trained = model, corpus, config, metrics, trained
+        self.ranks = ranks
         self.last: dict[tuple[str, str], Evaluation] = {}
 
     def measure(self, step: int, *, first: bool = False, between: Callable[[], None] = lambda: None) -> None:
@@ -77,7 +86,8 @@ class Meter:
         metered, count = text.source.role == "general", sample.num_batches(micro_batch)
 
         def watched() -> Iterator[PackedBatch]:
-            for done, batch in enumerate(sample.batches(micro_batch)):
+            own = islice(enumerate(sample.batches(micro_batch)), self.ranks.number, None, self.ranks.count)
+            for done, batch in own:
                 update(f"evaluating {text.source.name}: {done} of {count} batches")
                 between()
                 yield batch
@@ -89,6 +99,7 @@ class Meter:
                 skip_for_base=self.trained.skip_for_base if metered else (),
                 skip_for_first_base=self.trained.skip_for_first_base if metered else (),
                 num_bytes=sample.num_bytes,
+                ranks=self.ranks,
             )
 
     def _not_finite(self, step: int, first: bool, source: str, result: Evaluation) -> str:

@@ -66,8 +66,7 @@ class Optimizer:
         Returns:
             The gradient norm before clipping, a device scalar. Where it or the loss is not finite the step is left out.
         """
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        norm = nn.utils.get_total_norm(self.gradients(), foreach=True)
         # AdamW divides by it as it reads a gradient, and writes that back; clipped on their own, all gradients would be
         # read once more.
         self.adamw.grad_scale = ((norm.float() + 1e-6) / self.config.clip).clamp(min=1.0)
@@ -83,6 +82,10 @@ class Optimizer:
         refresh_low_precision_copies(self.model)
         self.drop_gradients()
         return norm
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Of all parameters that have one, in their order."""
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
     def drop_gradients(self) -> None:
         """Forget a step that was begun."""

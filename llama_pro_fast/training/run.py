@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llama_pro_fast.config import RunConfig
+from llama_pro_fast.config import RunConfig, Settled, check_micro_batch, options
 from llama_pro_fast.console import say, unheard, waiting
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.data.remarks import remarks, untrained_tokens
@@ -27,10 +29,12 @@ from llama_pro_fast.files import writing_to
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import EMBEDDING
 from llama_pro_fast.host import peak_memory_gib
+from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB
 from llama_pro_fast.planning.explain import why
-from llama_pro_fast.planning.search import fit
+from llama_pro_fast.planning.search import Fit, fit
+from llama_pro_fast.ranks import Ranks, joined
 from llama_pro_fast.recipe import absolute
 from llama_pro_fast.reporting.summary import summarise, write_report
 from llama_pro_fast.resume import CONFIG_NAME, MAY_CHANGE, changes, load_config, opened, save_config
@@ -38,6 +42,7 @@ from llama_pro_fast.runs import run_folder
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, newest, set_aside_after
 from llama_pro_fast.runs.marker import START, CheckpointInfo, Progress, read_marker, write_marker
 from llama_pro_fast.runs.metrics import check_wandb, read_metrics
+from llama_pro_fast.runs.run_folder import Claim
 from llama_pro_fast.text.preparing import default_cache
 from llama_pro_fast.text.tokenizer_checks import warnings
 from llama_pro_fast.training import model_folder
@@ -65,8 +70,9 @@ def run_training(
     overwrite: bool = False,
     from_step: int | None = None,
     patience: float = 0.3,
-) -> dict[str, Any]:
-    """A whole run, in any thread; threads, determinism and device are the process', so one at a time.
+) -> dict[str, Any] | None:
+    """A whole run, in any thread; threads, determinism and device are the process', so one at a time. Several processes
+    that torchrun has started make it together.
 
     Args:
         config: with ``resume``, as :func:`~llama_pro_fast.resume.stored_config` gives it.
@@ -74,7 +80,7 @@ def run_training(
         patience: seconds to wait for another process that holds the run's folder.
 
     Returns:
-        The content of ``report/summary.json``.
+        The content of ``report/summary.json``; None on a rank that does not lead.
 
     Raises:
         UserError: bad input, a full disk, or too many steps whose gradients are not finite.
@@ -85,9 +91,10 @@ def run_training(
             "another run is going on in this process; wait for it, or start this one in a process of its own"
         )
     try:
-        with unheard(), StopSignals() as signals:
+        with unheard(), joined() as ranks, StopSignals(ranks) as signals:
             try:
-                return _run(config, signals, resume=resume, overwrite=overwrite, from_step=from_step, patience=patience)
+                options = {"resume": resume, "overwrite": overwrite, "from_step": from_step, "patience": patience}
+                return _run(config, signals, ranks, **options)
             except Stopped as stopped:
                 _say_stopped(stopped, Path(config.output))
                 raise
@@ -105,130 +112,241 @@ def _say_stopped(stopped: Stopped, output: Path) -> None:
 
 
 def _run(
-    config: RunConfig, signals: StopSignals, *, resume: bool, overwrite: bool, from_step: int | None, patience: float
-) -> dict[str, Any]:
-    # What can be refused is refused before any work.
-    if not resume:
-        check_recipe(config)
-    check_wandb(config.train.wandb)
-    config = absolute(config)
-    output = Path(config.output)
-    run_folder.check_not_inside("data.cache", config.data.cache or default_cache(), output)
-    with run_folder.claimed(output, resume=resume, overwrite=overwrite, patience=patience) as claim:
-        start = starting_point(output, from_step) if resume else None
-        if start is not None:
-            then = start[1].config
-            changes(then, config, step=start[1].progress.step)  # refuses what a run keeps
-            config = opened(then, config)
-        # A resumed run that made its model's folder needs no base any more.
-        folder, plan = model_folder.existing(output) if resume else None, None
-        base = folder
-        if base is None:
-            config = model_folder.with_export(config, resume=resume)
-            base, plan = model_folder.open_base(config)
-        elif start is not None and config.model.path != then.model.path:
-            say(f"--model.path {config.model.path}: not needed, the run trains {run_folder.shown(folder.path)}")
-            config = dataclasses.replace(config, model=then.model)
-        trained = what_trains(
-            base.raw_config,
-            base.config.num_hidden_layers,
-            parameters=config.train.parameters,
-            blocks=config.train.blocks,
-            plan=plan,
-            name=str(base.path),
-        )
-        check_bounds(config, trained)
-        device = start_device(config)
-        config = settle_computation(config, base, device)
-        # A resumed run keeps its plan, unless it is told to make another.
-        has_plan = resume and config.train.micro_batch_size is not None and config.train.recompute != "auto"
-        if not has_plan:
-            # Whatever the text is: with documents as long as they can be, least is needed.
-            choose(question_of(config, base, trained, plan, document=config.train.seq_len))
-
-        # Text to tokens, once; then the length of the run is known.
-        claim.enter("tokenising")
-        with waiting("reading text ...") as update:
-            tokenizer = base.tokenizer() if folder else model_folder.make_tokenizer(config, base, update)
-            corpus = Corpus.prepare(
-                config.data,
-                tokenizer,
-                seq_len=config.train.seq_len,
-                seed=config.train.seed,
-                batch_size=config.train.batch_size,
-                default_general=not trained.everything,
-                taught=config.train.kl_weight > 0,
-                progress=update,
-            )
-        question = question_of(config, base, trained, plan, document=corpus.train.mean_document)
-        found = (
-            fit(question, micro_batch_size=question.micro_batch_size, recompute=question.recompute)
-            if has_plan
-            else choose(question)
-        )
-        config = settle(
-            config,
-            question,
-            found,
-            sequences_in_epoch=corpus.train.sequences_in_epoch(0),
-            sources=len(corpus.held_out),
-        )
-        if not resume:
-            say_remarks(config, corpus, tokenizer, folder or base)
-        if not has_plan:
-            say(f"memory: {why(question, found)}")
-        for text in corpus.held_out:
-            text.sample(config.eval.tokens)  # refuses text with nothing to predict
-        makes_model = folder is None and (plan is not None or config.model.init == "random")
-        # Beside the checkpoints the model, once as the export, once where it is made.
-        stored = getattr(base.config, "dtype", None) or torch.float32
-        run_folder.check_room(
-            output,
-            checkpoint=question.job.checkpoint_bytes,
-            keep=config.train.keep_checkpoints,
-            other=num_parameters(question.job.config) * stored.itemsize * (2 if makes_model else 1),
-            overwrite=overwrite,
-            from_step=from_step,
-        )
-        if not resume:
-            run_folder.check_apart(output, local_paths(corpus), config.data.cache or default_cache())
-            run_folder.begin(config, output, overwrite=overwrite)
-
-        # The model's folder: from here on only its manifest says which blocks train.
-        if folder is None:
-            claim.enter("expanding")
-            folder, proof = model_folder.make(config, base, plan, output, tokenizer)
-            if proof is not None:
-                say(f"expanded: {plan.trained.strip}; identity proved: {proof.summary()}")
-        claim.enter("checking")
-        run = Run(
-            config=config,
-            output=output,
-            folder=folder,
-            trained=what_trains(
-                folder.raw_config,
-                folder.config.num_hidden_layers,
-                parameters=config.train.parameters,
-                blocks=config.train.blocks,
-                name=str(folder.path),
-                intact=intact_bases(folder),
-            ),
-            corpus=corpus,
-            tokenizer=tokenizer,
-            device=device,
-            planned=found,
-            start=start,
-            claim=claim,
-        )
-        check_bounds(config, run.trained)
-        if start is not None:
-            run = go_on(run)
-        else:
-            with writing_to(output):
-                save_config(config, output / CONFIG_NAME)
-                write_marker(output / START, starting_info(run), {})
+    config: RunConfig,
+    signals: StopSignals,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    overwrite: bool,
+    from_step: int | None,
+    patience: float,
+) -> dict[str, Any] | None:
+    with ExitStack() as held:
+        run = None
+        with ranks.together():
+            check_same_recipe(config, ranks)
+            # What can be refused is refused before any work.
+            if not resume:
+                check_recipe(config)
+            if ranks.leads:
+                check_wandb(config.train.wandb)
+                config = absolute(config)
+                output = Path(config.output)
+                run_folder.check_not_inside("data.cache", config.data.cache or default_cache(), output)
+                claim = held.enter_context(
+                    run_folder.claimed(output, resume=resume, overwrite=overwrite, patience=patience)
+                )
+                run = _prepare(config, ranks, claim, resume=resume, overwrite=overwrite, from_step=from_step)
+        if ranks.count > 1:
+            run = _joining(run, ranks)
         done, ended = train(run, signals)
-        return finish(run, done, ended)
+        with ranks.together():
+            return finish(run, done, ended) if ranks.leads else None
+
+
+def _prepare(
+    config: RunConfig, ranks: Ranks, claim: Claim, *, resume: bool, overwrite: bool, from_step: int | None
+) -> Run:
+    """Everything before the first step, which one rank does for all."""
+    output = Path(config.output)
+    if not resume and config.train.ranks not in (1, ranks.count):
+        raise UserError(
+            f"--train.ranks {config.train.ranks}: {ranks.count} {'was' if ranks.count == 1 else 'were'} started; start "
+            f"as many by torchrun, or leave it out"
+        )
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, ranks=ranks.count))
+    start = starting_point(output, from_step) if resume else None
+    if start is not None:
+        then = start[1].config
+        changes(then, config, step=start[1].progress.step)  # refuses what a run keeps
+        config = opened(then, config)
+    # A resumed run that made its model's folder needs no base any more.
+    folder, plan = model_folder.existing(output) if resume else None, None
+    base = folder
+    if base is None:
+        config = model_folder.with_export(config, resume=resume)
+        base, plan = model_folder.open_base(config)
+    elif start is not None and config.model.path != then.model.path:
+        say(f"--model.path {config.model.path}: not needed, the run trains {run_folder.shown(folder.path)}")
+        config = dataclasses.replace(config, model=then.model)
+    trained = what_trains(
+        base.raw_config,
+        base.config.num_hidden_layers,
+        parameters=config.train.parameters,
+        blocks=config.train.blocks,
+        plan=plan,
+        name=str(base.path),
+    )
+    check_bounds(config, trained)
+    device = start_device(config, ranks.local)
+    check_micro_batch(config.train)
+    config = settle_computation(config, base, device)
+    # A resumed run keeps its plan, unless it is told to make another.
+    has_plan = resume and config.train.micro_batch_size is not None and config.train.recompute != "auto"
+    if not has_plan:
+        # Whatever the text is: with documents as long as they can be, least is needed.
+        choose(question_of(config, base, trained, plan, document=config.train.seq_len))
+
+    # Text to tokens, once; then the length of the run is known.
+    claim.enter("tokenising")
+    with waiting("reading text ...") as update:
+        tokenizer = base.tokenizer() if folder else model_folder.make_tokenizer(config, base, update)
+        corpus = corpus_of(config, tokenizer, trained, update)
+    question = question_of(config, base, trained, plan, document=corpus.train.mean_document)
+    found = (
+        fit(question, micro_batch_size=question.micro_batch_size, recompute=question.recompute)
+        if has_plan
+        else choose(question)
+    )
+    config = settle(
+        config,
+        question,
+        found,
+        sequences_in_epoch=corpus.train.sequences_in_epoch(0),
+        sources=len(corpus.held_out),
+    )
+    if not resume:
+        say_remarks(config, corpus, tokenizer, folder or base)
+    if not has_plan:
+        say(f"memory: {why(question, found)}")
+    for text in corpus.held_out:
+        text.sample(config.eval.tokens)  # refuses text with nothing to predict
+    makes_model = folder is None and (plan is not None or config.model.init == "random")
+    # Beside the checkpoints the model, once as the export, once where it is made.
+    stored = getattr(base.config, "dtype", None) or torch.float32
+    run_folder.check_room(
+        output,
+        checkpoint=question.job.checkpoint_bytes,
+        keep=config.train.keep_checkpoints,
+        other=num_parameters(question.job.config) * stored.itemsize * (2 if makes_model else 1),
+        overwrite=overwrite,
+        from_step=from_step,
+    )
+    if not resume:
+        run_folder.check_apart(output, local_paths(corpus), config.data.cache or default_cache())
+        run_folder.begin(config, output, overwrite=overwrite)
+
+    # The model's folder: from here on only its manifest says which blocks train.
+    if folder is None:
+        claim.enter("expanding")
+        folder, proof = model_folder.make(config, base, plan, output, tokenizer)
+        if proof is not None:
+            say(f"expanded: {plan.trained.strip}; identity proved: {proof.summary()}")
+    claim.enter("checking")
+    run = Run(
+        config=config,
+        output=output,
+        folder=folder,
+        trained=trained_of(config, folder),
+        corpus=corpus,
+        tokenizer=tokenizer,
+        device=device,
+        planned=found,
+        start=start,
+        claim=claim,
+        ranks=ranks,
+    )
+    check_bounds(config, run.trained)
+    if start is not None:
+        run = go_on(run)
+    else:
+        with writing_to(output):
+            save_config(config, output / CONFIG_NAME)
+            write_marker(output / START, starting_info(run), {})
+    return run
+
+
+def check_same_recipe(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse ranks that were asked for different runs, or of which only some see a GPU.
+
+    Raises:
+        UserError: naming the option.
+    """
+    own = [(key, repr(value)) for key, value, _ in options(config)]
+    found = ranks.gather((own, torch.cuda.is_available()))
+    for number, (asked, has_gpu) in enumerate(found):
+        for (key, first), (_, value) in zip(found[0][0], asked, strict=True):
+            if value != first:
+                raise UserError(f"--{key}: rank {number} was given {value} and rank 0 {first}; give all the same")
+        if has_gpu != found[0][1]:
+            raise UserError(
+                f"rank {number} sees {'a' if has_gpu else 'no'} GPU and rank 0 {'none' if has_gpu else 'does'}: start "
+                "all where there is one, or give --train.device cpu"
+            )
+
+
+def _joining(run: Run | None, ranks: Ranks) -> Run:
+    """The same run on every rank, from what the first one has prepared. The first of each machine reads the text before
+    the others, which then find its tokens.
+
+    Raises:
+        UserError: a rank has another model or text there.
+    """
+    shared = run and (run.config, run.folder.path, run.planned, run.start, starting_info(run))
+    config, path, planned, start, info = ranks.share(shared)
+    for now in (ranks.local == 0, ranks.local > 0):
+        with ranks.together():
+            if run is None and now:
+                run = _of_shared(config, path, planned, start, ranks)
+                if starting_info(run) != info:
+                    raise UserError(f"{path}: the model, or the text, is not what rank 0 sees by the same names")
+    return run
+
+
+def _of_shared(
+    config: Settled,
+    path: Path,
+    planned: Fit,
+    start: tuple[Path, CheckpointInfo] | None,
+    ranks: Ranks,
+) -> Run:
+    device = start_device(config, ranks.local)
+    if not path.is_dir():
+        raise UserError(f"{path}: is not there; the run's folder and the model must lie where all machines find them")
+    folder = PretrainedFolder(path)
+    tokenizer = folder.tokenizer()
+    trained = trained_of(config, folder)
+    return Run(
+        config=config,
+        output=Path(config.output),
+        folder=folder,
+        trained=trained,
+        corpus=corpus_of(config, tokenizer, trained),
+        tokenizer=tokenizer,
+        device=device,
+        planned=planned,
+        start=start,
+        claim=Claim(None),
+        ranks=ranks,
+    )
+
+
+def trained_of(config: RunConfig, folder: PretrainedFolder) -> Trained:
+    """What of a run's model trains, by its manifest."""
+    return what_trains(
+        folder.raw_config,
+        folder.config.num_hidden_layers,
+        parameters=config.train.parameters,
+        blocks=config.train.blocks,
+        name=str(folder.path),
+        intact=intact_bases(folder),
+    )
+
+
+def corpus_of(
+    config: RunConfig, tokenizer: Any, trained: Trained, update: Callable[[str], None] = lambda text: None
+) -> Corpus:
+    """A run's text in tokens; what is in the cache is not made again."""
+    return Corpus.prepare(
+        config.data,
+        tokenizer,
+        seq_len=config.train.seq_len,
+        seed=config.train.seed,
+        batch_size=config.train.batch_size,
+        default_general=not trained.everything,
+        taught=config.train.kl_weight > 0,
+        progress=update,
+    )
 
 
 def say_remarks(config: RunConfig, corpus: Corpus, tokenizer: Any, base: PretrainedFolder) -> None:

@@ -100,8 +100,11 @@ def check_bounds(config: RunConfig, trained: Trained) -> None:
             raise UserError(f"--{key} {value:g}: nothing to hold against: {trained.base_gone}; leave it out")
 
 
-def start_device(config: RunConfig) -> torch.device:
+def start_device(config: RunConfig, local: int = 0) -> torch.device:
     """The device of a run, and the process set up for it: threads, allocator, what `deterministic` needs.
+
+    Args:
+        local: of several processes on this machine the number of this one, and of its GPU.
 
     Raises:
         UserError: a GPU is asked for and PyTorch sees none.
@@ -120,7 +123,7 @@ def start_device(config: RunConfig) -> torch.device:
             torch.use_deterministic_algorithms(True)
     if train.threads is not None:
         torch.set_num_threads(train.threads)
-    return torch.device(device)
+    return torch.device(device) if device == "cpu" or not local else torch.device(device, local)
 
 
 def settle_computation(config: RunConfig, base: PretrainedFolder, device: torch.device) -> RunConfig:

@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+
+from llama_pro_fast.ranks import ALONE, Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -35,9 +37,13 @@ class StopSignals:
 
     One that the process inherited as ignored, as under nohup, stays so. Only the main thread may handle signals; in
     another one they are left to the program that started it.
+
+    Of several ranks each hears of its own signal alone, so while they are patient they stop only where they have agreed
+    on it (:meth:`agreed`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.requested: int | None = None
         self._patient = False
         self._previous: dict[int, Any] = {}
@@ -63,13 +69,24 @@ class StopSignals:
             self._patient = False
 
     def check(self) -> None:
-        """Where a run can be left.
+        """Where a run of one process can be left.
 
         Raises:
             Stopped: it is to be.
         """
-        if self.requested is not None:
+        if self.requested is not None and self.ranks.count == 1:
             raise Stopped(self.requested)
+
+    def agreed(self, row: Sequence[int] = ()) -> list[list[int]]:
+        """Where all ranks can be left, and what each says there: ``row`` of whole numbers.
+
+        Raises:
+            Stopped: one of them was asked to stop.
+        """
+        rows = self.ranks.table([self.requested or 0, *row])
+        if number := max(asked for asked, *_ in rows):
+            raise Stopped(number)
+        return [said for _, *said in rows]
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.requested is not None:
@@ -79,7 +96,7 @@ class StopSignals:
         self.requested = number
         if not self._patient:
             raise Stopped(number)
-        if sys.__stderr__ is not None:
+        if sys.__stderr__ is not None and self.ranks.leads:
             # Not through the stream: the signal may have come in the middle of a write to it.
             with suppress(OSError, ValueError):
                 os.write(

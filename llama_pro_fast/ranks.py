@@ -1,0 +1,222 @@
+"""The processes that make a run together, as torchrun starts them: each takes its part of every step.
+
+Rank 0 leads: it prepares, writes and speaks for all. What the ranks agree on goes through a group of its own (gloo), so
+no agreement waits for a device. An error that one rank finds is raised on all, and told once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from llama_pro_fast.console import console
+from llama_pro_fast.errors import ToldElsewhere, UserError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""Others wait for as long as the first one prepares text or saves; that one has died is heard at once all the same."""
+NEWS = 5.0
+"""Seconds in which a rank that ends by an error has left word of it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run.
+
+    Attributes:
+        number: its own, from 0.
+        count: how many there are.
+        local: its number on its machine.
+        host: the group for agreements; None where it is alone.
+        store: where ranks leave word of errors.
+    """
+
+    number: int = 0
+    count: int = 1
+    local: int = 0
+    host: Any = None
+    store: Any = None
+
+    @property
+    def leads(self) -> bool:
+        return self.number == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        self._heard(lambda: distributed.all_gather_object(found, value, group=self.host))
+        return found
+
+    def share(self, value: T) -> T:
+        """The first rank's value."""
+        if self.count == 1:
+            return value
+        values = [value]
+        self._heard(lambda: distributed.broadcast_object_list(values, src=0, group=self.host))
+        return values[0]
+
+    def table(self, row: Sequence[int]) -> list[list[int]]:
+        """Whole numbers of each rank, as many of each: :meth:`gather` as fast as it goes, for every step."""
+        if self.count == 1:
+            return [list(row)]
+        own = torch.tensor(row, dtype=torch.int64)
+        rows = [torch.empty_like(own) for _ in range(self.count)]
+        self._heard(lambda: distributed.all_gather(rows, own, group=self.host))
+        return [each.tolist() for each in rows]
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put the sum over the ranks in place of each tensor, wherever these are. All ranks get the same bits."""
+        if self.count > 1:
+            self._heard(
+                lambda: [work.wait() for work in [distributed.all_reduce(each, async_op=True) for each in tensors]]
+            )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Ranks leave this as one: what is refused on one of them is refused on all.
+
+        Raises:
+            UserError: the error of the first rank that has one.
+        """
+        error = None
+        try:
+            yield
+        except UserError as found:
+            if self.count == 1:
+                raise
+            error = found
+        for number, text in enumerate(self.gather(error and f"{socket.gethostname()}: {error}")):
+            if text is not None:
+                if number == self.number == 0:
+                    raise error
+                where, _, what = text.partition(": ")
+                self._raise(f"rank {number} on {where}: {what}")
+
+    def check_same(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Prove that replicated tensors, of 4 bytes an element, are the same on all ranks; waits for the device.
+
+        Raises:
+            UserError: naming the first that is not, and whose it is.
+        """
+        if self.count == 1:
+            return
+        sums = [
+            each.view(torch.uint8 if each.element_size() == 1 else torch.int32) for each in map(_flat, tensors.values())
+        ]
+        rows = self.table(torch.stack([each.sum(dtype=torch.int64) for each in sums]).tolist())
+        for number, row in enumerate(rows):
+            for name, own, first in zip(tensors, row, rows[0], strict=True):
+                if own != first:
+                    self._raise(
+                        f"rank {number} has another {name} than rank 0, though both made the same updates: one of the "
+                        "devices miscomputes; go on from the last checkpoint without it"
+                    )
+
+    def leave_word(self, error: BaseException) -> None:
+        """Of an error that ends this rank alone; whoever leads tells it."""
+        if self.count > 1 and not self.leads:
+            with suppress(RuntimeError):
+                self.store.set(f"error/{self.number}", f"{socket.gethostname()}: {error}")
+
+    def _raise(self, text: str) -> None:
+        raise UserError(text) if self.leads else ToldElsewhere(text)
+
+    def _heard(self, operation: Callable[[], Any]) -> None:
+        """Do what needs all ranks.
+
+        Raises:
+            UserError: one of them is gone.
+        """
+        try:
+            operation()
+        except RuntimeError as error:
+            self._raise_lost(error)
+
+    def _raise_lost(self, error: RuntimeError) -> None:
+        until = time.monotonic() + NEWS
+        while self.leads and time.monotonic() < until:
+            for number in range(1, self.count):
+                with suppress(RuntimeError):
+                    if self.store.check([key := f"error/{number}"]):
+                        where, _, what = self.store.get(key).decode().partition(": ")
+                        raise UserError(f"rank {number} on {where}: {what}") from error
+            time.sleep(0.1)
+        raise UserError(
+            f"rank {self.number}: another process of this run has ended, and this one with it; what it said stands "
+            "above, or in torchrun's summary; go on with --resume"
+        ) from error
+
+
+ALONE = Ranks()
+_joined = ALONE
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that torchrun, or another launcher by the same variables, has started with this process among them.
+
+    Raises:
+        UserError: they do not find each other.
+    """
+    global _joined
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if _joined.count > 1 or count == 1:
+        yield _joined
+        return
+    _joined = _join(count)
+    quiet, console.quiet = console.quiet, not _joined.leads
+    try:
+        yield _joined
+    except ToldElsewhere:
+        raise
+    except UserError as error:
+        _joined.leave_word(error)
+        raise error if _joined.leads else ToldElsewhere(str(error)) from error
+    finally:
+        console.quiet, _joined = quiet, ALONE
+        with suppress(RuntimeError):
+            distributed.destroy_process_group()
+
+
+def _join(count: int) -> Ranks:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {count}, but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set: start "
+            "several processes by torchrun, or unset WORLD_SIZE"
+        )
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local} on {socket.gethostname()}: there are {torch.cuda.device_count()} GPUs; give torchrun "
+                "at most as many --nproc-per-node"
+            )
+        torch.cuda.set_device(local)
+    try:
+        store, number, count = next(distributed.rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=store, rank=number, world_size=count)
+        host = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {os.environ['RANK']} of {count} cannot join the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}; is the port free, and the address reachable?"
+        ) from error
+    return Ranks(number, count, local, host, store)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten()

@@ -1,0 +1,154 @@
+"""Runs made by several processes: one group of ranks, forked once, makes one run after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import forked
+import torch
+from torch import distributed
+
+from llama_pro_fast.config import RunConfig
+from llama_pro_fast.evaluation import export_check
+from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.ranks import joined
+from llama_pro_fast.recipe import parse
+from llama_pro_fast.reporting import dial, summary
+from llama_pro_fast.training import loop
+from llama_pro_fast.training.optimizer import Optimizer
+from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.signals import Stopped
+
+
+@dataclass
+class Asked:
+    """A run.
+
+    Attributes:
+        config: of a new run; or the folder of one that is to go on.
+        fault: of :data:`FAULTS`, for one rank.
+        others: what another rank's configuration has in place of this one's, by rank.
+    """
+
+    config: RunConfig | Path
+    fault: str | None = None
+    rank: int = 1
+    others: dict[int, RunConfig] = field(default_factory=dict)
+
+
+def make(asked: Sequence[Asked], *, count: int, folder: Path) -> list[list[dict[str, Any]]]:
+    """For each run what came of it on each rank: ``error`` with its kind, ``stopped`` with the signal's number, or
+    neither; and ``reduced``, how many tensors were added up over the ranks."""
+    screens = [folder / f"rank-{number}.txt" for number in range(count)]
+    processes = start(_make, list(asked), str(folder), count=count, screens=screens)
+    for process in processes:
+        process.join(300)
+        process.kill()
+    said = "\n".join(f"--- {screen.name}\n{screen.read_text()}" for screen in screens)
+    assert [process.exitcode for process in processes] == [0] * count, said
+    of_ranks = [json.loads((folder / f"rank-{number}.json").read_text()) for number in range(count)]
+    return [list(each) for each in zip(*of_ranks, strict=True)]
+
+
+def start(function: Callable[..., Any], *arguments: Any, count: int, screens: Sequence[Path]) -> list[Any]:
+    """A process for each rank, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        forked.start(_as_rank, number, count, port, function, arguments, screen=screen)
+        for number, screen in enumerate(screens)
+    ]
+
+
+def _as_rank(number: int, count: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _make(asked: list[Asked], folder: str) -> None:
+    found = []
+    with joined() as ranks, ExitStack() as patches:
+        for where, name in ((summary, "draw_loss"), (summary, "write_page"), (dial, "png")):
+            patches.enter_context(patch.object(where, name, lambda *_, **__: None))
+        patches.enter_context(patch.object(export_check, "available_memory", lambda: 0))
+        for each in asked:
+            found.append(_outcome(each, ranks.number))
+        (Path(folder) / f"rank-{ranks.number}.json").write_text(json.dumps(found))
+
+
+def _outcome(asked: Asked, number: int) -> dict[str, Any]:
+    reduced, reduce = [], distributed.all_reduce
+
+    def counted(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        reduced.append(tensor.numel())
+        return reduce(tensor, *arguments, **named)
+
+    outcome: dict[str, Any] = {"error": None, "stopped": None}
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(distributed, "all_reduce", counted))
+        if asked.fault and number == asked.rank:
+            patches.enter_context(FAULTS[asked.fault]())
+        try:
+            if isinstance(asked.config, Path):
+                run_training(parse(["--output", str(asked.config), "--resume"]).config, resume=True)
+            else:
+                run_training(asked.others.get(number, asked.config))
+        except Stopped as stopped:
+            outcome["stopped"] = stopped.number
+        except ValueError as error:
+            outcome["error"] = [type(error).__name__, str(error)]
+    return outcome | {"reduced": len(reduced)}
+
+
+def _in_step(number: int, action: Callable[[Optimizer], Any]) -> Any:
+    """``action`` before the run's step of that number, from 1."""
+    step, calls = loop.train_step, []
+
+    def counted(model: Decoder, optimizer: Optimizer, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            action(optimizer)
+        return step(model, optimizer, *arguments)
+
+    return patch.object(loop, "train_step", counted)
+
+
+def _poisoned() -> Any:
+    """The loss of the third micro-batch is NaN here."""
+    loss, calls = Decoder.loss, []
+
+    def counted(self: Decoder, batch: Any, scale: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return loss(self, batch, scale * (torch.nan if len(calls) == 3 else 1.0))
+
+    return patch.object(Decoder, "loss", counted)
+
+
+def _miscompute(optimizer: Optimizer) -> None:
+    with torch.no_grad():
+        next(iter(optimizer.parameters.values())).view(-1)[0] += 1e-3
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "asked to stop": lambda: _in_step(3, lambda _: os.kill(os.getpid(), signal.SIGTERM)),
+    "poisoned": _poisoned,
+    "miscomputes": lambda: _in_step(2, _miscompute),
+    "killed": lambda: _in_step(3, lambda _: os.kill(os.getpid(), signal.SIGKILL)),
+}

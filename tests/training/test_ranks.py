@@ -1,0 +1,184 @@
+"""Several processes make one run: the same numbers, whatever ends one of them ends all, and it goes on with any number."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import ranked
+import torch
+from ranked import Asked
+from safetensors.torch import load_file
+
+from llama_pro_fast.config import RunConfig
+from llama_pro_fast.resume import load_config
+from llama_pro_fast.runs.checkpoint import complete_checkpoints
+from llama_pro_fast.runs.metrics import read_metrics
+from llama_pro_fast.training.run import run_training
+
+ROUNDING = 2e-5
+"""Relative, of weights and losses after six steps: other sums in another order."""
+
+
+def rows(run: Path, kind: str) -> list[dict]:
+    return [row for row in read_metrics(run) if row["kind"] == kind]
+
+
+def figures(run: Path) -> list[tuple]:
+    """Every training and evaluation row, in order, without what a clock says."""
+    keep = ("kind", "step", "source", "loss", "kl", "base_loss", "grad_norm", "lr", "skipped", "source_tokens")
+    return [tuple(str(row.get(key)) for key in keep) for row in read_metrics(run) if row["kind"] in ("train", "eval")]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Of the last checkpoint, float32."""
+    found: dict[str, torch.Tensor] = {}
+    for file in complete_checkpoints(run)[-1].glob("*.safetensors"):
+        found |= {name: tensor for name, tensor in load_file(file).items() if name.startswith("model.")}
+    return found
+
+
+def assert_close(run: Path, other: Path) -> None:
+    """Equal within rounding, in weights and curves."""
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        error = (tensor - theirs[name]).norm() / theirs[name].norm()
+        assert error < ROUNDING, f"{name}: {error}"
+    for kind in ("train", "eval"):
+        pairs = list(zip(rows(run, kind), rows(other, kind), strict=True))
+        assert pairs
+        for a, b in pairs:
+            assert a["loss"] == pytest.approx(b["loss"], rel=ROUNDING), (a, b)
+            assert (a["step"], a.get("source"), a.get("source_tokens")) == (
+                b["step"], b.get("source"), b.get("source_tokens"),
+            )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def taught(config_at):
+    """``taught(output)``: a run with replay and the base as teacher."""
+
+    def make(output: Path, **changes) -> RunConfig:
+        sections = {"train": {"kl_weight": 1.0, "micro_batch_size": 1}, "data": {"replay": 0.25}}
+        return config_at(
+            output, **{name: sections.get(name, {}) | changes.get(name, {}) for name in sections | changes}
+        )
+
+    return make
+
+
+RUNS = {
+    "plain": {},
+    "all of it": {
+        "train": {"parameters": "all", "kl_weight": 0.0},
+        "expand": {"groups": None},
+        "data": {"replay": 0.0},
+    },
+    "muon": {"optim": {"name": "muon", "lr": 1e-2}},
+}
+
+
+@pytest.fixture(scope="module")
+def made(taught, config_at, tmp_path_factory):
+    """Runs of two ranks, made one after the other, and what came of each: (folder, outcomes)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    asked = {name: Asked(taught(folder / name, **changes)) for name, changes in RUNS.items()}
+    asked["again"] = Asked(taught(folder / "again"))
+    asked["stopped"] = Asked(taught(folder / "stopped"), fault="asked to stop")
+    asked["poisoned"] = Asked(config_at(folder / "poisoned"), fault="poisoned")
+    asked["miscomputes"] = Asked(taught(folder / "miscomputes"), fault="miscomputes")
+    asked["odd"] = Asked(taught(folder / "odd", train={"batch_size": 3}))
+    asked["differ"] = Asked(
+        taught(folder / "differ"), others={1: taught(folder / "differ", optim={"lr": 2e-2, "warmup_steps": 1})}
+    )
+    outcomes = ranked.make(list(asked.values()), count=2, folder=folder)
+    for name, outcome in zip(asked, outcomes, strict=True):
+        if name in (*RUNS, "again"):
+            assert [each["error"] for each in outcome] == [None, None], name
+    return folder, dict(zip(asked, outcomes, strict=True))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_make_the_run_of_one(name, made, taught, tmp_path):
+    folder, _ = made
+    run_training(taught(tmp_path / "run", **RUNS[name]))
+    assert_close(folder / name, tmp_path / "run")
+    assert load_config(folder / name).train.ranks == 2
+    # What is frozen left no trace of having been touched.
+    ours, theirs = (load_file(run / "export" / "model.safetensors") for run in (folder / name, tmp_path / "run"))
+    trained = {name.removeprefix("model.") for name in weights(folder / name)}
+    frozen = [key for key in ours if not any(part in key for part in ("layers.2.", "layers.5.")) and trained]
+    assert name == "all of it" or all(torch.equal(ours[key], theirs[key]) for key in frozen)
+
+
+def test_two_ranks_repeat_bit_for_bit(made):
+    folder, _ = made
+    assert figures(folder / "again") == figures(folder / "plain")
+    again, plain = weights(folder / "again"), weights(folder / "plain")
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+
+
+def test_gradients_are_added_up_once_a_step(made):
+    """Each trained tensor, the losses and the KL of its micro-batches, and for each text measured its sums."""
+    folder, outcomes = made
+    measured = len(rows(folder / "plain", "eval"))
+    assert [each["reduced"] for each in outcomes["plain"]] == [6 * (len(weights(folder / "plain")) + 2) + measured] * 2
+
+
+def test_a_signal_to_one_stops_all_and_the_run_goes_on_bit_for_bit(made, tmp_path):
+    folder, outcomes = made
+    assert [each["stopped"] for each in outcomes["stopped"]] == [signal.SIGTERM] * 2
+    run = tmp_path / "run"
+    shutil.copytree(folder / "stopped", run)
+    assert complete_checkpoints(run)[-1].name == "step-000002"
+    ranked.make([Asked(run)], count=2, folder=tmp_path)
+    assert figures(run) == figures(folder / "plain")
+    assert all(torch.equal(tensor, weights(folder / "plain")[name]) for name, tensor in weights(run).items())
+
+
+def test_a_bad_step_of_one_is_everybodys(made):
+    folder, outcomes = made
+    assert [each["error"] for each in outcomes["poisoned"]] == [None, None]
+    (skipped,) = rows(folder / "poisoned", "skipped")
+    assert (skipped["step"], skipped["loss"]) == (3, "nan")
+    losses = [row["loss"] for row in rows(folder / "poisoned", "train")]
+    assert losses[2] is None and all(math.isfinite(loss) for n, loss in enumerate(losses) if n != 2)
+
+
+def test_a_rank_whose_weights_drift_is_found_at_a_checkpoint(made):
+    folder, outcomes = made
+    kinds, texts = zip(*(each["error"] for each in outcomes["miscomputes"]), strict=True)
+    assert kinds == ("UserError", "ToldElsewhere")
+    assert texts[0].startswith("rank 1 has another model.") and texts[0] == texts[1]
+    assert not complete_checkpoints(folder / "miscomputes")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("odd", "--train.batch_size 3: 2 processes cannot share it evenly; give a multiple of 2"),
+        ("differ", "--optim.lr: rank 1 was given 0.02 and rank 0 0.01; give all the same"),
+    ],
+)
+def test_what_cannot_be_is_refused_once_and_leaves_nothing(name, words, made):
+    folder, outcomes = made
+    kinds, texts = zip(*(each["error"] for each in outcomes[name]), strict=True)
+    assert kinds == ("UserError", "ToldElsewhere")
+    assert words in texts[0]
+    assert not (folder / name).exists()
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(made, tmp_path, capsys):
+    """2 -> 1; the order of the text and the curve are kept, and it is said that bits are not."""
+    folder, _ = made
+    run = tmp_path / "run"
+    shutil.copytree(folder / "stopped", run)
+    config = dataclasses.replace(load_config(run), output=str(run))
+    run_training(config, resume=True)
+    assert "changed: train.ranks 2 -> 1; from here on it is equal within rounding" in capsys.readouterr().out
+    assert_close(run, folder / "plain")
