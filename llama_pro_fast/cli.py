@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
@@ -41,8 +42,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (`{self.prog} --help` lists the options)")
 
 
-def run_entry_point(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+def run_entry_point(
+    main: Callable[[list[str] | None], int], argv: list[str] | None = None, *, several: bool = False
+) -> int:
     """Call a verb's ``main`` and turn what the user caused into one line and an exit code.
+
+    Args:
+        several: whether it may run in several processes, as torchrun starts them.
 
     `UserError`, argument errors, a stdout on a full disk: one line on stderr, 2. Ctrl-C: 130. A reader of stdout that
     went away (`| head`): 141, silently. Anything else is a bug and keeps its traceback. The code is the same where
@@ -52,6 +58,8 @@ def run_entry_point(main: Callable[[list[str] | None], int], argv: list[str] | N
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows only ASCII
     try:
+        if not several:
+            _check_alone()
         code = main(argv)
         if not sys.stdout.closed:
             sys.stdout.flush()
@@ -74,6 +82,13 @@ def run_entry_point(main: Callable[[list[str] | None], int], argv: list[str] | N
             flush_or_give_up(stream)
 
 
+def _check_alone() -> None:
+    """Refuse the processes of a launcher, for a verb that is one process."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        words = "only `train` shares its work among processes; start this verb by itself, not by torchrun"
+        raise UserError(words) if os.environ.get("RANK", "0") == "0" else ToldElsewhere(words)
+
+
 def _can_write(stream: TextIO) -> bool:
     try:
         stream.write("\n")
@@ -91,7 +106,7 @@ def _tell(line: str, code: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """`llama-pro-fast VERB ...`; returns the exit code."""
-    return run_entry_point(_dispatch, argv)
+    return run_entry_point(_dispatch, argv, several=True)
 
 
 def _dispatch(argv: list[str] | None) -> int:
@@ -107,6 +122,8 @@ def _dispatch(argv: list[str] | None) -> int:
         return 0
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb}; there are {', '.join(VERBS)}")
+    if verb != "train":
+        _check_alone()
     return importlib.import_module(f"llama_pro_fast.{verb}").main(rest)
 
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """Others wait for as long as the first one prepares text or saves; that one has died is heard at once all the same."""
-NEWS = 5.0
+NEWS = 2.0
 """Seconds in which a rank that ends by an error has left word of it."""
 
 
@@ -194,8 +194,8 @@ def _join(count: int) -> Ranks:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
-            f"WORLD_SIZE is {count}, but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set: start "
-            "several processes by torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {count} and not set: {', '.join(missing)}; start several processes by torchrun, or unset "
+            "WORLD_SIZE"
         )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -207,6 +207,8 @@ def _join(count: int) -> Ranks:
         torch.cuda.set_device(local)
     try:
         store, number, count = next(distributed.rendezvous("env://"))
+        # torchrun may restart all with the store of before, in which addresses stand that are no more.
+        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=store, rank=number, world_size=count)
         host = distributed.new_group(backend="gloo", timeout=PATIENCE)

@@ -56,4 +56,4 @@ def _train(argv: list[str], ranks: Ranks) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry_point(main))
+    sys.exit(run_entry_point(main, several=True))

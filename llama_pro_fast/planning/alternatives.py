@@ -84,7 +84,8 @@ def _lora(question: Question, whole: Job) -> Way:
         peak=estimate.peak,
         fits=estimate.peak <= usable,
         how=f"{size}, {'block' if estimate.recomputed else 'none'}",
-        seconds=(cost.total + cost.recomputed + flash_backward_flops(whole)) / (SHARE * question.device.flops),
+        seconds=(cost.total + cost.recomputed + flash_backward_flops(whole))
+        / (SHARE * question.device.flops * question.ranks),
     )
 
 

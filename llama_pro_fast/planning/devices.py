@@ -34,13 +34,15 @@ class Device:
         memory: bytes PyTorch can reach; of a card the least of what users' messages report for it.
         flops: dense bf16 products with float32 sums, FLOP/s (data sheet).
         bandwidth: of its memory, bytes/s (data sheet).
-        speed_known: whether these two are of this device; else they only weigh a byte against a FLOP.
+        link: to the other cards of its machine, bytes/s in one direction (data sheet: NVLink, or PCIe 4.0 x 16).
+        speed_known: whether these are of this device; else they only weigh a byte against a FLOP.
     """
 
     title: str
     memory: int
     flops: float
     bandwidth: float
+    link: float
     is_cpu: bool = False
     speed_known: bool = True
 
@@ -50,16 +52,20 @@ class Device:
         return self.memory if self.is_cpu else int((self.memory - CONTEXT) * (1 - SPARE))
 
 
-def _card(title: str, gib: float, tflops: float, terabytes: float) -> Device:
-    return Device(title=title, memory=int(gib * GIB), flops=tflops * 1e12, bandwidth=terabytes * 1e12)
+def _card(title: str, gib: float, tflops: float, terabytes: float, gigabytes: float) -> Device:
+    speeds = {"flops": tflops * 1e12, "bandwidth": terabytes * 1e12, "link": gigabytes * 1e9}
+    return Device(title=title, memory=int(gib * GIB), **speeds)
 
+
+IN_A_MACHINE, NETWORK = 8, 50e9
+"""Cards of one machine, and bytes/s of the network between machines, a 400 Gb/s adapter for each card."""
 
 DEVICES = {
-    "h200": _card("H200 141 GB", 139.7, 989, 4.8),
-    "h100": _card("H100 80 GB", 79.1, 989, 3.35),
-    "a100-80": _card("A100 80 GB", 79.1, 312, 2.039),
-    "a100-40": _card("A100 40 GB", 39.4, 312, 1.555),
-    "4090": _card("RTX 4090 24 GB", 23.5, 165, 1.008),
+    "h200": _card("H200 141 GB", 139.7, 989, 4.8, 450),
+    "h100": _card("H100 80 GB", 79.1, 989, 3.35, 450),
+    "a100-80": _card("A100 80 GB", 79.1, 312, 2.039, 300),
+    "a100-40": _card("A100 40 GB", 39.4, 312, 1.555, 300),
+    "4090": _card("RTX 4090 24 GB", 23.5, 165, 1.008, 31.5),
 }
 """By the name `--gpu` takes, the largest first. The H100 is the SXM one."""
 
@@ -67,7 +73,7 @@ DEVICES = {
 def cpu() -> Device:
     """This machine's processor, with what is free of its memory now."""
     free = int(0.9 * available_memory())
-    return Device(title="CPU", memory=free, flops=1e11, bandwidth=2e10, is_cpu=True, speed_known=False)
+    return Device(title="CPU", memory=free, flops=1e11, bandwidth=2e10, link=1e10, is_cpu=True, speed_known=False)
 
 
 def present() -> Device:
@@ -84,6 +90,7 @@ def present() -> Device:
         memory=free + CONTEXT // 2,
         flops=alike.flops,
         bandwidth=alike.bandwidth,
+        link=alike.link,
         speed_known=known is not None,
     )
 

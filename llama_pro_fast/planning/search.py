@@ -26,7 +26,7 @@ from llama_pro_fast.planning.cost import (
     recomputed_matrices,
     step_cost,
 )
-from llama_pro_fast.planning.devices import SHARE
+from llama_pro_fast.planning.devices import IN_A_MACHINE, NETWORK, SHARE
 from llama_pro_fast.planning.job import Job, Question
 from llama_pro_fast.planning.memory import (
     StepMemory,
@@ -61,7 +61,8 @@ class Fit:
         memory: of the step at its fullest.
         peak: bytes at the fullest of a run, evaluation included.
         cost: FLOPs per token.
-        seconds: predicted, per token; it only orders ways where the device's own speed is not known.
+        seconds: predicted, per token, of all ranks together; it only orders ways where the device's own speed is not
+            known.
         tokens_per_second: predicted; None where the device's own speed is not known.
     """
 
@@ -91,6 +92,7 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
     forwards = layers + sum(policy is not Recompute.NONE for policy in recompute)
     starting = 0 if device.is_cpu else HOST_FORWARD * forwards + HOST_BACKWARD * (layers - job.trained.first)
     seconds = max(starting / tokens, executed / (SHARE * device.flops) + traffic / device.bandwidth)
+    seconds = (seconds + reduction_seconds(question) / (batch_size * job.seq_len)) / question.ranks
     return Fit(
         micro_batch_size=micro_batch_size,
         recompute=tuple(recompute),
@@ -100,6 +102,17 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
         seconds=seconds,
         tokens_per_second=round(1 / seconds, 1) if device.speed_known else None,
     )
+
+
+def sent_bytes(job: Job, ranks: int) -> int:
+    """What a rank sends, and receives, to add up the float32 gradients of a step, by a ring."""
+    return 2 * (ranks - 1) * 4 * job.num_trained // ranks
+
+
+def reduction_seconds(question: Question) -> float:
+    """Of a step, for that; nothing else runs beside it."""
+    rate = question.device.link if question.ranks <= IN_A_MACHINE else min(question.device.link, NETWORK)
+    return sent_bytes(question.job, question.ranks) / rate
 
 
 def cast_bytes(job: Job, recompute: Sequence[Recompute]) -> int:

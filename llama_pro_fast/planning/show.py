@@ -19,7 +19,7 @@ from llama_pro_fast.planning.devices import GIB, SHARE
 from llama_pro_fast.planning.explain import shortfall, why
 from llama_pro_fast.planning.job import Question, parse_recompute, recompute_text
 from llama_pro_fast.planning.memory import StepMemory
-from llama_pro_fast.planning.search import Fit, fit, peak_bytes
+from llama_pro_fast.planning.search import Fit, fit, peak_bytes, reduction_seconds, sent_bytes
 
 
 def show(question: Question, found: Fit | None) -> None:
@@ -27,6 +27,7 @@ def show(question: Question, found: Fit | None) -> None:
     job, device = question.job, question.device
     trained, parameters = job.trained, num_parameters(job.config)
     new = f" + {len(question.expansion.new_indices)} blocks" if question.expansion else ""
+    cards = f"{'one' if question.ranks == 1 else f'{question.ranks} x'} {device.title}"
     which = "all" if trained.everything else f"blocks {', '.join(map(str, trained.blocks))}"
     rows = [
         ("blocks", trained.strip),
@@ -39,10 +40,10 @@ def show(question: Question, found: Fit | None) -> None:
         ("assumed", f"{question.assumed}; a run finds out and plans anew"),
     ]
     if found is None:
-        title = f"{question.model}{new} on one {device.title}: does not fit"
+        title = f"{question.model}{new} on {cards}: does not fit"
         box(title, [*rows, ("memory", shortfall(question))])
     else:
-        box(f"{question.model}{new} on one {device.title}", rows + list(_facts(question, found)))
+        box(f"{question.model}{new} on {cards}", rows + list(_facts(question, found)))
         _show_memory(found)
     _show_policies(question)
     _show_ways(question, found)
@@ -52,12 +53,21 @@ def show(question: Question, found: Fit | None) -> None:
 
 def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
     job, cost, size = question.job, found.cost, found.micro_batch_size
-    per_step, count = question.batch_size * job.seq_len, question.batch_size // size
+    sequences, count = question.batch_size * question.ranks, question.batch_size // size
+    each = "" if question.ranks == 1 else f"on each of {question.ranks} ranks "
     yield (
         "step",
-        f"{question.batch_size} x {job.seq_len} = {per_step:,} tokens, in {count} micro-batch"
+        f"{sequences} x {job.seq_len} = {sequences * job.seq_len:,} tokens, {each}in {count} micro-batch"
         f"{'es' if count > 1 else ''} of {size}",
     )
+    if question.ranks > 1:
+        sent, seconds = sent_bytes(job, question.ranks), reduction_seconds(question)
+        share = seconds / (found.seconds * sequences * job.seq_len)
+        yield (
+            "ranks",
+            f"all weights on each; once a step each sends {_figure(sent / 1e9)} GB of gradients, "
+            f"{seconds * 1000:,.0f} ms{f' ({share:.1%} of it)' if question.device.speed_known else ''}",
+        )
     yield "chosen", why(question, found)
     yield (
         "memory",
@@ -81,13 +91,14 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
         f"{found.tokens_per_second:,.0f} tokens/s, should products and attention reach {SHARE:.0%} of "
         f"{question.device.flops / 1e12:.0f} TFLOP/s",
     )
-    price = "" if question.price is None else f" (an hour costs {question.price:g})"
+    hour = "an hour" if question.ranks == 1 else "an hour of one"
+    price = "" if question.price is None else f" ({hour} costs {question.price:g})"
     yield "length", f"{amount(question.tokens)} tokens: {_length(question, found.seconds)}{price}"
 
 
 def _length(question: Question, seconds: float) -> str:
     hours = question.tokens * seconds / 3600
-    cost = "" if question.price is None else f", cost {hours * question.price:,.0f}"
+    cost = "" if question.price is None else f", cost {hours * question.price * question.ranks:,.0f}"
     return f"{hours:,.1f} h{cost}"
 
 
@@ -189,7 +200,9 @@ def as_dict(question: Question, found: Fit | None) -> dict[str, Any]:
         "parameters": num_parameters(job.config),
         "trained_parameters": job.num_trained,
         "seq_len": job.seq_len,
-        "batch_size": question.batch_size,
+        "batch_size": question.batch_size * question.ranks,
+        "ranks": question.ranks,
+        "sent_bytes": sent_bytes(job, question.ranks),
         "share_of_peak": SHARE,
         "fits": found is not None,
     }

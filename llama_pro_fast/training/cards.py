@@ -47,7 +47,8 @@ def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, pl
         what = "is off" if meter.startswith("off") else "leaves that base out"
         named = ", ".join(map(str, trained.blocks))
         say(f"{config.model.path}: {gone}; the forgetting meter {what}, and blocks {named} train, as the manifest says")
-    device = torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads"
+    ranks, cards = ("", "") if train.ranks == 1 else (f"on each of {train.ranks} ranks ", f"{train.ranks} x ")
+    device = cards + (torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads")
     process = " for tensors, the process comes on top" if train.device == "cpu" else ""
     kernels = implementation_name(train.device, DTYPES[train.dtype])
     box(
@@ -60,7 +61,8 @@ def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, pl
             ("text", corpus.description()),
             ("packing", corpus.packing()),
             ("step", f"{train.batch_size} x {train.seq_len} = {train.batch_size * train.seq_len:,} tokens, "
-                     f"{train.batch_size // train.micro_batch_size} micro-batches of {train.micro_batch_size}; "
+                     f"{ranks}{train.batch_size // train.ranks // train.micro_batch_size} micro-batches of "
+                     f"{train.micro_batch_size}; "
                      f"{train.steps:,} steps, "
                      f"{amount(train.steps * train.batch_size * train.seq_len)} tokens"),
             ("memory", f"{_gib(planned.peak / GIB)} planned{process}; recomputed in backward: {train.recompute}"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,14 +17,19 @@ from unittest.mock import patch
 
 import forked
 import torch
+import yaml
 from torch import distributed
+from torch.distributed import checkpoint as dcp
 
+from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.config import RunConfig
 from llama_pro_fast.evaluation import export_check
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.ranks import joined
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.reporting import dial, summary
+from llama_pro_fast.resume import to_dict
+from llama_pro_fast.train import main
 from llama_pro_fast.training import loop
 from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_fast.training.run import run_training
@@ -93,6 +100,16 @@ def _make(asked: list[Asked], folder: str) -> None:
         (Path(folder) / f"rank-{ranks.number}.json").write_text(json.dumps(found))
 
 
+def trained(config: RunConfig, fault: str) -> None:
+    """A run as its command line makes it, to the exit code, with a fault of the rank that it is for."""
+    recipe = Path(config.output).with_name(f"recipe-{os.environ['RANK']}.yaml")
+    recipe.write_text(yaml.safe_dump({k: v for k, v in to_dict(config).items() if v is not None}))
+    with ExitStack() as patches:
+        if os.environ["RANK"] == OF_RANK.get(fault, "1"):
+            patches.enter_context(FAULTS[fault]())
+        sys.exit(run_entry_point(main, ["--config", str(recipe)], several=True))
+
+
 def _outcome(asked: Asked, number: int) -> dict[str, Any]:
     reduced, reduce = [], distributed.all_reduce
 
@@ -146,9 +163,15 @@ def _miscompute(optimizer: Optimizer) -> None:
         next(iter(optimizer.parameters.values())).view(-1)[0] += 1e-3
 
 
+def _full() -> Any:
+    return patch.object(dcp, "save", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
+OF_RANK = {"disk full": "0"}
 FAULTS: dict[str, Callable[[], Any]] = {
     "asked to stop": lambda: _in_step(3, lambda _: os.kill(os.getpid(), signal.SIGTERM)),
     "poisoned": _poisoned,
     "miscomputes": lambda: _in_step(2, _miscompute),
+    "disk full": _full,
     "killed": lambda: _in_step(3, lambda _: os.kill(os.getpid(), signal.SIGKILL)),
 }

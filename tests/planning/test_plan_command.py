@@ -351,3 +351,25 @@ def test_small_figures_are_not_rounded_to_nothing(said, monkeypatch):
     assert code == 0
     assert not re.search(r" 0(\.0+)? (GiB|GB|GFLOP)", printed)
     assert "in 1 micro-batch of 1" in printed
+
+
+@pytest.mark.parametrize(("gpu", "ranks", "rate"), [("h100", 8, 450e9), ("h100", 16, 50e9), ("4090", 16, 31.5e9)])
+def test_ranks_share_a_step_and_add_up_its_gradients(gpu, ranks, rate, said, tmp_path):
+    """Each takes a part of the sequences with all weights, and sends a ring's share of four bytes a parameter."""
+    figures = {}
+    for count in (1, ranks):
+        options = ["--model.path", "meta-llama/Llama-3.2-1B", "--expand.groups", "4", "--gpu", gpu, "--price", "2"]
+        options += ["--train.tokens", "1e9", "--train.ranks", count, "--train.batch_size", 4 * count]
+        _, _, text = said(*options, "--json", tmp_path / "plan.json")
+        figures[count] = json.loads((tmp_path / "plan.json").read_text()) | {"said": text}
+    one, many = figures[1], figures[ranks]
+    assert many["peak_bytes"] == one["peak_bytes"]
+    assert (many["batch_size"], many["ranks"], one["sent_bytes"]) == (4 * ranks, ranks, 0)
+    sent = 2 * (ranks - 1) / ranks * 4 * one["trained_parameters"]
+    assert many["sent_bytes"] == pytest.approx(sent, abs=1)
+    step = 4 * one["seq_len"] / one["tokens_per_second"] + sent / rate
+    assert many["tokens_per_second"] == pytest.approx(many["batch_size"] * one["seq_len"] / step, rel=1e-3)
+    assert f"on {ranks} x {DEVICES[gpu].title}" in many["said"]
+    assert f"on each of {ranks} ranks in" in many["said"]
+    hours = 1e9 / many["tokens_per_second"] / 3600
+    assert f"1 B tokens: {hours:,.1f} h, cost {hours * 2 * ranks:,.0f}" in many["said"]
