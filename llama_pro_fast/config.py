@@ -240,6 +240,10 @@ class TrainConfig:
     """Processes that share every step, a device each: in a plan what is planned for, in a run what torchrun has
     started."""
 
+    sharding: Literal["auto", "replicate", "trained"] = "auto"
+    """Of several ranks. `replicate`: all weights are on each, and gradients are sent once a step. `trained`: the blocks
+    that train are sharded over them, with gradients and moments. `auto`: the first where that fits."""
+
     log_every: int = number(10, ABOVE_0)
     """Steps between two lines of log."""
 
@@ -308,12 +312,13 @@ MAY_STAY_OPEN = (
     "data.workers",
     "train.blocks",
     "train.tokens",
+    "train.sharding",
     "train.checkpoint_every",
     "train.wandb",
     "stop.kl_above",
     "stop.general_rise",
 )
-"""Keys that a settled run may leave empty."""
+"""Keys that a settled run may leave empty, or `auto`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,7 @@ MAY_CHANGE = {
     "train.attention": _ROUNDING,
     "train.threads": _ROUNDING,
     "train.ranks": _ROUNDING,
+    "train.sharding": _ROUNDING,
     "train.deterministic": _ROUNDING,
     "data.workers": _SAME,
     "data.max_bad_share": _SAME,
@@ -88,11 +89,12 @@ _SETTLED_WITH = {
     "train.memory": ("train.micro_batch_size", "train.recompute"),
     "train.micro_batch_size": ("train.recompute",),
     "train.device": ("train.memory", "train.micro_batch_size", "train.recompute", "train.attention", "train.threads"),
-    "train.ranks": ("train.micro_batch_size", "train.recompute", "train.threads"),
+    "train.ranks": ("train.sharding", "train.micro_batch_size", "train.recompute", "train.threads"),
+    "train.sharding": ("train.micro_batch_size", "train.recompute"),
     "train.steps": ("train.tokens",),
     "train.tokens": ("train.steps",),
 }
-_OPEN = dict.fromkeys(("train.memory", "train.recompute", "train.attention"), "auto")
+_OPEN = dict.fromkeys(("train.memory", "train.recompute", "train.attention", "train.sharding"), "auto")
 
 
 def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) -> RunConfig:

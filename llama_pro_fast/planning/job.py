@@ -52,6 +52,7 @@ class Job:
         document: tokens of a document on average, before it is cut at a sequence's end.
         muon: whether matrices of blocks have Muon's one moment instead of AdamW's two.
         taught: share of the tokens on which the base teaches.
+        shards: ranks over which trained blocks, their gradients and their moments are sharded.
     """
 
     config: Any
@@ -63,6 +64,7 @@ class Job:
     document: float = DOCUMENT
     muon: bool = False
     taught: float = 0.0
+    shards: int = 1
 
     @functools.cached_property
     def specs(self) -> list[BlockSpec]:
@@ -160,6 +162,7 @@ def ask(
         document=document or DOCUMENT,
         muon=config.optim.name == "muon",
         taught=_taught(config),
+        shards=train.ranks if train.sharding == "trained" else 1,
     )
     per_step = train.batch_size * train.seq_len
     return Question(

@@ -22,10 +22,12 @@ from pathlib import Path
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from llama_pro_fast.console import say
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.files import first_line, sync, why_refused, writing_to
+from llama_pro_fast.ranks import ALONE, Ranks
 from llama_pro_fast.resume import CONFIG_NAME
 from llama_pro_fast.runs.marker import COMPLETE, STEP, CheckpointInfo, digests_of, read_marker, step_of, write_marker
 
@@ -123,48 +125,67 @@ def save(
     keep: int,
     purge: bool = True,
     entering: Callable[[str], None] = lambda phase: None,
+    ranks: Ranks = ALONE,
 ) -> Saved:
     """Write a checkpoint and drop the oldest beyond ``keep``.
 
     Args:
         purge: whether any is to be dropped now.
-        tensors: as :func:`tensor_file` groups them into files.
+        tensors: of sharded ones (DTensor) each rank writes its part, of others the first rank the whole.
         entering: told "saving", and "completing" once everything but COMPLETE is written.
 
     Raises:
         UserError: the place cannot be written or is full; nothing half-written stays, and earlier checkpoints stand.
     """
-    started, folder = time.perf_counter(), folder_of(run, info.progress.step)
+    started, folder, files = time.perf_counter(), folder_of(run, info.progress.step), {}
     entering("saving")
-    if not (run / CONFIG_NAME).is_file():
-        raise UserError(f"{run}: the run's folder is gone, and with it what a checkpoint would need; nothing was saved")
-    with writing_to(folder):
-        for remains in _ours(run):
-            if not (remains / COMPLETE).exists() and not remains.is_symlink():
-                shutil.rmtree(remains)
-        folder.mkdir(parents=True)
-        try:
-            with _single_process():
-                writer = dcp.HuggingFaceStorageWriter(
-                    str(folder), fqn_to_index_mapping=_spread(tensors), save_distributed=True
-                )
-                dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-            files = {path.name: {"bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
-            for name, digest in digests_of(folder, files).items():
-                files[name]["sha256"] = digest
-            sync(folder)
-            entering("completing")
-            # The marker comes after everything it vouches for is on disk, and the old ones go after it is.
-            write_marker(folder / COMPLETE, info, files)
-            sync(folder.parent)
-        except BaseException:
-            if not (folder / COMPLETE).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        if purge:
+    try:
+        with ranks.together(), writing_to(folder):
+            if ranks.leads:
+                _make_room(run, folder)
+        with ranks.together(), writing_to(folder):
+            if ranks.leads or any(isinstance(each, DTensor) for each in tensors.values()):
+                _write(folder, tensors, ranks)
+        with ranks.together(), writing_to(folder):
+            if ranks.leads:
+                files = {path.name: {"bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+                for name, digest in digests_of(folder, files).items():
+                    files[name]["sha256"] = digest
+                sync(folder)
+                entering("completing")
+                # The marker comes after everything it vouches for is on disk, and the old ones go after it is.
+                write_marker(folder / COMPLETE, info, files)
+                sync(folder.parent)
+    except BaseException:
+        if ranks.leads and not (folder / COMPLETE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if purge and ranks.leads:
+        with writing_to(folder):
             _purge(run, keep)
     num_bytes = sum(entry["bytes"] for entry in files.values())
     return Saved(folder, num_bytes, time.perf_counter() - started)
+
+
+def _make_room(run: Path, folder: Path) -> None:
+    if not (run / CONFIG_NAME).is_file():
+        raise UserError(f"{run}: the run's folder is gone, and with it what a checkpoint would need; nothing was saved")
+    for remains in _ours(run):
+        if not (remains / COMPLETE).exists() and not remains.is_symlink():
+            shutil.rmtree(remains)
+    folder.mkdir(parents=True)
+
+
+def _write(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+    sharded = any(isinstance(each, DTensor) for each in tensors.values())
+    with _plain_errors():
+        writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_spread(tensors), save_distributed=True)
+        dcp.save(
+            dict(tensors),
+            storage_writer=writer,
+            no_dist=not sharded,
+            process_group=ranks.host if sharded else None,
+        )
 
 
 def restate(folder: Path, info: CheckpointInfo) -> None:
@@ -185,7 +206,7 @@ def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         UserError: it lacks one of them, or cannot be read.
     """
     try:
-        with _single_process():
+        with _plain_errors():
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     except Exception as error:
         raise UserError(
@@ -283,9 +304,9 @@ def _spread(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
-    """DCP for one process: without its warning, at every call, that no process group is there, and with the errors a
-    file system raises as they are (DCP wraps them in a BaseException)."""
+def _plain_errors() -> Iterator[None]:
+    """DCP without its warning, at every call, that no process group is there, and with the errors a file system raises
+    as they are (DCP wraps them in a BaseException)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         try:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from llama_pro_fast.config import Settled
@@ -32,6 +33,7 @@ from llama_pro_fast.training.cards import show_start
 from llama_pro_fast.training.log import Log, StepScalars
 from llama_pro_fast.training.meter import Meter, measured_text
 from llama_pro_fast.training.optimizer import Optimizer
+from llama_pro_fast.training.sharding import shard
 from llama_pro_fast.training.signals import Stopped, StopSignals
 
 
@@ -108,8 +110,11 @@ class _Loop:
             attention=self.config.train.attention,
             recompute=run.planned.recompute,
         )
+        self.sharded = run.ranks.count > 1 and self.config.train.sharding == "trained"
+        if self.sharded:
+            shard(self.model, run.ranks)
         parameters = self.model.trained_parameters()
-        self.optimizer = Optimizer(self.model, parameters, self.config.optim, self.config.train.steps)
+        self.optimizer = Optimizer(self.model, parameters, self.config.optim, self.config.train.steps, run.ranks)
         self.tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
         self.tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         self.info = starting_info(run)
@@ -249,21 +254,22 @@ class _Loop:
         if self.saved_step == self.done.step or self.done.step == 0:
             return
         self.log.pause(self.done.step)
-        self.optimizer.check_finite()
-        self.settled.ranks.check_same(self.tensors)
-        with self.settled.ranks.together():
-            if self.settled.ranks.leads:
-                self.metrics.sync()
-                info = replace(self.info, progress=self.done, evaluated=self.evaluated, ended=self.ended)
-                saved = checkpoint.save(
-                    self.settled.output,
-                    self.tensors | checkpoint.random_state(self.settled.device),
-                    replace(info, log=self.log.state),
-                    keep=self.config.train.keep_checkpoints,
-                    purge=not self.log.bad_in_a_row,
-                    entering=self.settled.claim.enter,
-                )
-                self.log.saved(self.done.step, saved)
+        ranks = self.settled.ranks
+        with ranks.together():
+            self.optimizer.check_finite()
+            self.metrics.sync()
+        ranks.check_same({name: each for name, each in self.tensors.items() if not isinstance(each, DTensor)})
+        info = replace(self.info, progress=self.done, evaluated=self.evaluated, ended=self.ended)
+        saved = checkpoint.save(
+            self.settled.output,
+            self.tensors | checkpoint.random_state(self.settled.device),
+            replace(info, log=self.log.state),
+            keep=self.config.train.keep_checkpoints,
+            purge=not self.log.bad_in_a_row,
+            entering=self.settled.claim.enter,
+            ranks=ranks,
+        )
+        self.log.saved(self.done.step, saved)
         self.saved_step, self.saved_at = self.done.step, time.monotonic()
 
     def _restate(self) -> None:
@@ -343,8 +349,10 @@ def train_step(
     counts = [sum(batch.num_valid for batch in batches), sum(batch.num_valid_general for batch in batches)]
     valid, general = map(sum, zip(*signals.agreed(counts), strict=True))
     data_seconds = time.perf_counter() - asked
+    # A sharded block's gradients come out as the mean over the ranks, so that all losses are as many times larger.
+    factor = ranks.count if config.train.sharding == "trained" else 1
     # Filled on the device: a copy from the host would make it wait.
-    scale = torch.full((), 1.0 / max(1, valid), device=device)
+    scale = torch.full((), factor / max(1, valid), device=device)
     kl_weight, losses, divergence = config.train.kl_weight, [], torch.zeros((), device=device)
     for batch in batches:
         signals.check()
@@ -361,7 +369,10 @@ def train_step(
         of_all = torch.zeros(len(starts), device=device)
         of_all[own] = losses
         losses = of_all
-        ranks.add([losses, divergence, *optimizer.gradients()])
+        sums = [losses, divergence, *optimizer.whole_gradients()]
+        ranks.add(sums)
+        if factor > 1:
+            torch._foreach_div_(sums, factor)
     norm = optimizer.step(done.step, losses.sum())
     divergence *= valid / general if general else math.nan
     return StepScalars(losses, norm, optimizer.left_out, divergence, data_seconds)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import torch
 
 from llama_pro_fast.config import RunConfig
 from llama_pro_fast.console import say, waiting
 from llama_pro_fast.data.corpus import Corpus, HeldOut
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation.held_out import Evaluation, described, evaluate
-from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.batch import IGNORE_INDEX, PackedBatch
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.ranks import ALONE, Ranks
@@ -86,8 +87,7 @@ class Meter:
         metered, count = text.source.role == "general", sample.num_batches(micro_batch)
 
         def watched() -> Iterator[PackedBatch]:
-            own = islice(enumerate(sample.batches(micro_batch)), self.ranks.number, None, self.ranks.count)
-            for done, batch in own:
+            for done, batch in enumerate(_of_rank(sample.batches(micro_batch), self.ranks)):
                 update(f"evaluating {text.source.name}: {done} of {count} batches")
                 between()
                 yield batch
@@ -116,3 +116,18 @@ class Meter:
             f"{found}; {changed}the model has diverged since the last checkpoint. Go on from there with a lower rate: "
             f"{resume_command(Path(self.config.output))} --optim.lr {rate:g}"
         )
+
+
+def _of_rank(batches: Iterable[PackedBatch], ranks: Ranks) -> Iterator[PackedBatch]:
+    """This rank's of the batches. All ranks get as many: where there are not enough, one more with nothing to predict,
+    since a sharded block is put together by all ranks at once."""
+    own = batch = None
+    for number, batch in enumerate(batches):
+        if number % ranks.count == ranks.number:
+            own = batch
+        if number % ranks.count == ranks.count - 1:
+            yield own
+            own, batch = None, None
+    if batch is not None:
+        nothing = {"labels": torch.full_like(batch.labels, IGNORE_INDEX), "num_valid": 0}
+        yield own or replace(batch, **nothing)

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.model.layers import refresh_low_precision_copies
+from llama_pro_fast.ranks import ALONE, Ranks
 from llama_pro_fast.training.muon import Muon
 from llama_pro_fast.training.schedule import learning_rate, lower_rate
+from llama_pro_fast.training.sharding import like, local
 
 
 class Optimizer:
@@ -27,18 +30,28 @@ class Optimizer:
         parameters: name -> parameter; the order is part of the state.
         config: resolved (rate and warm-up filled in).
         steps: length of the run, for the schedule.
+        ranks: over which sharded parameters are.
+
+    Of a sharded parameter each rank updates its own part, an ordinary tensor; norms are over all parts.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], config: OptimConfig, steps: int
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        steps: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.parameters = dict(parameters)
         self.config = config
         self.steps = steps
+        self.ranks = ranks
+        self.parts = {name: nn.Parameter(local(p)) if isinstance(p, DTensor) else p for name, p in parameters.items()}
         matrices = {name: p for name, p in self.parameters.items() if p.ndim == 2 and name.startswith("blocks.")}
         self.muon = Muon(model, matrices, config) if config.name == "muon" else None
-        left = {name: p for name, p in self.parameters.items() if self.muon is None or name not in matrices}
+        left = {name: p for name, p in self.parts.items() if self.muon is None or name not in matrices}
         decayed = {name: p for name, p in left.items() if p.ndim == 2 and not name.startswith("embed_tokens")}
         rest = {name: p for name, p in left.items() if name not in decayed}
         groups = [
@@ -52,7 +65,7 @@ class Optimizer:
             eps=config.eps,
             fused=True,
         )
-        device = next(iter(self.parameters.values())).device
+        device = next(iter(self.parts.values())).device
         self.left_out = torch.zeros((), device=device)
         """1 where the last step was left out, else 0; a device scalar."""
 
@@ -66,7 +79,7 @@ class Optimizer:
         Returns:
             The gradient norm before clipping, a device scalar. Where it or the loss is not finite the step is left out.
         """
-        norm = nn.utils.get_total_norm(self.gradients(), foreach=True)
+        norm = self._norm()
         # AdamW divides by it as it reads a gradient, and writes that back; clipped on their own, all gradients would be
         # read once more.
         self.adamw.grad_scale = ((norm.float() + 1e-6) / self.config.clip).clamp(min=1.0)
@@ -83,13 +96,27 @@ class Optimizer:
         self.drop_gradients()
         return norm
 
-    def gradients(self) -> list[torch.Tensor]:
-        """Of all parameters that have one, in their order."""
-        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+    def whole_gradients(self) -> list[torch.Tensor]:
+        """Of all parameters that are not sharded and have one, in their order."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None and not isinstance(p, DTensor)]
+
+    def _norm(self) -> torch.Tensor:
+        """Of all gradients, a device scalar."""
+        norm = nn.utils.get_total_norm(self.whole_gradients(), foreach=True)
+        parts = []
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter, DTensor) and parameter.grad is not None:
+                self.parts[name].grad = local(parameter.grad)
+                parts.append(self.parts[name].grad)
+        if not parts:
+            return norm
+        square = nn.utils.get_total_norm(parts, foreach=True) ** 2
+        self.ranks.add([square])
+        return (norm.to(square) ** 2 + square).sqrt()
 
     def drop_gradients(self) -> None:
         """Forget a step that was begun."""
-        for parameter in self.parameters.values():
+        for parameter in (*self.parameters.values(), *self.parts.values()):
             parameter.grad = None
 
     def check_finite(self) -> None:
@@ -98,9 +125,9 @@ class Optimizer:
         Raises:
             UserError: a weight is not a finite number.
         """
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.parameters.values()])
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.parts.values()])
         if not finite.all():
-            name = next(name for name, fine in zip(self.parameters, finite.tolist(), strict=True) if not fine)
+            name = next(name for name, fine in zip(self.parts, finite.tolist(), strict=True) if not fine)
             raise UserError(
                 f"weight {name} is no longer finite, and was not saved: the rate {self.config.lr:g} is too high; go on "
                 f"from the last checkpoint, or where there is none from the start, with --resume --optim.lr "
@@ -118,7 +145,7 @@ class Optimizer:
         The state exists from the first call on, so that a new run can read a checkpoint into it in place.
         """
         flat = {}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.parts.items():
             if self.muon is not None and name in self.muon.momentum:
                 flat[f"{name}.momentum"] = self.muon.momentum[name]
                 continue
@@ -128,5 +155,5 @@ class Optimizer:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
-            flat |= {f"{name}.{key}": value for key, value in state.items()}
+            flat |= {f"{name}.{key}": like(value, self.parameters[name]) for key, value in state.items()}
         return flat

@@ -56,6 +56,7 @@ from llama_pro_fast.training.settle import (
     question_of,
     settle,
     settle_computation,
+    settle_sharding,
     start_device,
 )
 from llama_pro_fast.training.signals import Stopped, StopSignals
@@ -181,11 +182,13 @@ def _prepare(
     device = start_device(config, ranks.local)
     check_micro_batch(config.train)
     config = settle_computation(config, base, device)
+    whatever = {"document": config.train.seq_len}
+    config = settle_sharding(config, question_of(config, base, trained, plan, **whatever))
     # A resumed run keeps its plan, unless it is told to make another.
     has_plan = resume and config.train.micro_batch_size is not None and config.train.recompute != "auto"
     if not has_plan:
         # Whatever the text is: with documents as long as they can be, least is needed.
-        choose(question_of(config, base, trained, plan, document=config.train.seq_len))
+        choose(question_of(config, base, trained, plan, **whatever))
 
     # Text to tokens, once; then the length of the run is known.
     claim.enter("tokenising")

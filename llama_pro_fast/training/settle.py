@@ -85,6 +85,8 @@ def check_model(config: RunConfig) -> None:
         )
     if train.steps is not None and train.tokens is not None:
         raise UserError("--train.steps and --train.tokens both set the length; give one of them")
+    if train.sharding == "trained" and config.optim.name == "muon":
+        raise UserError("--train.sharding trained: Muon needs whole matrices; give replicate, or --optim.name adamw")
     check_micro_batch(train)
 
 
@@ -163,6 +165,19 @@ def question_of(
 
 def _device(config: RunConfig) -> Device:
     return devices.present() if config.train.device == "cuda" else devices.cpu()
+
+
+def settle_sharding(config: RunConfig, question: Question) -> RunConfig:
+    """``config`` with the way several ranks share the weights: whole on each, where that fits, else sharded.
+
+    Args:
+        question: put with ``config``.
+    """
+    train = config.train
+    if train.ranks == 1 or train.sharding != "auto":
+        return config
+    whole = best_fit(question) is not None or train.parameters == "all" or config.optim.name == "muon"
+    return dataclasses.replace(config, train=dataclasses.replace(train, sharding="replicate" if whole else "trained"))
 
 
 def choose(question: Question) -> Fit:
