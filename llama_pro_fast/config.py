@@ -263,6 +263,11 @@ class TrainConfig:
     """Project of Weights & Biases to log to, beside metrics.jsonl and TensorBoard. Needs the extra `wandb`; without a
     network set WANDB_MODE=offline."""
 
+    @property
+    def shards(self) -> int:
+        """Over how many ranks what trains is sharded."""
+        return self.ranks if self.sharding == "trained" else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:

@@ -25,7 +25,7 @@ from llama_pro_fast.planning.show import as_dict, show
 from llama_pro_fast.recipe import Request, parse
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.schedule import settle_schedule
-from llama_pro_fast.training.settle import check_model, count_steps, start_device
+from llama_pro_fast.training.settle import check_model, count_steps, settle_sharding, start_device
 
 OWN = {
     "gpu": {
@@ -85,7 +85,9 @@ def question_of(request: Request) -> Question:
     config, assumed = assume(config, base, device, here=name in ("cuda", "cpu"))
     if config.train.steps is not None or config.train.tokens is not None:
         settle_schedule(config.optim, count_steps(config, sequences_in_epoch=0))
-    return ask(config, base, trained, expansion, device, triton=not device.is_cpu, price=price, assumed=assumed)
+    how = {"triton": not device.is_cpu, "price": price, "assumed": assumed}
+    question = ask(config, base, trained, expansion, device, **how)
+    return ask(settle_sharding(config, question), base, trained, expansion, device, **how)
 
 
 if __name__ == "__main__":

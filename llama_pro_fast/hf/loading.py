@@ -4,7 +4,8 @@ The folder is read one tensor at a time, so the peak is the model plus one block
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -129,6 +130,7 @@ def load_model(
     max_length: int | None = None,
     attention: str,
     recompute: Sequence[Recompute] | None = None,
+    loaded: Callable[[Block], Any] = lambda block: None,
 ) -> Decoder:
     """Read a folder into a :class:`Decoder`, tensor by tensor, so that the peak is the model plus one block.
 
@@ -138,6 +140,7 @@ def load_model(
         max_length: longest sequence that will be given; by default the config's positions.
         attention: an attention backend's name (`llama_pro_kernels.select_attention_backend`).
         recompute: of each block; by default none.
+        loaded: called with each block, before the next one is read.
 
     Raises:
         UserError: config and weights disagree, or a file is damaged.
@@ -149,10 +152,10 @@ def load_model(
     recompute = recompute or [Recompute.NONE] * count
     how = {"trained": trained.everything, "dtype": dtype, "device": device}
     embed_tokens = load_embedding(folder, **how)
-    blocks = [
-        load_block(folder, index, dtype=dtype, block_class=block_class, recompute=policy, device=device)
-        for index, (block_class, policy) in enumerate(zip(trained.classes, recompute, strict=True))
-    ]
+    blocks = []
+    for index, (block_class, policy) in enumerate(zip(trained.classes, recompute, strict=True)):
+        blocks.append(load_block(folder, index, dtype=dtype, block_class=block_class, recompute=policy, device=device))
+        loaded(blocks[-1])
     norm = RMSNorm(
         folder.tensor(FINAL_NORM).to(device), config.rms_norm_eps, trained=trained.everything, compute_dtype=dtype
     )

@@ -70,7 +70,7 @@ def shortfall(question: Question) -> str:
     changes += list(_changes(question))
     if changes:
         return f"{said}. What would fit: {'; or '.join(changes)}"
-    return f"{said}. No card in the list holds it, and sharding over several is not there yet; give a smaller model"
+    return f"{said}. No card in the list holds it, and what is frozen stands on every card; give a smaller model"
 
 
 def _changes(question: Question) -> Iterator[str]:
@@ -108,6 +108,10 @@ def _changes(question: Question) -> Iterator[str]:
         few = ExpansionPlan.from_groups(model.num_hidden_layers, min(8, model.num_hidden_layers))
         if fits(job.expanded(model, few)):
             yield f"{len(few.new_indices)} new blocks in place of all parameters"
+    for ranks in (2, 4, 8) if job.shards == 1 and not job.muon else ():
+        if ranks >= question.ranks and fits(dataclasses.replace(job, shards=ranks)):
+            yield f"{ranks} such cards that share what trains (torchrun, --train.sharding trained)"
+            break
     larger = [card for card in DEVICES.values() if card.usable > question.device.usable and fits(job, card.usable)]
     if larger and not fits(job, question.device.usable):
         yield f"one {larger[-1].title}"

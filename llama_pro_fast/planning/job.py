@@ -75,8 +75,18 @@ class Job:
         return num_trained_parameters(self.config, self.trained)
 
     @property
+    def num_in_blocks(self) -> int:
+        """Parameters of blocks that train."""
+        return len(self.trained.blocks) * self.specs[0].num_parameters()
+
+    def held(self, count: int) -> int:
+        """How many of ``count`` numbers, one or more for each trained parameter, are on a rank."""
+        in_blocks = count * self.num_in_blocks // self.num_trained
+        return count - in_blocks + -(-in_blocks // self.shards)
+
+    @property
     def num_moments(self) -> int:
-        """Numbers that the optimizer keeps of what trains."""
+        """Numbers that the optimizer keeps of what trains, on all ranks over which it is sharded."""
         in_matrices = len(self.trained.blocks) * sum(matrices(self.specs[0]).values())
         return 2 * self.num_trained - (in_matrices if self.muon else 0)
 
@@ -162,7 +172,7 @@ def ask(
         document=document or DOCUMENT,
         muon=config.optim.name == "muon",
         taught=_taught(config),
-        shards=train.ranks if train.sharding == "trained" else 1,
+        shards=train.shards,
     )
     per_step = train.batch_size * train.seq_len
     return Question(

@@ -105,7 +105,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         which: [0, *itertools.accumulate(b * (kind is which) for b, kind in zip(kept, classes, strict=True))]
         for which in (BlockClass.FROZEN, BlockClass.TRAINED)
     }
-    every = acc * job.num_trained
+    every = acc * job.held(job.num_trained)
     top = tokens * (element * config.hidden_size + acc)  # what the final norm keeps: the last block's output, rstd
 
     def phase(name: str, blocks: int, gradients: int, transient: int, logits: int = 0) -> StepMemory:
@@ -145,14 +145,14 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         need_dx = index > job.trained.first or job.trained.everything
         transient = _backward_peak(
             spec, kind, recompute[index], need_dx, job.dtype, job.triton, job.attention, tokens, micro_batch_size,
-            job.documents(micro_batch_size),
+            job.documents(micro_batch_size), job.shards > 1,
         )  # fmt: skip
         gradients = every if accumulating else made
         # What this micro-batch has made of the head waits for the embedding's, where they are one table.
         waiting = made if accumulating and job.trained.everything and config.tie_word_embeddings else 0
         phases.append(phase(f"backward of block {index}", index + 1, gradients, transient + waiting))
         if kind is BlockClass.TRAINED and not accumulating:
-            made += acc * spec.num_parameters()
+            made += acc * -(-spec.num_parameters() // job.shards)
     if job.trained.everything:
         table = acc * head_size
         tied = table if config.tie_word_embeddings else 0
@@ -177,8 +177,7 @@ def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_s
     mlp = element * (2 * H + 3 * I) + max(upcast * I, element * (2 * Q + 2 * KV)) + 2 * acc
     block = tokens * (waiting + mlp + acc * spec.num_heads)
     if any(
-        has_low_precision(kind, job.dtype) and policy is Recompute.BLOCK
-        for kind, policy in zip(job.trained.classes, recompute, strict=True)
+        casts(job, kind, policy) for kind, policy in zip(job.trained.classes, recompute, strict=True)
     ):  # a master's copy is there while its product is made, and the temporaries are not
         beside = waiting + acc * (spec.num_heads + 2)
         qkv, heads = 2 * H + Q + 2 * KV, 2 * (H + Q + KV)
@@ -194,6 +193,7 @@ def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_s
         logits = chunk * (2 * element + (0 if job.triton else 3 * acc))
     losses = logits + tokens * (element * H + waiting + 2 * acc)
     always = _always(job, tokens)
+    block += _together(spec, BlockClass.TRAINED, acc) if job.shards > 1 else 0
     return sum(_states(job, recompute).values()) + always + max(block, losses)
 
 
@@ -207,13 +207,24 @@ def states_bytes(job: Job) -> int:
     """What a step needs whatever its batch and recomputation: weights, masters, moments and gradients; and a copy of
     the tables where these train."""
     states = _states(job, [Recompute.BLOCK] * len(job.specs))
-    return sum(states.values()) + accumulation_dtype(job.dtype).itemsize * job.num_trained
+    return sum(states.values()) + accumulation_dtype(job.dtype).itemsize * job.held(job.num_trained)
 
 
-def low_precision_bytes(spec: BlockSpec, block_class: BlockClass, dtype: torch.dtype, recompute: Recompute) -> int:
+def low_precision_bytes(job: Job, spec: BlockSpec, block_class: BlockClass, recompute: Recompute) -> int:
     """Low-precision copies that a block keeps: of its matrices; norms and biases are read as they are."""
-    keeps = has_low_precision(block_class, dtype) and recompute is not Recompute.BLOCK
-    return dtype.itemsize * sum(matrices(spec).values()) if keeps else 0
+    keeps = has_low_precision(block_class, job.dtype) and not casts(job, block_class, recompute)
+    return job.dtype.itemsize * sum(matrices(spec).values()) if keeps else 0
+
+
+def casts(job: Job, block_class: BlockClass, recompute: Recompute) -> bool:
+    """Whether a block has no copies, and casts its masters for each product."""
+    return has_low_precision(block_class, job.dtype) and (recompute is Recompute.BLOCK or job.shards > 1)
+
+
+def _together(spec: BlockSpec, block_class: BlockClass, acc: int) -> int:
+    """Of a sharded block, beside what any has: its weights put together, and as much again that is gathered into them,
+    or in which their gradients wait to be sent."""
+    return 2 * acc * spec.num_parameters() if block_class is BlockClass.TRAINED else 0
 
 
 def has_low_precision(block_class: BlockClass, dtype: torch.dtype) -> bool:
@@ -230,16 +241,16 @@ def _muon_bytes(spec: BlockSpec) -> int:
 def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:
     element, acc = job.dtype.itemsize, accumulation_dtype(job.dtype).itemsize
     trained = job.num_trained
-    dtypes = [job.dtype] * len(job.specs)
-    low_precision = sum(map(low_precision_bytes, job.specs, job.trained.classes, dtypes, recompute))
+    blocks = zip(job.specs, job.trained.classes, recompute, strict=True)
+    low_precision = sum(low_precision_bytes(job, *block) for block in blocks)
     if job.trained.everything and element != acc:
         tables = 1 if job.config.tie_word_embeddings else 2
         low_precision += element * tables * job.config.vocab_size * job.config.hidden_size
     return {
         "weights": element * (num_parameters(job.config) - trained),
-        "masters": acc * trained,
+        "masters": acc * job.held(trained),
         "low_precision": low_precision,
-        "moments": acc * job.num_moments,
+        "moments": acc * job.held(job.num_moments),
     }
 
 
@@ -255,6 +266,7 @@ def _backward_peak(
     tokens: int,
     sequences: int,
     documents: int,
+    sharded: bool,
 ) -> int:
     """Bytes that a block's backward needs at its fullest, beyond what the blocks up to it keep.
 
@@ -273,7 +285,7 @@ def _backward_peak(
 
     def cast(name: str) -> int:
         # The copy of a master that keeps none, around its products. Of down_proj and o_proj it is never the fullest.
-        made = has_low_precision(block_class, dtype) and recompute is Recompute.BLOCK
+        made = has_low_precision(block_class, dtype) and (recompute is Recompute.BLOCK or sharded)
         return element * matrices(spec)[f"{name}.weight"] if made else 0
 
     # Gradients of the weights, each alive until the block is done; and scratch on the way to a norm's.
@@ -329,7 +341,8 @@ def _backward_peak(
     ]
     if need_dx:
         phases.append((after + 2 * hidden + norm_backward, made))
-    return max(tokens * per_token + constant for per_token, constant in phases)
+    fullest = max(tokens * per_token + constant for per_token, constant in phases)
+    return fullest + (_together(spec, block_class, acc) if sharded else 0)
 
 
 def _attention_scratch(

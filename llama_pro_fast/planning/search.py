@@ -30,8 +30,8 @@ from llama_pro_fast.planning.devices import IN_A_MACHINE, NETWORK, SHARE
 from llama_pro_fast.planning.job import Job, Question
 from llama_pro_fast.planning.memory import (
     StepMemory,
+    casts,
     evaluation_memory,
-    has_low_precision,
     low_precision_bytes,
     states_bytes,
     step_memory,
@@ -92,7 +92,7 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
     forwards = layers + sum(policy is not Recompute.NONE for policy in recompute)
     starting = 0 if device.is_cpu else HOST_FORWARD * forwards + HOST_BACKWARD * (layers - job.trained.first)
     seconds = max(starting / tokens, executed / (SHARE * device.flops) + traffic / device.bandwidth)
-    seconds = (seconds + reduction_seconds(question) / (batch_size * job.seq_len)) / question.ranks
+    seconds = (seconds + sending_seconds(question, micro_batch_size) / (batch_size * job.seq_len)) / question.ranks
     return Fit(
         micro_batch_size=micro_batch_size,
         recompute=tuple(recompute),
@@ -104,15 +104,19 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
     )
 
 
-def sent_bytes(job: Job, ranks: int) -> int:
-    """What a rank sends, and receives, to add up the float32 gradients of a step, by a ring."""
-    return 2 * (ranks - 1) * 4 * job.num_trained // ranks
+def sent_bytes(question: Question, micro_batch_size: int) -> int:
+    """What a rank sends in a step, by a ring. Whole weights' float32 gradients are added up once, there and back. Of a
+    sharded block each micro-batch has the float32 weights gathered twice, and the gradients sent one way."""
+    job, ranks = question.job, question.ranks
+    in_blocks = job.num_in_blocks if job.shards > 1 else 0
+    numbers = 2 * (job.num_trained - in_blocks) + 3 * in_blocks * (question.batch_size // micro_batch_size)
+    return 4 * numbers * (ranks - 1) // ranks
 
 
-def reduction_seconds(question: Question) -> float:
+def sending_seconds(question: Question, micro_batch_size: int) -> float:
     """Of a step, for that; nothing else runs beside it."""
     rate = question.device.link if question.ranks <= IN_A_MACHINE else min(question.device.link, NETWORK)
-    return sent_bytes(question.job, question.ranks) / rate
+    return sent_bytes(question, micro_batch_size) / rate
 
 
 def cast_bytes(job: Job, recompute: Sequence[Recompute]) -> int:
@@ -121,7 +125,7 @@ def cast_bytes(job: Job, recompute: Sequence[Recompute]) -> int:
     return (job.dtype.itemsize + accumulation_dtype(job.dtype).itemsize) * sum(
         2 * sum(matrices(spec).values()) + recomputed_matrices(spec, policy)
         for spec, kind, policy in zip(job.specs, job.trained.classes, recompute, strict=True)
-        if has_low_precision(kind, job.dtype) and policy is Recompute.BLOCK
+        if casts(job, kind, policy)
     )
 
 
@@ -175,8 +179,7 @@ def policies(job: Job, micro_batch_size: int = 1) -> Iterator[tuple[Recompute, .
         if kind is not BlockClass.PREFIX:
             ways = [
                 (
-                    tokens * kept_bytes(spec, kind, job.dtype, policy)
-                    + low_precision_bytes(spec, kind, job.dtype, policy),
+                    tokens * kept_bytes(spec, kind, job.dtype, policy) + low_precision_bytes(job, spec, kind, policy),
                     tokens * recomputed_flops(spec, policy, job.seq_len),
                     policy,
                 )

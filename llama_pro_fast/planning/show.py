@@ -19,7 +19,7 @@ from llama_pro_fast.planning.devices import GIB, SHARE
 from llama_pro_fast.planning.explain import shortfall, why
 from llama_pro_fast.planning.job import Question, parse_recompute, recompute_text
 from llama_pro_fast.planning.memory import StepMemory
-from llama_pro_fast.planning.search import Fit, fit, peak_bytes, reduction_seconds, sent_bytes
+from llama_pro_fast.planning.search import Fit, fit, peak_bytes, sending_seconds, sent_bytes
 
 
 def show(question: Question, found: Fit | None) -> None:
@@ -61,11 +61,17 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
         f"{'es' if count > 1 else ''} of {size}",
     )
     if question.ranks > 1:
-        sent, seconds = sent_bytes(job, question.ranks), reduction_seconds(question)
+        sent, seconds = sent_bytes(question, size), sending_seconds(question, size)
+        how = (
+            "all weights on each; once a step each sends"
+            if job.shards == 1
+            else ("trained blocks sharded, frozen weights on each; in a step each sends")
+        )
+        what = "gradients" if job.shards == 1 else "weights and gradients"
         share = seconds / (found.seconds * sequences * job.seq_len)
         yield (
             "ranks",
-            f"all weights on each; once a step each sends {_figure(sent / 1e9)} GB of gradients, "
+            f"{how} {_figure(sent / 1e9)} GB of {what}, "
             f"{seconds * 1000:,.0f} ms{f' ({share:.1%} of it)' if question.device.speed_known else ''}",
         )
     yield "chosen", why(question, found)
@@ -202,7 +208,7 @@ def as_dict(question: Question, found: Fit | None) -> dict[str, Any]:
         "seq_len": job.seq_len,
         "batch_size": question.batch_size * question.ranks,
         "ranks": question.ranks,
-        "sent_bytes": sent_bytes(job, question.ranks),
+        "sharded": job.shards > 1,
         "share_of_peak": SHARE,
         "fits": found is not None,
     }
@@ -211,6 +217,7 @@ def as_dict(question: Question, found: Fit | None) -> dict[str, Any]:
             "micro_batch_size": found.micro_batch_size,
             "recompute": recompute_text(found.recompute, job.trained.first),
             "peak_bytes": found.peak,
+            "sent_bytes": sent_bytes(question, found.micro_batch_size),
             "memory": {kind: getattr(found.memory, kind) for kind in StepMemory.KINDS},
             "phase": found.memory.phase,
             "flops_per_token": dataclasses.asdict(found.cost),

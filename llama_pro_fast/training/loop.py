@@ -109,10 +109,8 @@ class _Loop:
             max_length=self.config.train.seq_len,
             attention=self.config.train.attention,
             recompute=run.planned.recompute,
+            loaded=partial(shard, ranks=run.ranks) if self.config.train.shards > 1 else lambda block: None,
         )
-        self.sharded = run.ranks.count > 1 and self.config.train.sharding == "trained"
-        if self.sharded:
-            shard(self.model, run.ranks)
         parameters = self.model.trained_parameters()
         self.optimizer = Optimizer(self.model, parameters, self.config.optim, self.config.train.steps, run.ranks)
         self.tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
@@ -257,6 +255,8 @@ class _Loop:
         ranks = self.settled.ranks
         with ranks.together():
             self.optimizer.check_finite()
+            if self.saved_step is None:
+                self.optimizer.check_learning()
             self.metrics.sync()
         ranks.check_same({name: each for name, each in self.tensors.items() if not isinstance(each, DTensor)})
         info = replace(self.info, progress=self.done, evaluated=self.evaluated, ended=self.ended)
@@ -350,7 +350,7 @@ def train_step(
     valid, general = map(sum, zip(*signals.agreed(counts), strict=True))
     data_seconds = time.perf_counter() - asked
     # A sharded block's gradients come out as the mean over the ranks, so that all losses are as many times larger.
-    factor = ranks.count if config.train.sharding == "trained" else 1
+    factor = config.train.shards
     # Filled on the device: a copy from the host would make it wait.
     scale = torch.full((), factor / max(1, valid), device=device)
     kl_weight, losses, divergence = config.train.kl_weight, [], torch.zeros((), device=device)

@@ -11,22 +11,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from llama_pro_fast.model.block import BlockClass
-from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.model.block import Block, BlockClass
 from llama_pro_fast.ranks import Ranks
 
 
-def shard(model: Decoder, ranks: Ranks) -> None:
-    """Shard every trained block of a model over the ranks; what requires a gradient is settled by now."""
-    mesh = init_device_mesh(model.norm.weight.device.type, (ranks.count,))
-    for block in model.blocks:
-        if block.block_class is BlockClass.TRAINED:
-            for module in block.modules():
-                if getattr(module, "low_precision", None) is not None:
-                    module.low_precision = None
-            assert all(parameter.dtype in (torch.float32, torch.float64) for parameter in block.parameters())
-            # Each block is a root of its own, and of a root the weights would stay together until its backward.
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+def shard(block: Block, ranks: Ranks) -> None:
+    """Shard a block that trains; what of it requires a gradient is settled by now. Any other is left as it is."""
+    if block.block_class is not BlockClass.TRAINED:
+        return
+    for module in block.modules():
+        if getattr(module, "low_precision", None) is not None:
+            module.low_precision = None
+    assert all(parameter.dtype == torch.float32 for parameter in block.parameters()), "a master is float32"
+    mesh = init_device_mesh(next(block.parameters()).device.type, (ranks.count,))
+    # Each block is a root of its own, and a root's weights would stay together until its backward.
+    fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

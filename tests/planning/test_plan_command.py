@@ -90,7 +90,7 @@ def test_a_70b_model_fits_no_card_and_that_is_said(said):
     code, _, text = said("--model.path", LLAMA_70B, "--gpu", "h200", "--expand.groups", 8)
     assert code == 1
     assert "on one H200 141 GB: does not fit" in text
-    assert "No card in the list holds it, and sharding over several is not there yet" in text
+    assert "No card in the list holds it, and what is frozen stands on every card" in text
     assert "weights, masters, moments and gradients alone take 230.5 GiB" in text
 
 
@@ -373,3 +373,23 @@ def test_ranks_share_a_step_and_add_up_its_gradients(gpu, ranks, rate, said, tmp
     assert f"on each of {ranks} ranks in" in many["said"]
     hours = 1e9 / many["tokens_per_second"] / 3600
     assert f"1 B tokens: {hours:,.1f} h, cost {hours * 2 * ranks:,.0f}" in many["said"]
+
+
+def test_what_trains_is_sharded_where_whole_weights_do_not_fit(said, tmp_path):
+    """Of eight new blocks in an 8B model masters, moments and gradients; frozen weights stand on every card."""
+    options = ["--model.path", LLAMA_8B, "--expand.groups", 8, "--gpu", "a100-40", "--json", tmp_path / "plan.json"]
+    code, _, text = said(*options)
+    assert code == 1
+    assert "or 2 such cards that share what trains (torchrun, --train.sharding trained)" in text
+    options += ["--train.ranks", 8, "--train.batch_size", 64]
+    assert said(*options, "--train.sharding", "replicate")[0] == 1
+    code, _, text = said(*options)
+    assert code == 0
+    assert "trained blocks sharded, frozen weights on each" in text
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    trained, memory = plan["trained_parameters"], plan["memory"]
+    assert memory["masters"] == memory["gradients"] == pytest.approx(4 * trained / 8, rel=1e-6)
+    assert memory["moments"] == pytest.approx(8 * trained / 8, rel=1e-6)
+    assert memory["low_precision"] == 0
+    micro = 64 // 8 // plan["micro_batch_size"]
+    assert plan["sent_bytes"] == pytest.approx(3 * 4 * trained * micro * 7 / 8, rel=1e-6)

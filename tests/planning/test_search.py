@@ -86,9 +86,7 @@ def test_bytes_never_get_cheaper_along_the_ladder(name):
     job, rungs = JOBS[name], list(policies(JOBS[name]))
 
     def held(spec, kind, policy) -> int:
-        return job.seq_len * kept_bytes(spec, kind, job.dtype, policy) + low_precision_bytes(
-            spec, kind, job.dtype, policy
-        )
+        return job.seq_len * kept_bytes(spec, kind, job.dtype, policy) + low_precision_bytes(job, spec, kind, policy)
 
     kept = [sum(map(held, job.specs, job.trained.classes, rung)) for rung in rungs]
     flops = [job.seq_len * work(job, rung) for rung in rungs]

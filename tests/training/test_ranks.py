@@ -104,6 +104,8 @@ def made(taught, config_at, tmp_path_factory):
     asked = {name: Asked(taught(folder / name, **changes)) for name, changes in RUNS.items()}
     asked["again"] = Asked(taught(folder / "again"))
     asked["stopped"] = Asked(taught(folder / "stopped"), fault="asked to stop")
+    sharded = {"train": {"sharding": "trained"}}
+    asked["sharded, stopped"] = Asked(taught(folder / "sharded, stopped", **sharded), fault="asked to stop")
     asked["poisoned"] = Asked(config_at(folder / "poisoned"), fault="poisoned")
     asked["miscomputes"] = Asked(taught(folder / "miscomputes"), fault="miscomputes")
     asked["odd"] = Asked(taught(folder / "odd", train={"batch_size": 3}))
@@ -143,15 +145,27 @@ def test_gradients_are_added_up_once_a_step(made):
     assert [each["reduced"] for each in outcomes["plain"]] == [6 * (len(weights(folder / "plain")) + 2) + measured] * 2
 
 
-def test_a_signal_to_one_stops_all_and_the_run_goes_on_bit_for_bit(made, tmp_path):
+@pytest.mark.parametrize(("name", "whole"), [("stopped", "plain"), ("sharded, stopped", "sharded")])
+def test_a_signal_to_one_stops_all_and_the_run_goes_on_bit_for_bit(name, whole, made, tmp_path):
     folder, outcomes = made
-    assert [each["stopped"] for each in outcomes["stopped"]] == [signal.SIGTERM] * 2
+    assert [each["stopped"] for each in outcomes[name]] == [signal.SIGTERM] * 2
     run = tmp_path / "run"
-    shutil.copytree(folder / "stopped", run)
+    shutil.copytree(folder / name, run)
     assert complete_checkpoints(run)[-1].name == "step-000002"
     ranked.make([Asked(run)], count=2, folder=tmp_path)
-    assert figures(run) == figures(folder / "plain")
-    assert all(torch.equal(tensor, weights(folder / "plain")[name]) for name, tensor in weights(run).items())
+    assert figures(run) == figures(folder / whole)
+    assert all(torch.equal(tensor, weights(folder / whole)[name]) for name, tensor in weights(run).items())
+
+
+def test_of_what_is_sharded_each_rank_writes_its_half(made):
+    folder, _ = made
+    sizes = {}
+    for file in complete_checkpoints(folder / "sharded")[-1].glob("*.safetensors"):
+        rank = file.name.split("-")[1]
+        sizes[rank] = sizes.get(rank, 0) + sum(each.numel() for each in load_file(file).values())
+    parameters = sum(each.numel() for each in weights(folder / "sharded").values())
+    assert len(sizes) == 2
+    assert min(sizes.values()) > 3 * parameters / 2 * 0.99
 
 
 def test_a_bad_step_of_one_is_everybodys(made):
@@ -188,14 +202,15 @@ def test_what_cannot_be_is_refused_once_and_leaves_nothing(name, words, made):
     assert not (folder / name).exists()
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(made, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "whole"), [("stopped", "plain"), ("sharded, stopped", "sharded")])
+def test_a_run_goes_on_with_another_number_of_ranks(name, whole, made, tmp_path, capsys):
     """2 -> 1; the order of the text and the curve are kept, and it is said that bits are not."""
     folder, _ = made
     run = tmp_path / "run"
-    shutil.copytree(folder / "stopped", run)
+    shutil.copytree(folder / name, run)
     run_training(parse(["--output", str(run), "--resume"]).config, resume=True)
     assert "changed: train.ranks 2 -> 1; from here on it is equal within rounding" in capsys.readouterr().out
-    assert_close(run, folder / "plain")
+    assert_close(run, folder / whole)
 
 
 @pytest.mark.slow
