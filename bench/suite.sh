@@ -5,7 +5,7 @@
 # interpreter.
 set -euo pipefail
 
-part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart|forgetting"
+part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart|forgetting|ranks"
 if [[ ! $part =~ ^($parts)$ ]]; then
     echo "usage: bench/suite.sh $parts" >&2
     exit 2
@@ -76,6 +76,9 @@ case $part in
     profile)
         if [[ $cuda == 1 ]]; then size=7b; else size=tiny; fi
         "$python" bench/step_profile.py --size $size --out "$OUT/step-profile.json" --trace "$OUT/step-profile.trace.json.gz"
+        ;;
+    ranks)
+        "$python" bench/ranks.py --out "$OUT/ranks.json"
         ;;
     quickstart)
         "$python" bench/quickstart.py --out "$OUT/quickstart.json"

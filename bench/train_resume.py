@@ -42,24 +42,22 @@ NOT_REPEATABLE = {"tokens_per_second", "peak_memory_gib", "peak_share", "seconds
 """Keys of metrics.jsonl that tell of this execution and not of the training."""
 
 
-def make_base(folder: Path) -> None:
-    """A random Llama of four blocks with the packaged base's tokenizer."""
+def make_base(folder: Path, **shape: int) -> None:
+    """A random Llama, of four blocks where ``shape`` does not say, with the packaged base's tokenizer."""
     tokenizer = PretrainedFolder(resolve("builtin:prose-3m")).tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     # Heads of 64, so that every GPU backend of attention can serve.
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    small = {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+    }
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(small | shape), **ids)).save_pretrained(folder)
 
 
 def recipe(work: Path, name: str, options: argparse.Namespace) -> RunConfig:
