@@ -223,16 +223,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 _dot(left, each, "", markerfacecolor="white", **look)
     for axes, title in (
         (left, f"learning rates; {REPLAY:.0%} replay, hollow: none"),
-        (right, "dials"),
+        (right, "dials: part of what was learned is kept"),
     ):
         axes.plot(0, 0, "k*", markersize=10)
         axes.annotate("base", (0, 0), xytext=(6, -10), textcoords="offset points", fontsize=8)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("forgotten: rise of the loss on other texts, nats per token")
+        axes.set_xlabel("forgotten: rise of the loss on other texts, nats per token; left is better")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    left.set_ylabel("gained: fall of the loss on German, nats per token")
+    left.set_ylabel("gained: fall of the loss on German; up is better")
     pictures.save(figure, path)
 
 

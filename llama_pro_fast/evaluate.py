@@ -16,6 +16,7 @@ from pathlib import Path
 
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.console import amount, box, say, table
+from llama_pro_fast.data.remarks import FEW
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation.texts import Against
 from llama_pro_fast.planning.devices import GIB
@@ -168,6 +169,8 @@ def _against(name: str, text: TextReport, base: Against) -> str:
     size = f"perplexity {_perplexity(text.loss)}, {name} has {_perplexity(base.loss)}"
     if base.change_se is None:
         return f"{size}; it is one document, which says little of others"
+    if text.documents < FEW:
+        return f"{size}; {text.documents:,.0f} documents say little of others"
     if abs(base.change) < CLEAR * base.change_se:
         return f"{size}; no difference that {text.documents:,} documents can show"
     errors = f"{abs(base.change) / base.change_se:.1f} standard errors" if base.change_se else "in every document alike"

@@ -96,6 +96,7 @@ def parse(
     if takes is not None:
         _leave(parser, takes, argv)
 
+    _check_no_source_keys(argv)
     argv = list(_with_recipe_paths(argv))
     for option, following in pairwise([*argv, ""]):
         if option == "--config":
@@ -211,6 +212,14 @@ def _check_sources(where: str, rows: list[Any]) -> None:
                 raise UserError(f"{where}: a source has {', '.join(fields)} (path at least), got {row}")
 
 
+def _check_no_source_keys(argv: Sequence[str]) -> None:
+    """Refuse a key of a source as an option of its own: which source would be meant?"""
+    for word in argv:
+        if found := re.match(r"--(data\.(?:domain|general))\.(\w+)", word):
+            option, key = found.groups()
+            raise UserError(f'--{option}.{key}: belongs to a source: --{option} "[{{path: FILE, {key}: ...}}]"')
+
+
 def _check_no_list(config: RunConfig) -> None:
     """Refuse what is meant as a list of sources and is none: to the parser any text is a path."""
     for key in TEXTS:
@@ -225,8 +234,7 @@ def _check_no_list(config: RunConfig) -> None:
             raise UserError(f"--{key}: {value} is no list of sources: put it into [ ]")
         _check_sources(f"--{key}", rows)
         raise UserError(
-            f"--{key}: {value}: a value is not of its kind: `documents` is a whole number, weights and "
-            "shares are numbers, the rest is text"
+            f"--{key}: {value}: a value is not of its kind: weights and shares are numbers, the rest is text"
         )
 
 

@@ -13,6 +13,9 @@ WITHOUT_REPLAY = (
     "where others measured it, Qwen3-0.6B with 7 new blocks went from perplexity 14.1 to 21.0 on wikitext without "
     "replay, and to 13.2 with 20 %"
 )
+FEW = 10
+"""Documents, fewer than which say little of others."""
+ROLES = "domain", "general"
 POORLY_FILLED = 0.98
 """Share of text in the sequences below which a run hears of it."""
 
@@ -26,14 +29,29 @@ def remarks(corpus: Corpus, config: DataConfig, *, packaged_base: bool) -> Itera
     for text in corpus.held_out:
         yield from left_out(text)
     if config.replay and not config.general:
-        yield f"data.replay {config.replay:g}: nothing is replayed, --data.general names no text; {WITHOUT_REPLAY}"
+        yield f"data.replay {config.replay:g}: nothing is replayed without --data.general TEXT; {WITHOUT_REPLAY}"
     if not config.general and not packaged_base and any(t.source.role == "general" for t in corpus.held_out):
         yield (
             "no --data.general: what is forgotten is measured on Python's own documentation, a poor stand-in for what "
             "this base knows; docs/data.md names better texts"
         )
+    files = {role: {f.path for t in corpus.held_out if t.source.role == role for f in t.source.files} for role in ROLES}
+    if both := files["domain"] & files["general"]:
+        yield f"{min(both)}: is text to learn and general text: what is learned from it counts as not forgotten"
     if corpus.train.filled < POORLY_FILLED:
         yield f"{corpus.packing()}: lower --train.seq_len or add text"
+
+
+def measured_on_little(corpus: Corpus, max_tokens: int) -> Iterator[str]:
+    """A line where so many tokens are of few documents."""
+    few = {text.source.name: round(text.sample(max_tokens).num_documents, 1) for text in corpus.held_out}
+    few = {name: documents for name, documents in few.items() if documents < FEW}
+    if few:
+        named = ", ".join(f"{name} {documents:g}" for name, documents in few.items())
+        yield (
+            f"measured on few documents ({named}), which say little of others: give --eval.tokens above {max_tokens:,} "
+            "or a larger --data.held_out"
+        )
 
 
 def left_out(text: HeldOut) -> Iterator[str]:

@@ -81,6 +81,8 @@ class Job:
 
     def held(self, count: int) -> int:
         """How many of ``count`` numbers, one or more for each trained parameter, are on a rank."""
+        if self.shards == 1:
+            return count
         in_blocks = count * self.num_in_blocks // self.num_trained
         return count - in_blocks + -(-in_blocks // self.shards)
 

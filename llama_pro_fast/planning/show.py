@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from llama_pro_fast.console import amount, box, say, table
 from llama_pro_fast.model.block import BlockClass, Recompute
 from llama_pro_fast.model.trained import LEGEND
@@ -47,12 +49,16 @@ def show(question: Question, found: Fit | None) -> None:
         _show_memory(found)
     _show_policies(question)
     _show_ways(question, found)
-    say("Memory is computed from the shapes, speed from the share of the peak above; neither is measured.")
+    how = ", speed from the share of the peak above; neither is" if device.speed_known else "; it is not"
+    say(f"Memory is computed from the shapes{how} measured.")
+    if not device.speed_known:
+        say("How long it would take is said for a card: --gpu h100.")
     say("LoRA is an estimate, for another trainer with fused norms and SwiGLU.")
 
 
 def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
     job, cost, size = question.job, found.cost, found.micro_batch_size
+    stored = (getattr(job.config, "dtype", None) or torch.bfloat16).itemsize
     sequences, count = question.batch_size * question.ranks, question.batch_size // size
     each = "" if question.ranks == 1 else f"on each of {question.ranks} ranks "
     yield (
@@ -87,8 +93,8 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
     )
     yield (
         "disk",
-        f"{_figure(job.checkpoint_bytes / 1e9)} GB a checkpoint; {_figure(2 * num_parameters(job.config) / 1e9)} GB "
-        "each the expanded and the exported model, in 16 bits",
+        f"{_figure(job.checkpoint_bytes / 1e9)} GB a checkpoint; {_figure(stored * num_parameters(job.config) / 1e9)} "
+        f"GB each the expanded and the exported model, in {8 * stored} bits",
     )
     if found.tokens_per_second is None:
         return

@@ -105,8 +105,8 @@ CHAT = "chat and instruction data is not supported yet: write each conversation 
 _CHAT_KEYS = {"role", "content", "from", "value"}
 _CHAT_COLUMNS = ({"messages"}, {"conversations"}, {"conversation"}, {"instruction", "output"}, {"prompt", "completion"})
 _TEXT = (
-    "name the column of the text with `text:` of the source, or keep this file out of it by a pattern "
-    "(`folder/*.jsonl`)"
+    "name the column of the text with `text:` of the source (`[{path: FILE, text: COLUMN}]`), or keep this file out of "
+    "it by a pattern (`folder/*.jsonl`)"
 )
 _SPLIT = "name another column with `split_by:` of the source, or leave it out to split by the text"
 

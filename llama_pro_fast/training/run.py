@@ -19,7 +19,7 @@ import torch
 from llama_pro_fast.config import RunConfig, Settled, check_micro_batch, options
 from llama_pro_fast.console import say, unheard, waiting
 from llama_pro_fast.data.corpus import Corpus
-from llama_pro_fast.data.remarks import remarks, untrained_tokens
+from llama_pro_fast.data.remarks import measured_on_little, remarks, untrained_tokens
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation.baselines import references
 from llama_pro_fast.evaluation.export_check import read_export_back, unchecked
@@ -214,6 +214,9 @@ def _prepare(
         say(f"memory: {why(question, found)}")
     for text in corpus.held_out:
         text.sample(config.eval.tokens)  # refuses text with nothing to predict
+    if not resume:
+        for line in measured_on_little(corpus, config.eval.tokens):
+            say(line)
     makes_model = folder is None and (plan is not None or config.model.init == "random")
     # Beside the checkpoints the model, once as the export, once where it is made.
     stored = getattr(base.config, "dtype", None) or torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 
 from llama_pro_fast.config import DataConfig, Source
 from llama_pro_fast.data.corpus import Corpus
-from llama_pro_fast.data.remarks import remarks, untrained_tokens
+from llama_pro_fast.data.remarks import measured_on_little, remarks, untrained_tokens
 from llama_pro_fast.data.show import shown_sequences
 from llama_pro_fast.data.statistics import shared_documents, statistics
 from llama_pro_fast.errors import UserError
@@ -100,6 +101,17 @@ def test_without_a_general_text_nothing_is_replayed_and_it_is_said(tmp_path, tok
     for words in ("nothing is replayed", "21.0", "poor stand-in"):
         assert any(words in line for line in said), words
     assert not any("stand-in" in line for line in remarks(corpus, config, packaged_base=True))
+
+
+def test_few_documents_and_text_on_both_sides_are_said(tmp_path, tokenizer):
+    path = write(tmp_path / "mine.jsonl", stories(60))
+    corpus = prepare(tmp_path, tokenizer, domain=path, general=[Source(path=path, name="same")])
+    said = list(remarks(corpus, DataConfig(domain=path, general=path), packaged_base=True))
+    assert any(f"{path}: is text to learn and general text" in line for line in said)
+    held_out = corpus.held_out[0].store.held_out
+    (line,) = measured_on_little(corpus, int(held_out.lengths[:2].min()))
+    assert re.match(r"measured on few documents \(mine [0-9.]+, same [0-9.]+\), which say little", line)
+    assert held_out.num_documents < 10 or not list(measured_on_little(corpus, 10**9))
 
 
 @pytest.mark.parametrize(

@@ -375,6 +375,12 @@ def test_ranks_share_a_step_and_add_up_its_gradients(gpu, ranks, rate, said, tmp
     assert f"1 B tokens: {hours:,.1f} h, cost {hours * 2 * ranks:,.0f}" in many["said"]
 
 
+def test_without_a_known_speed_none_is_spoken_of(said):
+    _, _, text = said("--model.path", "meta-llama/Llama-3.2-1B", "--expand.groups", 4, "--gpu", "cpu")
+    assert "Memory is computed from the shapes; it is measured" not in text
+    assert "Memory is computed from the shapes; it is not measured. How long it would take is said for a card" in text
+
+
 def test_what_trains_is_sharded_where_whole_weights_do_not_fit(said, tmp_path):
     """Of eight new blocks in an 8B model masters, moments and gradients; frozen weights stand on every card."""
     options = ["--model.path", LLAMA_8B, "--expand.groups", 8, "--gpu", "a100-40", "--json", tmp_path / "plan.json"]

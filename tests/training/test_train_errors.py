@@ -170,6 +170,12 @@ def test_a_slip_in_a_list_of_sources_is_not_taken_for_a_path(refused, given, wor
     refused("--data.general", words, data__general=given)
 
 
+def test_a_key_of_a_source_is_no_option_of_its_own(cli):
+    code, out, err = cli(train_main, "--data.domain", "a.jsonl", "--data.domain.text", "content")
+    assert (code, out) == (2, "")
+    assert err.endswith('--data.domain.text: belongs to a source: --data.domain "[{path: FILE, text: ...}]"\n')
+
+
 def test_a_refused_run_leaves_no_folder(refused, tmp_path):
     refused("none.jsonl", data__domain=tmp_path / "none.jsonl")
     assert not (tmp_path / "run").exists()
