@@ -113,7 +113,8 @@ def train(
         from_step: the checkpoint to go on from; by default the last.
 
     Returns:
-        The content of ``report/summary.json``; None when the run was stopped (and saved).
+        The content of ``report/summary.json``; None when the run was stopped (and saved), and on a rank that does not
+        lead.
 
     Raises:
         UserError: bad input, a full disk, or too many steps whose gradients are not finite.

@@ -198,13 +198,11 @@ def _join(count: int) -> Ranks:
             "WORLD_SIZE"
         )
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local} on {socket.gethostname()}: there are {torch.cuda.device_count()} GPUs; give torchrun "
-                "at most as many --nproc-per-node"
-            )
-        torch.cuda.set_device(local)
+    if local >= (gpus := torch.cuda.device_count()) > 0:
+        raise UserError(
+            f"process {local} on {socket.gethostname()}: there are {gpus} GPUs; give torchrun at most as many "
+            "--nproc-per-node"
+        )
     try:
         store, number, count = next(distributed.rendezvous("env://"))
         # torchrun may restart all with the store of before, in which addresses stand that are no more.

@@ -119,13 +119,15 @@ def start_device(config: RunConfig, local: int = 0) -> torch.device:
     device = train.device if train.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         devices.expandable_segments()
+        if local:
+            torch.cuda.set_device(local)
         if train.deterministic:
             # cuBLAS reads this when it is first used; a workspace of its own per stream is what makes it repeat.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
     if train.threads is not None:
         torch.set_num_threads(train.threads)
-    return torch.device(device) if device == "cpu" or not local else torch.device(device, local)
+    return torch.device(device)
 
 
 def settle_computation(config: RunConfig, base: PretrainedFolder, device: torch.device) -> RunConfig:
