@@ -6,6 +6,8 @@ no agreement waits for a device. An error that one rank finds is raised on all, 
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import socket
 import time
@@ -25,6 +27,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """Others wait for as long as the first one prepares text or saves; that one has died is heard at once all the same."""
+JOINING = timedelta(minutes=10)
+"""For the last to come; and for what ranks then send at the same time."""
 NEWS = 2.0
 """Seconds in which a rank that ends by an error has left word of it."""
 
@@ -133,6 +137,20 @@ class Ranks:
     def _raise(self, text: str) -> None:
         raise UserError(text) if self.leads else ToldElsewhere(text)
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """In here what PyTorch itself sends between ranks may fail because one has ended.
+
+        Raises:
+            UserError: that it has.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.count > 1 and is_lost(error):
+                self._raise_lost(error)
+            raise
+
     def _heard(self, operation: Callable[[], Any]) -> None:
         """Do what needs all ranks.
 
@@ -144,23 +162,41 @@ class Ranks:
         except RuntimeError as error:
             self._raise_lost(error)
 
-    def _raise_lost(self, error: RuntimeError) -> None:
-        until = time.monotonic() + NEWS
-        while self.leads and time.monotonic() < until:
-            for number in range(1, self.count):
+    def _raise_lost(self, error: Exception) -> None:
+        """What is left to say where another rank has ended: its own words, if it has left any. Where the first rank is
+        the one that is gone, the second speaks."""
+        until, told = time.monotonic() + NEWS * (1 if self.leads else 1.5), False
+        while self.number < 2 and not told and time.monotonic() < until:
+            for number in range(1, self.count) if self.leads else ():
                 with suppress(RuntimeError):
                     if self.store.check([key := f"error/{number}"]):
                         where, _, what = self.store.get(key).decode().partition(": ")
+                        self.store.set("told", "")
                         raise UserError(f"rank {number} on {where}: {what}") from error
+            with suppress(RuntimeError):
+                told = not self.leads and self.store.check(["told"])
             time.sleep(0.1)
-        raise UserError(
+        if self.leads:
+            with suppress(RuntimeError):
+                self.store.set("told", "")
+        kind = UserError if self.leads or (self.number == 1 and not told) else ToldElsewhere
+        raise kind(
             f"rank {self.number}: another process of this run has ended, and this one with it; what it said stands "
             "above, or in torchrun's summary; go on with --resume"
-        ) from error
+        ) from _Lost(str(error))
+
+
+class _Lost(Exception):
+    """The cause of an error that another rank's end is."""
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error of PyTorch says that another rank is not there any more."""
+    network = isinstance(error, (distributed.DistBackendError, distributed.DistNetworkError))
+    return network or (isinstance(error, RuntimeError) and "gloo" in str(error) and "onnection" in str(error))
 
 
 ALONE = Ranks()
-_joined = ALONE
 
 
 @contextmanager
@@ -170,52 +206,62 @@ def joined() -> Iterator[Ranks]:
     Raises:
         UserError: they do not find each other.
     """
-    global _joined
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if _joined.count > 1 or count == 1:
-        yield _joined
+    count = _number("WORLD_SIZE", 1)
+    if count == 1:
+        yield ALONE
         return
-    _joined = _join(count)
-    quiet, console.quiet = console.quiet, not _joined.leads
+    ranks = _join(count)
+    quiet, console.quiet = console.quiet, not ranks.leads
     try:
-        yield _joined
+        yield ranks
     except ToldElsewhere:
         raise
     except UserError as error:
-        _joined.leave_word(error)
-        raise error if _joined.leads else ToldElsewhere(str(error)) from error
+        if ranks.leads or isinstance(error.__cause__, _Lost):
+            raise
+        ranks.leave_word(error)
+        raise ToldElsewhere(str(error)) from error
     finally:
-        console.quiet, _joined = quiet, ALONE
-        with suppress(RuntimeError):
-            distributed.destroy_process_group()
+        console.quiet = quiet
 
 
+@functools.cache
 def _join(count: int) -> Ranks:
+    """Once for the life of the process."""
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
             f"WORLD_SIZE is {count} and not set: {', '.join(missing)}; start several processes by torchrun, or unset "
             "WORLD_SIZE"
         )
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= (gpus := torch.cuda.device_count()) > 0:
-        raise UserError(
-            f"process {local} on {socket.gethostname()}: there are {gpus} GPUs; give torchrun at most as many "
-            "--nproc-per-node"
-        )
+    number, gpus = _number("RANK", 0), torch.cuda.device_count()
+    local = _number("LOCAL_RANK", number % gpus if gpus else number)
     try:
-        store, number, count = next(distributed.rendezvous("env://"))
+        store, number, count = next(distributed.rendezvous("env://", timeout=JOINING))
         # torchrun may restart all with the store of before, in which addresses stand that are no more.
         store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, store=store, rank=number, world_size=count)
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=JOINING)
         host = distributed.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {os.environ['RANK']} of {count} cannot join the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}; is the port free, and the address reachable?"
         ) from error
+    atexit.register(_leave)
     return Ranks(number, count, local, host, store)
+
+
+def _leave() -> None:
+    with suppress(RuntimeError):
+        distributed.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError as error:
+        raise UserError(f"{name} is {os.environ[name]!r}, not a number: start several processes by torchrun") from error
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

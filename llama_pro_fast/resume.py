@@ -89,12 +89,12 @@ _SETTLED_WITH = {
     "train.memory": ("train.micro_batch_size", "train.recompute"),
     "train.micro_batch_size": ("train.recompute",),
     "train.device": ("train.memory", "train.micro_batch_size", "train.recompute", "train.attention", "train.threads"),
-    "train.ranks": ("train.sharding", "train.micro_batch_size", "train.recompute", "train.threads"),
+    "train.ranks": ("train.micro_batch_size", "train.recompute", "train.threads"),
     "train.sharding": ("train.micro_batch_size", "train.recompute"),
     "train.steps": ("train.tokens",),
     "train.tokens": ("train.steps",),
 }
-_OPEN = dict.fromkeys(("train.memory", "train.recompute", "train.attention", "train.sharding"), "auto")
+_OPEN = dict.fromkeys(("train.memory", "train.recompute", "train.attention"), "auto")
 
 
 def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) -> RunConfig:

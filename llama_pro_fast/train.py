@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str], ranks: Ranks) -> int:
-    plain = not argv
+    plain = all(ranks.gather(not argv))
     with ranks.together():
         if plain and ranks.leads:
             output = run_folder.first_free(Path("runs", "quickstart"))

@@ -212,13 +212,23 @@ def begin(config: Settled, output: Path, *, overwrite: bool) -> None:
     """
     _check_free(output, overwrite=overwrite)
     with writing_to(output):
-        for name in CONTENTS if overwrite else ():
-            path = output / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        _remove(output, CONTENTS if overwrite else ())
         save_config(config, output / CONFIG_NAME)
+
+
+def forget(output: Path) -> None:
+    """Delete a run that was begun and is refused after all."""
+    with writing_to(output):
+        _remove(output, (*CONTENTS, CONFIG_NAME))
+
+
+def _remove(output: Path, names: Iterable[str]) -> None:
+    for name in names:
+        path = output / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_apart(output: Path, sources: Iterable[str], cache: str | Path) -> None:

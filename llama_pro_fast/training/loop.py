@@ -78,13 +78,14 @@ def train(run: Run, signals: StopSignals) -> tuple[Progress, str | None]:
         Stopped: a signal asked for it; what was done is saved.
         UserError: the disk is full, or too many steps in a row were not finite.
     """
-    loop = _Loop(run, signals)
-    try:
-        with signals.patient():
-            loop.run()
-    finally:
-        loop.metrics.close()
-    signals.check()
+    with run.ranks.listening():
+        loop = _Loop(run, signals)
+        try:
+            with signals.patient():
+                loop.run()
+        finally:
+            loop.metrics.close()
+        signals.agreed()
     return loop.done, loop.ended
 
 
@@ -227,7 +228,7 @@ class _Loop:
         self.log.pause(self.done.step)
         self.settled.claim.enter("evaluating")
         self.evaluated = False
-        self.meter.measure(self.done.step, first=self.first, between=self.signals.check)
+        self.meter.measure(self.done.step, first=self.first, between=self.signals.agreed)
         self.evaluated, self.first = True, False
         if self.done.step and not self.ended and (passed := self.meter.bound_passed()):
             self.ended = passed
@@ -349,10 +350,8 @@ def train_step(
     counts = [sum(batch.num_valid for batch in batches), sum(batch.num_valid_general for batch in batches)]
     valid, general = map(sum, zip(*signals.agreed(counts), strict=True))
     data_seconds = time.perf_counter() - asked
-    # A sharded block's gradients come out as the mean over the ranks, so that all losses are as many times larger.
-    factor = config.train.shards
     # Filled on the device: a copy from the host would make it wait.
-    scale = torch.full((), factor / max(1, valid), device=device)
+    scale = torch.full((), 1.0 / max(1, valid), device=device)
     kl_weight, losses, divergence = config.train.kl_weight, [], torch.zeros((), device=device)
     for batch in batches:
         signals.check()
@@ -369,10 +368,7 @@ def train_step(
         of_all = torch.zeros(len(starts), device=device)
         of_all[own] = losses
         losses = of_all
-        sums = [losses, divergence, *optimizer.whole_gradients()]
-        ranks.add(sums)
-        if factor > 1:
-            torch._foreach_div_(sums, factor)
+        ranks.add([losses, divergence, *optimizer.whole_gradients()])
     norm = optimizer.step(done.step, losses.sum())
     divergence *= valid / general if general else math.nan
     return StepScalars(losses, norm, optimizer.left_out, divergence, data_seconds)

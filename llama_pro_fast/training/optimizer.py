@@ -135,14 +135,14 @@ class Optimizer:
             )
 
     def check_learning(self) -> None:
-        """Once after two steps that counted: every weight that trains has had a gradient, on every rank its part."""
+        """Once after two steps that counted: every matrix that trains has had a gradient, on every rank its part."""
         states = self.adamw.state.values()
         if any(state and state["step"] < 2 for state in states) or not any(states):
             return
         for name, part in self.parts.items():
             in_muon = self.muon is not None and name in self.muon.momentum
             moment = self.muon.momentum[name] if in_muon else self.adamw.state[part]["exp_avg"]
-            if moment.numel() and not moment.any():
+            if part.ndim == 2 and moment.numel() and not moment.any():
                 raise RuntimeError(f"{name} should train, and has had no gradient in two steps")
 
     def restored(self) -> None:

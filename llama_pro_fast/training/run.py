@@ -23,7 +23,7 @@ from llama_pro_fast.data.remarks import measured_on_little, remarks, untrained_t
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation.baselines import references
 from llama_pro_fast.evaluation.export_check import read_export_back, unchecked
-from llama_pro_fast.expansion.lineage import intact_bases
+from llama_pro_fast.expansion.lineage import difference, intact_bases
 from llama_pro_fast.expansion.manifest import Manifest, what_trains
 from llama_pro_fast.files import writing_to
 from llama_pro_fast.hf.folder import PretrainedFolder
@@ -139,7 +139,12 @@ def _run(
                 )
                 run = _prepare(config, ranks, claim, resume=resume, overwrite=overwrite, from_step=from_step)
         if ranks.count > 1:
-            run = _joining(run, ranks)
+            try:
+                run = _joining(run, ranks)
+            except UserError:
+                if ranks.leads and not resume:
+                    run_folder.forget(output)
+                raise
         done, ended = train(run, signals)
         with ranks.together():
             return finish(run, done, ended) if ranks.leads else None
@@ -155,7 +160,12 @@ def _prepare(
             f"--train.ranks {config.train.ranks}: {ranks.count} {'was' if ranks.count == 1 else 'were'} started; start "
             f"as many by torchrun, or leave it out"
         )
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, ranks=ranks.count))
+    train = dataclasses.replace(config.train, ranks=ranks.count)
+    share, micro = train.batch_size // ranks.count, train.micro_batch_size
+    if not resume and micro is not None and micro > share > 0:
+        say(f"micro-batches of {share} and not of {micro}: a rank has {share} sequences of a step")
+        train = dataclasses.replace(train, micro_batch_size=share)
+    config = dataclasses.replace(config, train=train)
     start = starting_point(output, from_step) if resume else None
     if start is not None:
         then = start[1].config
@@ -274,7 +284,12 @@ def check_same_recipe(config: RunConfig, ranks: Ranks) -> None:
         for (key, first), (_, value) in zip(found[0][0], asked, strict=True):
             if value != first:
                 raise UserError(f"--{key}: rank {number} was given {value} and rank 0 {first}; give all the same")
-        if has_gpu != found[0][1]:
+        if has_gpu and config.train.device != "cpu" and ranks.local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {ranks.local} of this machine finds {torch.cuda.device_count()} GPUs: give torchrun as many "
+                "--nproc-per-node, or fewer"
+            )
+        if has_gpu != found[0][1] and config.train.device != "cpu":
             raise UserError(
                 f"rank {number} sees {'a' if has_gpu else 'no'} GPU and rank 0 {'none' if has_gpu else 'does'}: start "
                 "all where there is one, or give --train.device cpu"
@@ -294,8 +309,11 @@ def _joining(run: Run | None, ranks: Ranks) -> Run:
         with ranks.together():
             if run is None and now:
                 run = _of_shared(config, path, planned, start, ranks)
-                if starting_info(run) != info:
-                    raise UserError(f"{path}: the model, or the text, is not what rank 0 sees by the same names")
+                own = starting_info(run)
+                if (changed := difference(info.identity, own.identity)) is not None:
+                    raise UserError(f"{path}: is not the model that rank 0 sees there: {changed}")
+                if (own.data, own.measured) != (info.data, info.measured):
+                    raise UserError("--data: the text is not what rank 0 sees by the same names")
     return run
 
 

@@ -26,6 +26,10 @@ def shard(block: Block, ranks: Ranks) -> None:
     mesh = init_device_mesh(next(block.parameters()).device.type, (ranks.count,))
     # Each block is a root of its own, and a root's weights would stay together until its backward.
     fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # The loss is a mean over the whole step already: gradients are summed. (Their mean over three ranks of a loss three
+    # times as large is rounded elsewhere.)
+    block.set_gradient_divide_factor(1.0)
+    block.set_force_sum_reduction_for_comms(True)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,12 @@ def trained(config: RunConfig, fault: str) -> None:
         sys.exit(run_entry_point(main, ["--config", str(recipe)], several=True))
 
 
+def twice(*configs: RunConfig) -> None:
+    """Two runs by the same processes, which join anew for each."""
+    for config in configs:
+        run_training(config)
+
+
 def _outcome(asked: Asked, number: int) -> dict[str, Any]:
     reduced, reduce = [], distributed.all_reduce
 
@@ -158,6 +164,19 @@ def _poisoned() -> Any:
     return patch.object(Decoder, "loss", counted)
 
 
+def _killed_in_backward() -> Any:
+    loss, calls = Decoder.loss_beside_base, []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        found = loss(*arguments, **named)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    return patch.object(Decoder, "loss_beside_base", counted)
+
+
 def _miscompute(optimizer: Optimizer) -> None:
     with torch.no_grad():
         next(iter(optimizer.parameters.values())).view(-1)[0] += 1e-3
@@ -167,11 +186,13 @@ def _full() -> Any:
     return patch.object(dcp, "save", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
-OF_RANK = {"disk full": "0"}
+OF_RANK = {"disk full": "0", "first killed": "0"}
 FAULTS: dict[str, Callable[[], Any]] = {
     "asked to stop": lambda: _in_step(3, lambda _: os.kill(os.getpid(), signal.SIGTERM)),
     "poisoned": _poisoned,
     "miscomputes": lambda: _in_step(2, _miscompute),
     "disk full": _full,
+    "killed in backward": _killed_in_backward,
     "killed": lambda: _in_step(3, lambda _: os.kill(os.getpid(), signal.SIGKILL)),
+    "first killed": lambda: FAULTS["killed"](),
 }

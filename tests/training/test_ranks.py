@@ -214,20 +214,46 @@ def test_a_run_goes_on_with_another_number_of_ranks(name, whole, made, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_others_and_four_go_on(made, taught, tmp_path):
+@pytest.mark.parametrize(("sharding", "fault"), [("replicate", "killed"), ("trained", "killed in backward")])
+def test_a_rank_that_is_killed_ends_the_others_and_four_go_on(sharding, fault, made, taught, tmp_path):
     folder, _ = made
     run, screens = tmp_path / "run", [tmp_path / f"rank-{number}.txt" for number in range(2)]
-    processes = ranked.start(ranked.trained, taught(run), "killed", count=2, screens=screens)
+    config = taught(run, train={"sharding": sharding})
+    processes = ranked.start(ranked.trained, config, fault, count=2, screens=screens)
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [2, -signal.SIGKILL]
     said = screens[0].read_text()
     assert said.count("error: rank 0: another process of this run has ended") == 1, said
+    assert "Traceback" not in said
     assert "go on with --resume" in said
     assert complete_checkpoints(run)[-1].name == "step-000002"
     ranked.make([Asked(run)], count=4, folder=tmp_path)
     assert_close(run, folder / "plain")
-    assert [(change.key, change.after) for change in load_config(run).history] == [("train.ranks", 4)]
+    assert load_config(run).train.sharding == sharding
+    assert ("train.ranks", 4) in [(change.key, change.after) for change in load_config(run).history]
+
+
+@pytest.mark.slow
+def test_where_the_first_rank_is_killed_the_second_says_so(taught, tmp_path):
+    screens = [tmp_path / f"rank-{number}.txt" for number in range(3)]
+    config = taught(tmp_path / "run", train={"batch_size": 6})
+    processes = ranked.start(ranked.trained, config, "first killed", count=3, screens=screens)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 2, 2]
+    assert [screen.read_text().count("another process of this run has ended") for screen in screens] == [0, 1, 0]
+
+
+@pytest.mark.slow
+def test_the_same_processes_make_a_second_run(taught, tmp_path):
+    screens = [tmp_path / f"rank-{number}.txt" for number in range(2)]
+    configs = [taught(tmp_path / name, train={"steps": 1}) for name in ("one", "two")]
+    processes = ranked.start(ranked.twice, *configs, count=2, screens=screens)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0], screens[0].read_text()
+    assert figures(tmp_path / "one") == figures(tmp_path / "two")
 
 
 @pytest.mark.slow
