@@ -17,6 +17,8 @@ REPLAY = 0.2
 SCALES = (0.25, 0.5, 0.75)
 FAST = 3e-3
 """At which new blocks forget without replay."""
+WIDEST = 0.1
+"""Forgotten, at the right edge of the picture."""
 SEEDS, T_95 = 3, 4.303
 """Of the main methods, and Student's t for an interval of 95 % from so many."""
 NAMES = dict(
@@ -204,7 +206,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Gain against forgetting: left every method at its rates, right the dials of the best ones."""
-    found, figure = results(rows), pictures.sheet(11, 5)
+    found, figure = results(rows), pictures.sheet(11, 6.5)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for number, (name, method) in enumerate(METHODS.items()):
         of_method = [each for each in found if each.asked.method == name]
@@ -232,6 +234,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
+    outside = [each for each in found if each.forgotten.mean > WIDEST]
+    for number, each in enumerate(outside):
+        name = f"{METHODS[each.asked.method].title}, {each.asked.rate:g}"
+        said = f"outside: {name}, forgotten {each.forgotten.mean:.2f}, gained {each.gained.mean:.2f}"
+        left.set_xlim(right=WIDEST)
+        left.text(0.99, 0.985 - 0.03 * number, said, transform=left.transAxes, fontsize=7, ha="right", va="top")
     left.set_ylabel("gained: fall of the loss on German; up is better")
     pictures.save(figure, path)
 
