@@ -75,10 +75,16 @@ def base(tmp_path_factory, tokenizer) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "tiny", tokenizer, torch.bfloat16)
 
 
+@pytest.fixture(scope="session")
+def base_at(tokenizer) -> Callable[..., Path]:
+    """``base_at(folder)``: a base like that, of another family or config."""
+    return lambda folder, **config: write_base(folder, tokenizer, torch.bfloat16, **config)
+
+
 @pytest.fixture
-def base_of(tmp_path, tokenizer) -> Callable[..., Path]:
-    """A base like that of another family or config."""
-    return lambda **config: write_base(tmp_path / "base", tokenizer, torch.bfloat16, **config)
+def base_of(tmp_path, base_at) -> Callable[..., Path]:
+    """The same in a folder of its own."""
+    return lambda **config: base_at(tmp_path / "base", **config)
 
 
 def write_base(folder: Path, tokenizer, dtype: torch.dtype, *, family: str = "llama", **config) -> Path:
