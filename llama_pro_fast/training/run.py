@@ -8,46 +8,37 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llama_pro_fast.config import RunConfig, Settled, check_micro_batch, options
+from llama_pro_fast.config import RunConfig, check_micro_batch
 from llama_pro_fast.console import say, unheard, waiting
 from llama_pro_fast.data.corpus import Corpus
 from llama_pro_fast.data.remarks import measured_on_little, remarks, untrained_tokens
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.evaluation.baselines import references
-from llama_pro_fast.evaluation.export_check import read_export_back, unchecked
-from llama_pro_fast.expansion.lineage import difference, intact_bases
-from llama_pro_fast.expansion.manifest import Manifest, what_trains
+from llama_pro_fast.expansion.manifest import what_trains
 from llama_pro_fast.files import writing_to
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import EMBEDDING
-from llama_pro_fast.host import peak_memory_gib
-from llama_pro_fast.model.trained import Trained
-from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
-from llama_pro_fast.planning.devices import GIB
+from llama_pro_fast.planning.cost import num_parameters
 from llama_pro_fast.planning.explain import why
-from llama_pro_fast.planning.search import Fit, fit
+from llama_pro_fast.planning.search import fit
 from llama_pro_fast.ranks import Ranks, joined
 from llama_pro_fast.recipe import absolute
-from llama_pro_fast.reporting.summary import summarise, write_report
 from llama_pro_fast.resume import CONFIG_NAME, MAY_CHANGE, changes, load_config, opened, save_config
 from llama_pro_fast.runs import run_folder
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, newest, set_aside_after
-from llama_pro_fast.runs.marker import START, CheckpointInfo, Progress, read_marker, write_marker
+from llama_pro_fast.runs.marker import START, CheckpointInfo, read_marker, write_marker
 from llama_pro_fast.runs.metrics import check_wandb, read_metrics
 from llama_pro_fast.runs.run_folder import Claim
 from llama_pro_fast.text.preparing import default_cache
 from llama_pro_fast.text.tokenizer_checks import warnings
 from llama_pro_fast.training import model_folder
-from llama_pro_fast.training.cards import show_end
-from llama_pro_fast.training.export import export_run
+from llama_pro_fast.training.finish import finish
+from llama_pro_fast.training.joining import check_same_recipe, corpus_of, join, trained_of
 from llama_pro_fast.training.loop import Run, check_unchanged, starting_info, train
 from llama_pro_fast.training.settle import (
     check_bounds,
@@ -140,7 +131,7 @@ def _run(
                 run = _prepare(config, ranks, claim, resume=resume, overwrite=overwrite, from_step=from_step)
         if ranks.count > 1:
             try:
-                run = _joining(run, ranks)
+                run = join(run, ranks)
             except UserError:
                 if ranks.leads and not resume:
                     run_folder.forget(output)
@@ -272,107 +263,6 @@ def _prepare(
     return run
 
 
-def check_same_recipe(config: RunConfig, ranks: Ranks) -> None:
-    """Refuse ranks that were asked for different runs, or of which only some see a GPU.
-
-    Raises:
-        UserError: naming the option.
-    """
-    own = [(key, repr(value)) for key, value, _ in options(config)]
-    found = ranks.gather((own, torch.cuda.is_available()))
-    for number, (asked, has_gpu) in enumerate(found):
-        for (key, first), (_, value) in zip(found[0][0], asked, strict=True):
-            if value != first:
-                raise UserError(f"--{key}: rank {number} was given {value} and rank 0 {first}; give all the same")
-        if has_gpu and config.train.device != "cpu" and ranks.local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {ranks.local} of this machine finds {torch.cuda.device_count()} GPUs: give torchrun as many "
-                "--nproc-per-node, or fewer"
-            )
-        if has_gpu != found[0][1] and config.train.device != "cpu":
-            raise UserError(
-                f"rank {number} sees {'a' if has_gpu else 'no'} GPU and rank 0 {'none' if has_gpu else 'does'}: start "
-                "all where there is one, or give --train.device cpu"
-            )
-
-
-def _joining(run: Run | None, ranks: Ranks) -> Run:
-    """The same run on every rank, from what the first one has prepared. The first of each machine reads the text before
-    the others, which then find its tokens.
-
-    Raises:
-        UserError: a rank has another model or text there.
-    """
-    shared = run and (run.config, run.folder.path, run.planned, run.start, starting_info(run))
-    config, path, planned, start, info = ranks.share(shared)
-    for now in (ranks.local == 0, ranks.local > 0):
-        with ranks.together():
-            if run is None and now:
-                run = _of_shared(config, path, planned, start, ranks)
-                own = starting_info(run)
-                if (changed := difference(info.identity, own.identity)) is not None:
-                    raise UserError(f"{path}: is not the model that rank 0 sees there: {changed}")
-                if (own.data, own.measured) != (info.data, info.measured):
-                    raise UserError("--data: the text is not what rank 0 sees by the same names")
-    return run
-
-
-def _of_shared(
-    config: Settled,
-    path: Path,
-    planned: Fit,
-    start: tuple[Path, CheckpointInfo] | None,
-    ranks: Ranks,
-) -> Run:
-    device = start_device(config, ranks.local)
-    if not path.is_dir():
-        raise UserError(f"{path}: is not there; the run's folder and the model must lie where all machines find them")
-    folder = PretrainedFolder(path)
-    tokenizer = folder.tokenizer()
-    trained = trained_of(config, folder)
-    return Run(
-        config=config,
-        output=Path(config.output),
-        folder=folder,
-        trained=trained,
-        corpus=corpus_of(config, tokenizer, trained),
-        tokenizer=tokenizer,
-        device=device,
-        planned=planned,
-        start=start,
-        claim=Claim(None),
-        ranks=ranks,
-    )
-
-
-def trained_of(config: RunConfig, folder: PretrainedFolder) -> Trained:
-    """What of a run's model trains, by its manifest."""
-    return what_trains(
-        folder.raw_config,
-        folder.config.num_hidden_layers,
-        parameters=config.train.parameters,
-        blocks=config.train.blocks,
-        name=str(folder.path),
-        intact=intact_bases(folder),
-    )
-
-
-def corpus_of(
-    config: RunConfig, tokenizer: Any, trained: Trained, update: Callable[[str], None] = lambda text: None
-) -> Corpus:
-    """A run's text in tokens; what is in the cache is not made again."""
-    return Corpus.prepare(
-        config.data,
-        tokenizer,
-        seq_len=config.train.seq_len,
-        seed=config.train.seed,
-        batch_size=config.train.batch_size,
-        default_general=not trained.everything,
-        taught=config.train.kl_weight > 0,
-        progress=update,
-    )
-
-
 def say_remarks(config: RunConfig, corpus: Corpus, tokenizer: Any, base: PretrainedFolder) -> None:
     """What a person should know of the text and the tokenizer before anything is trained."""
     for line in warnings(tokenizer, base.path, base.config):
@@ -441,81 +331,3 @@ def go_on(run: Run) -> Run:
     if step < config.train.steps:
         run_folder.reopen(output)
     return dataclasses.replace(run, config=config)
-
-
-def finish(run: Run, done: Progress, ended: str | None) -> dict[str, Any]:
-    """The trained model as an ordinary checkpoint, read back, and what there is to say about the run.
-
-    Args:
-        done: how far it came.
-        ended: which bound ended it before its last step, in words.
-
-    Raises:
-        UserError: the export, or what stock transformers computes from it, is not what was trained (the report stands
-            all the same), or no space is left.
-    """
-    config, output, folder, corpus = run.config, run.output, run.folder, run.corpus
-    train, trained = config.train, run.trained
-    run.claim.enter("exporting")
-    exported, _ = export_run(output)
-    run.claim.enter("reporting")
-    figures = {}
-    for text in corpus.held_out:
-        found = references(text, run.tokenizer, vocab_size=folder.config.vocab_size, max_tokens=config.eval.tokens)
-        figures[text.source.role, text.source.name] = asdict(found) if found else {}
-    facts = {
-        "title": f"{Path(config.model.path).name}: {trained.strip}",
-        "model": config.model.path,
-        "parameters": num_parameters(folder.config),
-        "trained_parameters": num_trained_parameters(folder.config, trained),
-        "trained_blocks": list(trained.blocks),
-        "steps": done.step,
-        "tokens": done.tokens,
-        "ended": ended,
-        "device": train.device,
-        "threads": train.threads,
-        "dtype": train.dtype,
-        "attention": train.attention,
-        "micro_batch_size": train.micro_batch_size,
-        "recompute": train.recompute,
-        "planned_memory_gib": round(run.planned.peak / GIB, 3),
-        "planned_tokens_per_second": run.planned.tokens_per_second,
-        "learning_rate": config.optim.lr,
-        "places_filled": round(run.corpus.train.filled, 5),
-        "tokens_without_beginning": round(run.corpus.train.without_beginning, 5),
-        "export": str(exported),
-    }
-    measured = summarise(output, figures)
-    # To read, should the check be the end of this process; the run is complete, and not to be resumed, after it.
-    write_report(output, facts | unchecked("not read back yet") | measured, complete=False)
-    try:
-        with waiting("reading the export back ...") as update:
-            read_back = read_export_back(
-                config,
-                exported,
-                corpus,
-                run.tokenizer,
-                measured["results"],
-                new_blocks=new_blocks_over_base(run),
-                tokens=done.tokens,
-                progress=update,
-            )
-    except torch.OutOfMemoryError:
-        read_back = unchecked("not read back: no memory left on the device")
-    except UserError as error:
-        write_report(output, facts | unchecked(f"failed: {error}") | measured)
-        raise
-    measured["peak_memory_gib"] = max(measured["peak_memory_gib"], round(peak_memory_gib(run.device), 3))
-    summary = facts | read_back | measured
-    write_report(output, summary)
-    show_end(summary, output, exported)
-    return summary
-
-
-def new_blocks_over_base(run: Run) -> dict[int, tuple[str, ...]]:
-    """The blocks without which a run's model is its base, and the modules of each that were zero at its birth, where
-    the manifest names them; none where the base is not in there."""
-    if not run.trained.skip_for_base:
-        return {}
-    manifest = Manifest.from_config(run.folder.raw_config)
-    return dict.fromkeys(run.trained.skip_for_base, ()) | manifest.zeroed(len(manifest.generations))

@@ -22,7 +22,7 @@ from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.run_folder import first_free
 from llama_pro_fast.text.documents import is_held_out
 from llama_pro_fast.text.sources import iterate_documents, resolve_sources
-from llama_pro_fast.training import run as run_module
+from llama_pro_fast.training import finish as finish_module
 from llama_pro_fast.training.run import run_training
 
 from .conftest import write_base
@@ -231,14 +231,14 @@ def exporting(monkeypatch):
     """Do something to the export before it is read back."""
 
     def to(change) -> None:
-        export_run = run_module.export_run
+        export_run = finish_module.export_run
 
         def changed(run: Path, *arguments):
             folder, step = export_run(run, *arguments)
             change(run, folder)
             return folder, step
 
-        monkeypatch.setattr(run_module, "export_run", changed)
+        monkeypatch.setattr(finish_module, "export_run", changed)
 
     return to
 
@@ -291,7 +291,7 @@ def test_a_card_that_is_full_after_all_is_no_failure_of_the_run(make_config, mon
     def full(*_, **__):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(run_module, "read_export_back", full)
+    monkeypatch.setattr(finish_module, "read_export_back", full)
     said = run_training(make_config(train={"steps": 1}))["export_check"]["said"]
     assert said == "not read back: no memory left on the device"
 
@@ -303,7 +303,7 @@ def test_a_run_killed_while_its_export_is_read_back_is_resumed_into_that(make_co
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "read_export_back", killed)
+        patch.setattr(finish_module, "read_export_back", killed)
         with pytest.raises(KeyboardInterrupt):
             run_training(make_config(train={"steps": 1}))
     assert "not read back yet" in (tmp_path / "run" / "report" / "summary.md").read_text()
