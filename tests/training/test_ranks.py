@@ -30,7 +30,8 @@ from llama_pro_fast.training.run import run_training
 from llama_pro_fast.training.signals import Stopped
 
 ROUNDING, OF_WEIGHTS = 2e-5, 1e-4
-"""Relative, of losses and of weights after six steps: other sums in another order."""
+"""Relative, of losses and of weights at the end: other sums in another order."""
+STEPS = 10
 
 
 def rows(run: Path, kind: str) -> list[dict]:
@@ -52,13 +53,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_close(run: Path, other: Path) -> None:
+def assert_close(run: Path, other: Path, of_weights: float = OF_WEIGHTS) -> None:
     """Equal within rounding, in weights and curves."""
     ours, theirs = weights(run), weights(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         error = (tensor - theirs[name]).norm() / theirs[name].norm()
-        assert error < OF_WEIGHTS, f"{name}: {error}"
+        assert error < of_weights, f"{name}: {error}"
     for kind in ("train", "eval"):
         pairs = list(zip(rows(run, kind), rows(other, kind), strict=True))
         assert pairs
@@ -75,7 +76,7 @@ def taught(config_at, base_at, tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
 
     def make(output: Path, family: str = "llama", **changes) -> RunConfig:
-        sections = {"train": {"kl_weight": 1.0, "micro_batch_size": 1}, "data": {"replay": 0.25}}
+        sections = {"train": {"kl_weight": 1.0, "micro_batch_size": 1, "steps": STEPS}, "data": {"replay": 0.25}}
         if family != "llama":
             if not (folder / family).exists():
                 base_at(folder / family, family=family, **FAMILIES[family])
@@ -138,7 +139,8 @@ def made(taught, config_at, tmp_path_factory):
 def test_two_ranks_make_the_run_of_one(name, made, taught, tmp_path):
     folder, _ = made
     run_training(taught(tmp_path / "run", **RUNS[name]))
-    assert_close(folder / name, tmp_path / "run")
+    # Muon makes more of rounding: a small matrix's small singular values count as much as its large ones.
+    assert_close(folder / name, tmp_path / "run", OF_WEIGHTS if name != "muon" else 10 * OF_WEIGHTS)
     assert load_config(folder / name).train.ranks == 2
     if "all" not in name:
         exported = load_file(folder / name / "export" / "model.safetensors")
@@ -157,7 +159,9 @@ def test_gradients_are_added_up_once_a_step(made):
     """Each trained tensor, the losses and the KL of its micro-batches, and for each text measured its sums."""
     folder, outcomes = made
     measured = len(rows(folder / "plain", "eval"))
-    assert [each["reduced"] for each in outcomes["plain"]] == [6 * (len(weights(folder / "plain")) + 2) + measured] * 2
+    assert [each["reduced"] for each in outcomes["plain"]] == [
+        STEPS * (len(weights(folder / "plain")) + 2) + measured
+    ] * 2
 
 
 @pytest.mark.parametrize(("name", "whole"), [("stopped", "plain"), ("sharded, stopped", "sharded")])
@@ -331,5 +335,5 @@ def test_torchrun_makes_a_run(taught, tmp_path):
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llama_pro_fast.train"]
     found = subprocess.run([sys.executable, *words, "--config", recipe], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("step 6/6") == 1
+    assert found.stdout.count("step 10/10") == 1
     assert "on each of 2 ranks 2 micro-batches of 1" in " ".join(found.stdout.replace("│", "").split())
