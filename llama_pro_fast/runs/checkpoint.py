@@ -156,13 +156,12 @@ def save(
                 # The marker comes after everything it vouches for is on disk, and the old ones go after it is.
                 write_marker(folder / COMPLETE, info, files)
                 sync(folder.parent)
+                if purge:
+                    _purge(run, keep)
     except BaseException:
         if ranks.leads and not (folder / COMPLETE).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    if purge and ranks.leads:
-        with writing_to(folder):
-            _purge(run, keep)
     num_bytes = sum(entry["bytes"] for entry in files.values())
     return Saved(folder, num_bytes, time.perf_counter() - started)
 
