@@ -13,7 +13,7 @@ WITHOUT_REPLAY = (
     "where others measured it, Qwen3-0.6B with 7 new blocks went from perplexity 14.1 to 21.0 on wikitext without "
     "replay, and to 13.2 with 20 %"
 )
-FEW = 10
+FEW = 5
 """Documents, fewer than which say little of others."""
 ROLES = "domain", "general"
 POORLY_FILLED = 0.98
