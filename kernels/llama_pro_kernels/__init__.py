@@ -75,7 +75,7 @@ from .linear_cross_entropy_kl import (
     linear_cross_entropy_kl_forward,
 )
 from .linear_kl import LinearKLOutput, linear_kl, linear_kl_with_losses
-from .qk_norm_rotary import QKNormRotaryOutput, qk_norm_rotary_backward, qk_norm_rotary_forward
+from .qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_forward
 from .reference import accumulation_dtype
 from .rms_norm import add_rms_norm, add_rms_norm_forward, rms_norm, rms_norm_backward, rms_norm_forward
 from .rotary import rotary, rotary_backward, rotary_forward, rotary_forward_
@@ -85,7 +85,6 @@ __all__ = [
     "LinearCrossEntropyKLOutput",
     "LinearCrossEntropyOutput",
     "LinearKLOutput",
-    "QKNormRotaryOutput",
     "accumulation_dtype",
     "add_rms_norm",
     "add_rms_norm_forward",

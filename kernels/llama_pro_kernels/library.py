@@ -3,10 +3,14 @@
 Registered, an op is one opaque node: ``torch.compile`` carries it without a graph break and without looking inside
 (Inductor types a kernel's float arguments as fp64 when it does), fake tensors get its shapes, and ``FlopCounterMode``
 its products. Counted are products only, as PyTorch does it: norms, activations and rotations are work without FLOPs.
+
+PyTorch's dispatcher takes longer over a call than a small kernel runs. So where only the op itself would look at the
+arguments, its body is called directly: inside the autograd functions, and whenever no gradients are recorded.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 from collections.abc import Callable
@@ -14,7 +18,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -50,7 +55,8 @@ def implementation_name(device: torch.device | str, dtype: torch.dtype) -> str:
 def register(
     schema: str, *, fake: Callable[..., Any], flops: Callable[..., int] | None = None
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator that makes a function ``torch.ops.llama_pro_kernels.NAME``.
+    """Decorator that makes a function ``torch.ops.llama_pro_kernels.NAME``, and calls it without the dispatcher where
+    nobody else is there to see the call.
 
     Args:
         schema: ``NAME(arguments) -> results`` in PyTorch's schema language.
@@ -67,9 +73,22 @@ def register(
             register_flop_formula(getattr(torch.ops.llama_pro_kernels, name), get_raw=True)(
                 lambda *args, out_val=None, **kwargs: count(*args, **kwargs)
             )
-        return op
+
+        @functools.wraps(body)
+        def call(*arguments: Any) -> Any:
+            return body(*arguments) if _unobserved(arguments) else op(*arguments)
+
+        return call
 
     return decorate
+
+
+def _unobserved(arguments: tuple[Any, ...]) -> bool:
+    """Whether a call is for the op alone: there is no compiler, no graph, no dispatch mode (fake tensors, FLOP counts)
+    and no tensor of a class of its own."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _len_torch_dispatch_stack():
+        return False
+    return not any(isinstance(each, Tensor) and type(each) not in (Tensor, nn.Parameter) for each in arguments)
 
 
 class Consumed:

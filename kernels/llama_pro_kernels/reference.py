@@ -127,6 +127,43 @@ def rotary_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
     return dqkv
 
 
+# The same with an RMSNorm on each head of q and k before it
+
+
+def qk_norm_rotary_forward(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor, position_ids: Tensor,
+    num_heads: int, num_kv_heads: int, head_dim: int,
+) -> Tensor:  # fmt: skip
+    qk, _ = _split_packed(qkv, num_heads, num_kv_heads, head_dim)
+    out = torch.empty(qk.shape, dtype=qk.dtype, device=qk.device)
+    angles = cos[position_ids], sin[position_ids]
+    for heads, weight in ((slice(num_heads), q_weight), (slice(num_heads, None), k_weight)):
+        normed, _ = rms_norm_forward(qk[:, heads].to(accumulation_dtype(qk.dtype)), weight, eps)
+        _rotate_into(out[:, heads], normed, *angles)
+    return out
+
+
+def qk_norm_rotary_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float,
+    cos: Tensor, sin: Tensor, position_ids: Tensor, *, need_dweight: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    _, num_heads, head_dim = dq.shape
+    qk, _ = _split_packed(qkv, num_heads, dk.shape[1], head_dim)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqk, dv_packed = _split_packed(dqkv, num_heads, dk.shape[1], head_dim)
+    dv_packed.copy_(dv)
+    cos, minus_sin = cos[position_ids], -sin[position_ids]
+    dtype, dweights = accumulation_dtype(qkv.dtype), []
+    for d, heads, weight in ((dq, slice(num_heads), q_weight), (dk, slice(num_heads, None), k_weight)):
+        turned = torch.empty(d.shape, dtype=dtype, device=d.device)
+        _rotate_into(turned, d, cos, minus_sin)
+        raw = qk[:, heads]
+        _, rstd = rms_norm_forward(raw, weight, eps)
+        dqk[:, heads], dweight = rms_norm_backward(turned, raw, weight, rstd, need_dweight=need_dweight)
+        dweights.append(dweight)
+    return dqkv, torch.stack(dweights) if need_dweight else None
+
+
 def _split_packed(qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Views ``[T, N + K, D]`` of q and k together, and ``[T, K, D]`` of v."""
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, head_dim))

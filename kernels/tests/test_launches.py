@@ -124,6 +124,28 @@ def test_q_and_k_turn_in_one_kernel_and_so_do_their_gradients():
     assert (launches, made) == (["_rotary_kernel"], [((T, (heads + 2 * kv_heads) * head_dim), bf16)])
 
 
+def test_normed_heads_turn_in_one_kernel_and_so_do_their_gradients():
+    """Of norm and rotation by themselves it was four kernels forward, and five and two copies backward."""
+    heads, kv_heads, head_dim = 8, 2, 64
+    qkv, norm = rows((heads + 2 * kv_heads) * head_dim), torch.empty(head_dim)
+    tables = torch.empty(T, 32), torch.empty(T, 32), torch.empty(T, dtype=torch.int64)
+    d = [torch.empty(T, n, head_dim, dtype=bf16) for n in (heads, kv_heads, kv_heads)]
+    launches, made = count(
+        lambda: ops.qk_norm_rotary_forward(qkv, norm, norm, 1e-5, *tables, heads, kv_heads, head_dim)
+    )
+    assert (launches, made) == (["_qk_norm_rotary_kernel"], [((T, heads + kv_heads, head_dim), bf16)])
+
+    def backward(need_dweight):
+        return count(lambda: ops.qk_norm_rotary_backward(*d, qkv, norm, norm, 1e-5, *tables, need_dweight=need_dweight))
+
+    assert backward(False) == (["_qk_norm_rotary_backward_kernel"], [(tuple(qkv.shape), bf16)])
+    launches, made = backward(True)
+    assert launches == ["_qk_norm_rotary_backward_kernel", "_sum_rows_kernel"]
+    (partial, dtype), total = made[1:]
+    assert (partial[0] < T // 8, partial[1:], dtype) == (True, (2 * head_dim,), fp32)
+    assert total == ((2 * head_dim,), fp32)
+
+
 def test_logits_become_their_gradient_in_one_kernel_without_a_second_buffer():
     logits, labels, scale = rows(V), torch.empty(T, dtype=torch.int64), torch.empty(())
     options = {"ignore_index": -100, "need_dlogits": True}

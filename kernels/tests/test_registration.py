@@ -4,6 +4,8 @@ import contextlib
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from llama_pro_kernels import (
     add_rms_norm,
@@ -15,6 +17,7 @@ from llama_pro_kernels import (
     rotary,
     select_attention_backend,
     swiglu,
+    swiglu_forward,
     trainable_linear,
 )
 
@@ -47,6 +50,10 @@ def inputs():
     yield "swiglu_backward", (dy, gate_up, True)
     yield "rotary_forward", (torch.randn(T, (N + 2 * K) * D), *tables(), N, K, D)
     yield "rotary_backward", (q, k, v, *tables())
+    packed, norm = torch.randn(T, (N + 2 * K) * D), torch.rand(D)
+    yield "qk_norm_rotary_forward", (packed, norm, norm, 1e-5, *tables(), N, K, D)
+    for need_dweight in (False, True):
+        yield "qk_norm_rotary_backward", (q, k, v, packed, norm, norm, 1e-5, *tables(), need_dweight)
     for wanted in ((False, False), (True, False), (False, True), (True, True)):
         yield "linear_cross_entropy_forward", (x, head, labels, scale, *wanted, -100, None, *wanted)
     for need_dx in (False, True):
@@ -181,7 +188,34 @@ def test_consume_writes_the_gradient_over_the_buffer(loss_of, kept):
     assert torch.equal(dx, x.grad)
 
 
+def names_seen(call):
+    """The registered ops that go through PyTorch's dispatcher."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        call()
+    return [event.key for event in profiled.key_averages() if event.key.startswith("llama_pro_kernels::")]
+
+
+def test_where_nobody_looks_the_dispatcher_is_left_out():
+    x, gate_up = torch.randn(T, H, requires_grad=True), torch.randn(T, 2 * H)
+    with torch.no_grad():
+        assert not names_seen(lambda: swiglu_forward(gate_up))
+    assert not names_seen(lambda: rms_norm(x, torch.rand(H), 1e-5).sum().backward())
+
+
+def test_who_looks_sees_the_op_and_its_result():
+    gate_up = torch.randn(T, 2 * H)
+    assert names_seen(lambda: swiglu_forward(gate_up)) == ["llama_pro_kernels::swiglu_forward"]
+    with torch.no_grad(), FlopCounterMode(display=False):
+        assert names_seen(lambda: swiglu_forward(gate_up)) == ["llama_pro_kernels::swiglu_forward"]
+    with torch.no_grad(), FakeTensorMode() as mode:
+        fake = mode.from_tensor(gate_up)
+        assert isinstance(swiglu_forward(fake), FakeTensor)
+    with torch.no_grad():  # also where the mode itself is over
+        assert isinstance(swiglu_forward(fake), FakeTensor)
+
+
 def test_an_explicit_op_is_not_silently_cut_from_the_graph():
     x = torch.randn(T, 2 * H, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        torch.ops.llama_pro_kernels.swiglu_forward(x).sum().backward()
+    for op in (torch.ops.llama_pro_kernels.swiglu_forward, swiglu_forward):
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            op(x).sum().backward()

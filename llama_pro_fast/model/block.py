@@ -277,7 +277,7 @@ class _DecoderBlock(torch.autograd.Function):
 
         # s = x + o_proj(o),  o = attention(rotary(qkv_proj(input_layernorm(x))))
         do = linear_dx(ds, w.o_proj.to(dy.dtype)).view(o.shape)
-        q, k, v, q_rstd, k_rstd = _heads(qkv, w, spec, context)
+        q, k, v = _heads(qkv, w, spec, context)
         dq, dk, dv = attention_backward(
             do, q, k, v, o, lse, context.cu_seqlens, context.max_seqlen,
             scale=spec.head_dim**-0.5, window=context.window(spec), backend=context.attention,
@@ -285,7 +285,7 @@ class _DecoderBlock(torch.autograd.Function):
         del do, q, k, v
         if spec.qk_norm:
             dqkv, gradients["q_norm"], gradients["k_norm"] = qk_norm_rotary_backward(
-                dq, dk, dv, qkv, w.q_norm, w.k_norm, q_rstd, k_rstd, *context.rotation, need_dweight=trained
+                dq, dk, dv, qkv, w.q_norm, w.k_norm, spec.norm_eps, *context.rotation, need_dweight=trained
             )
         else:
             dqkv = rotary_backward(dq, dk, dv, *context.rotation)
@@ -317,7 +317,7 @@ def _project_qkv(x: Tensor, w: BlockWeights, spec: BlockSpec, context: BlockCont
 
 def _attend(qkv: Tensor, w: BlockWeights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor, Tensor]:
     """``(o, lse)`` of :class:`Activations`."""
-    q, k, v = _heads(qkv, w, spec, context)[:3]
+    q, k, v = _heads(qkv, w, spec, context)
     return attention_forward(
         q, k, v, context.cu_seqlens, context.max_seqlen,
         scale=spec.head_dim**-0.5, window=context.window(spec), backend=context.attention,
@@ -338,13 +338,13 @@ def _recompute_gate_up(s: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     return _linear(normed, w.gate_up_proj, w.gate_up_bias)
 
 
-def _heads(qkv: Tensor, w: BlockWeights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor | None, ...]:
-    """``(q, k, v)`` as attention takes them, and ``(q_rstd, k_rstd)``, which are None without a norm on heads."""
+def _heads(qkv: Tensor, w: BlockWeights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
+    """``(q, k, v)`` as attention takes them."""
     sizes = spec.num_heads, spec.num_kv_heads, spec.head_dim
     if spec.qk_norm:
         return qk_norm_rotary_forward(qkv, w.q_norm, w.k_norm, spec.norm_eps, *context.rotation, *sizes)
     heads = qkv.view(len(qkv), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
-    return *heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1), None, None
+    return heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -301,7 +301,7 @@ def _backward_peak(
     norm_backward = 0 if triton else (4 * acc * H - hidden if copied else 2 * acc * H)
     swiglu_backward = 0 if triton else acc * I * (6 if copied else 3)
     rotation = 0 if triton else 3 * acc * max(Q, KV) // 2 + 2 * acc * spec.head_dim
-    head_norms = 0 if triton else acc * Q * (3 if copied else 2)
+    head_norms = 0 if triton else 4 * acc * Q
     upcast = acc if copied and trained else 0  # of rows, for a weight's gradient
 
     # (bytes a token, bytes), from dy to d(gate, up) and ds
@@ -323,13 +323,11 @@ def _backward_peak(
     branch = 2 * hidden + recomputed("rstd", "qkv")
     if "o" not in recompute.kept:
         branch += recomputed("o", "lse")
-    head_rstd = acc * (spec.num_heads + spec.num_kv_heads) if spec.qk_norm else 0
     scratch, scores = _attention_scratch(attention, spec, element, acc, tokens, sequences, documents)
     phases += [
         (branch + (hidden + norm_forward if recomputed("qkv") else 0), made),
-        (branch + q + (q + kv + head_rstd if spec.qk_norm else 0) + qkv + scratch, made + scores),
-        (branch + head_rstd + 2 * qkv + rotation, made),
-        (branch + head_rstd + 2 * qkv + (q + kv + head_norms if spec.qk_norm else 0), made),
+        (branch + q + (q + kv if spec.qk_norm else 0) + qkv + scratch, made + scores),
+        (branch + 2 * qkv + (head_norms if spec.qk_norm else rotation), made),
     ]
     after = branch - recomputed("qkv") + qkv
     normed = hidden + max(norm_forward, upcast * (H + Q + 2 * KV))

@@ -41,9 +41,6 @@ def test_ideal_work_counted_by_hand(rows):
         "rms_norm backward trained": 4 * (3 * T * H + T + 2 * H),  # dweight too
         "add_rms_norm backward frozen": 4 * (4 * T * H + T + H),  # dresidual too
         "add_rms_norm backward trained": 4 * (4 * T * H + T + 2 * H),
-        "qk_norm forward": 4 * (2 * T * N * D + T * N + D),
-        "qk_norm backward frozen": 4 * (3 * T * N * D + T * N + D),
-        "qk_norm backward trained": 4 * (3 * T * N * D + T * N + 2 * D),
         "linear_dscale qkv": 4 * (2 * (N + 2 * K) * D * H + 2 * H),  # weight, dweight; scale, dscale
         "linear_dscale gate_up": 4 * (2 * 2 * I * H + 2 * H),
         "swiglu forward": 4 * 3 * T * I,  # gate, up, product
@@ -52,6 +49,10 @@ def test_ideal_work_counted_by_hand(rows):
         "rotary forward": 4 * 2 * T * (N + K) * D + tables,
         "rotary forward in place": 4 * 2 * T * (N + K) * D + tables,
         "rotary backward": 4 * 2 * T * (N + 2 * K) * D + tables,
+        "qk_norm_rotary forward": 4 * (2 * T * (N + K) * D + 2 * D) + tables,
+        "qk_norm_rotary backward frozen": 4 * (3 * T * (N + K) * D + 2 * T * K * D + 2 * D) + tables,  # dv; weights
+        "qk_norm_rotary backward trained": 4 * (3 * T * (N + K) * D + 2 * T * K * D + 4 * D)
+        + tables,  # their gradients
         "cross_entropy": 4 * (2 * T * V + T) + 8 * T,  # logits, their gradient, losses; labels
         "cross_entropy_kl": 4 * (3 * T * V + 2 * T) + 8 * T,  # the base's logits too, and the divergence
         "cross_entropy evaluation": 4 * (T * V + T) + 8 * T + T,  # and who was right

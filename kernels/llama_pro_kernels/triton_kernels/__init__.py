@@ -7,6 +7,7 @@ elements. What cannot be addressed by strides is made contiguous first, never re
 
 from .linear_dscale import linear_dscale
 from .losses import cross_entropy_, cross_entropy_kl_, kl_divergence
+from .qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_forward
 from .rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from .rotary import rotary_backward, rotary_forward, rotary_forward_
 from .swiglu import swiglu_backward, swiglu_backward_, swiglu_forward
@@ -17,6 +18,8 @@ __all__ = [
     "cross_entropy_kl_",
     "kl_divergence",
     "linear_dscale",
+    "qk_norm_rotary_backward",
+    "qk_norm_rotary_forward",
     "rms_norm_backward",
     "rms_norm_forward",
     "rotary_backward",

@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import expect, launch
-from .rms_norm import CONFIG as NORM
-from .rms_norm import _sum_rows_kernel
+from .rms_norm import sum_rows
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,7 @@ def linear_dscale(weight: Tensor, dweight: Tensor, scale: Tensor) -> Tensor:
         weight, dweight, partial, num_rows, width, weight.stride(0), dweight.stride(0),
         ROWS=CONFIG.rows, BLOCK_H=CONFIG.columns, TURNS=triton.cdiv(steps, programs), num_warps=CONFIG.num_warps,
     )  # fmt: skip
-    total = torch.empty(width, dtype=torch.float32, device=weight.device)
-    launch(
-        _sum_rows_kernel, (triton.cdiv(width, NORM.reduce_columns),), partial, total, width,
-        NUM_ROWS=programs, BLOCK_ROWS=NORM.reduce_rows, BLOCK_H=NORM.reduce_columns, num_warps=4,
-    )  # fmt: skip
-    return total.div_(scale)
+    return sum_rows(partial).div_(scale)
 
 
 @functools.cache

@@ -190,7 +190,7 @@ def rms_norm_backward(
     tiles = programs = triton.cdiv(num_rows, options["ROWS"])
     partial = None
     if need_dweight:
-        programs = min(tiles, _summing_programs(x.device, options["num_warps"]))
+        programs = min(tiles, summing_programs(x.device, options["num_warps"], CONFIG.summing_warps))
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     launch(
         _rms_norm_backward_kernel, (programs,),
@@ -201,13 +201,18 @@ def rms_norm_backward(
     )  # fmt: skip
     if partial is None:
         return dx, None
-    dweight = torch.empty(width, dtype=torch.float32, device=x.device)
-    columns = CONFIG.reduce_columns
+    return dx, sum_rows(partial)
+
+
+def sum_rows(partial: Tensor) -> Tensor:
+    """Sum of the rows of ``partial`` ``[programs, H]`` fp32, in a fixed order."""
+    programs, width = partial.shape
+    total = torch.empty(width, dtype=torch.float32, device=partial.device)
     launch(
-        _sum_rows_kernel, (triton.cdiv(width, columns),), partial, dweight, width,
-        NUM_ROWS=programs, BLOCK_ROWS=CONFIG.reduce_rows, BLOCK_H=columns, num_warps=4,
+        _sum_rows_kernel, (triton.cdiv(width, CONFIG.reduce_columns),), partial, total, width,
+        NUM_ROWS=programs, BLOCK_ROWS=CONFIG.reduce_rows, BLOCK_H=CONFIG.reduce_columns, num_warps=4,
     )  # fmt: skip
-    return dx, dweight
+    return total
 
 
 def _collapsible(x: Tensor) -> bool:
@@ -234,9 +239,10 @@ def _rows(x: Tensor, *, collapse: bool) -> tuple[Tensor, int, tuple[int, int]]:
 
 
 @functools.cache
-def _summing_programs(device: torch.device, num_warps: int) -> int:
+def summing_programs(device: torch.device, num_warps: int, summing_warps: int) -> int:
+    """How many programs sum a weight's gradient, where ``summing_warps`` on a multiprocessor walk at the same time."""
     if device.type == "meta":
         return 264  # recorded and compiled as for an H100
     if device.type != "cuda":
         return 4  # the interpreter: several, so that the second kernel has something to add
-    return CONFIG.summing_warps // num_warps * torch.cuda.get_device_properties(device).multi_processor_count
+    return summing_warps // num_warps * torch.cuda.get_device_properties(device).multi_processor_count

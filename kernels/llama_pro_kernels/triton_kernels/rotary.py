@@ -41,7 +41,7 @@ CONFIG = RotaryConfig()
 
 
 @triton.jit
-def _copy(
+def copy_heads(
     in_ptr, in_head_stride, out_ptr, heads, head_mask,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,9 +72,21 @@ def _turn(
         tl.store(target + HALF, (x2 * cos + x1 * sin).to(dtype), mask=mask)
         if BLOCK_REST > 0:
             REST: tl.constexpr = HEAD_DIM - 2 * HALF
-            _copy(
+            copy_heads(
                 in_ptr + 2 * HALF, in_head_stride, out_ptr + 2 * HALF, heads, head_mask, HEAD_DIM, REST, BLOCK_REST
             )  # fmt: skip
+
+
+@triton.jit
+def angles_of(position, cos_ptr, sin_ptr, num_positions, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """cos and sin of a token ``[1, BLOCK_HALF]``. A position without a row in the tables turns into NaN, not into
+    somebody else's memory."""
+    columns = tl.arange(0, BLOCK_HALF)
+    mask = columns < tl.where((position >= 0) & (position < num_positions), HALF, 0)
+    angles = position * HALF + columns
+    cos = tl.load(cos_ptr + angles, mask=mask, other=float("nan")).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + angles, mask=mask, other=float("nan")).to(tl.float32)[None, :]
+    return cos, sin
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -87,13 +99,8 @@ def _rotary_kernel(
     BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_HALF)
     position = tl.load(position_ptr + token * position_stride)
-    # A position without a row in the tables turns into NaN, not into somebody else's memory.
-    mask = columns < tl.where((position >= 0) & (position < num_positions), HALF, 0)
-    angles = position * HALF + columns
-    cos = tl.load(cos_ptr + angles, mask=mask, other=float("nan")).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + angles, mask=mask, other=float("nan")).to(tl.float32)[None, :]
+    cos, sin = angles_of(position, cos_ptr, sin_ptr, num_positions, HALF, BLOCK_HALF)
     if CONJUGATE:
         sin = -sin
     out_ptr += token * out_stride
@@ -110,7 +117,7 @@ def _rotary_kernel(
         for start in range(0, NUM_KV_HEADS, BLOCK_HEADS):
             heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
             head_mask = (heads < NUM_KV_HEADS)[:, None]
-            _copy(
+            copy_heads(
                 v_ptr + token * v_stride, v_head_stride, v_out_ptr, heads, head_mask, HEAD_DIM, HEAD_DIM, BLOCK_DIM
             )  # fmt: skip
 
@@ -118,7 +125,7 @@ def _rotary_kernel(
 def rotary_forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> Tensor:
-    q, k = _query_and_key(qkv, num_heads, num_kv_heads, head_dim)
+    q, k = query_and_key(qkv, num_heads, num_kv_heads, head_dim)
     shape = (len(qkv), num_heads + num_kv_heads, head_dim)
     rotated = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
     _rotate(rotated, q, k, None, cos, sin, position_ids)
@@ -128,7 +135,7 @@ def rotary_forward(
 def rotary_forward_(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
-    q, k = _query_and_key(qkv, num_heads, num_kv_heads, head_dim)
+    q, k = query_and_key(qkv, num_heads, num_kv_heads, head_dim)
     if writable_rows(qkv):
         _rotate(qkv, q, k, None, cos, sin, position_ids, in_place=True)
         overwritten(qkv)
@@ -171,7 +178,7 @@ def _rotate(
     )  # fmt: skip
 
 
-def _query_and_key(qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+def query_and_key(qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Views of ``qkv``: q ``[T, N, D]``, k ``[T, K, D]``."""
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, head_dim))
     return heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
