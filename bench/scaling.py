@@ -102,7 +102,6 @@ def measure(point: Point) -> dict[str, int]:
     """Bytes at the fullest of a step, those before it included; FLOPs of products and of attention."""
     runner = build_ours(point)
     optimizer = Optimizer(runner.model, runner.trained, OPTIM, 3)
-    optimizer.state()
     tokens = next(point.token_batches())
 
     def step(index: int) -> None:
@@ -121,8 +120,7 @@ def measure(point: Point) -> dict[str, int]:
         step(2)
         peak = torch.cuda.max_memory_allocated()
     else:
-        state = [tensor for values in optimizer.adamw.state.values() for tensor in values.values()]
-        held = [*runner.model.parameters(), *runner.model.buffers(), *state]
+        held = [*runner.model.parameters(), *runner.model.buffers(), *optimizer.state().values()]
         with PeakBytes() as beyond:
             step(2)
         peak = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in held}.values()) + beyond.bytes

@@ -44,9 +44,10 @@ A decoder block and the loss, on a row of two documents; the block is frozen, so
 
 ``qk_norm_rotary``, the norm on each head of q and k with the rotation behind it, is a pair only; ``linear``,
 ``linear_dx``, ``linear_dw``, ``linear_dbias`` and ``linear_dscale`` are the products of a linear layer one by one;
-``linear_kl`` is a meter, forward only; ``linear_cross_entropy_kl`` is a loss with the same divergence in it. Backward
-functions are told what is wanted (``need_dweight``): what is not wanted is neither computed nor allocated. Names that
-end in an underscore write over an input.
+``adamw_`` is the optimizer's step, clipping and copies in it; ``linear_kl`` is a meter, forward only;
+``linear_cross_entropy_kl`` is a loss with the same divergence in it. Backward functions are told what is wanted
+(``need_dweight``): what is not wanted is neither computed nor allocated. Names that end in an underscore write over an
+input.
 
 CUDA tensors, or any under ``TRITON_INTERPRET=1``, get the kernels in ``triton_kernels``; others, and all of fp64, plain
 PyTorch in ``reference.py``. Products are PyTorch's, attention is a backend's. The functional ops are registered as
@@ -57,6 +58,7 @@ have higher precision than the activations (an fp32 master weight beside bf16); 
 and is never bf16 on the way. The differentiable ops are differentiable once.
 """
 
+from .adamw import adamw_
 from .attention import attention, attention_backward, attention_forward
 from .attention_selection import select_attention_backend
 from .library import implementation_name
@@ -86,6 +88,7 @@ __all__ = [
     "LinearCrossEntropyOutput",
     "LinearKLOutput",
     "accumulation_dtype",
+    "adamw_",
     "add_rms_norm",
     "add_rms_norm_forward",
     "attention",

@@ -10,9 +10,12 @@ Shapes: T tokens, H hidden, I intermediate, N heads, K key/value heads, D head d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -182,6 +185,28 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     out[..., half : 2 * half] = y2
     if out is not x:
         out[..., 2 * half :] = x[..., 2 * half :]
+
+
+# AdamW
+
+
+def adamw_(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], steps: Sequence[Tensor], copies: Sequence[Tensor | None],
+    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, divisor: Tensor, left_out: Tensor,
+) -> None:  # fmt: skip
+    """PyTorch's own, which is fast on a CPU too; it writes the divided gradients back.
+
+    On a CPU it reads gradients as they lie in memory, whatever their strides (2.13)."""
+    gradients = [gradient.contiguous() for gradient in gradients]
+    adamw(
+        list(parameters), gradients, list(exp_avgs), list(exp_avg_sqs), [], list(steps),
+        fused=True, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=left_out,
+        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+    )  # fmt: skip
+    pairs = [(copy, parameter) for copy, parameter in zip(copies, parameters, strict=True) if copy is not None]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 # The row-wise halves of the losses: what happens between a chunk's products

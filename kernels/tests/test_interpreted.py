@@ -13,6 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = [
+    "test_adamw.py",
     "test_addressing.py",
     "test_dispatch.py",
     "test_precision.py",

@@ -86,9 +86,15 @@ def low_precision_copy(weight: Tensor, compute_dtype: torch.dtype) -> Tensor | N
     return None if weight.dtype == compute_dtype else weight.detach().to(compute_dtype)
 
 
+def low_precision_copies(module: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Master weight -> its low-precision copy, where one is kept."""
+    kept = (m for m in module.modules() if getattr(m, "low_precision", None) is not None)
+    return {m.weight: m.low_precision for m in kept}
+
+
 @torch.no_grad()
 def refresh_low_precision_copies(module: nn.Module) -> None:
-    """Bring the low-precision copies in line with their master weights; once after each optimizer step."""
-    pairs = [(m.low_precision, m.weight) for m in module.modules() if getattr(m, "low_precision", None) is not None]
-    if pairs:
-        torch._foreach_copy_([copy for copy, _ in pairs], [weight for _, weight in pairs])
+    """Bring the low-precision copies in line with their master weights."""
+    copies = low_precision_copies(module)
+    if copies:
+        torch._foreach_copy_(list(copies.values()), list(copies))

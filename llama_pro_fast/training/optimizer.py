@@ -1,8 +1,8 @@
 """AdamW or Muon, the learning-rate schedules, and a step that lets no NaN into a weight.
 
-AdamW's step never asks the device anything: a loss or gradient norm that is not finite is turned into the `found_inf`
-flag of PyTorch's fused AdamW, which then leaves weights, moments and its count of steps untouched, and the trainer
-reads the flag when it logs. Muon has no such flag: there the host waits for it, once a step.
+AdamW's step never asks the device anything: a loss or gradient norm that is not finite is turned into a flag on the
+device, `left_out`, for which the op leaves weights, moments and its count of steps untouched, and the trainer reads the
+flag when it logs. Muon has no such flag: there the host waits for it, once a step.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from torch.distributed.tensor import DTensor
 
 from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.model.layers import refresh_low_precision_copies
+from llama_pro_fast.model.layers import low_precision_copies, refresh_low_precision_copies
 from llama_pro_fast.ranks import ALONE, Ranks
 from llama_pro_fast.training.muon import Muon
 from llama_pro_fast.training.schedule import learning_rate, lower_rate
 from llama_pro_fast.training.sharding import like, local
+from llama_pro_kernels import adamw_
 
 
 class Optimizer:
-    """Fused AdamW over the trained parameters of a model; or Muon over its blocks' matrices and AdamW over the others.
+    """AdamW over the trained parameters of a model; or Muon over its blocks' matrices and AdamW over the others.
 
     Args:
-        model: its low-precision copies are refreshed after each step.
+        model: its low-precision copies follow each step.
         parameters: name -> parameter; the order is part of the state.
         config: resolved (rate and warm-up filled in).
         steps: length of the run, for the schedule.
@@ -51,20 +52,16 @@ class Optimizer:
         self.parts = {name: nn.Parameter(local(p)) if isinstance(p, DTensor) else p for name, p in parameters.items()}
         matrices = {name: p for name, p in self.parameters.items() if p.ndim == 2 and name.startswith("blocks.")}
         self.muon = Muon(model, matrices, config) if config.name == "muon" else None
-        left = {name: p for name, p in self.parts.items() if self.muon is None or name not in matrices}
-        decayed = {name: p for name, p in left.items() if p.ndim == 2 and not name.startswith("embed_tokens")}
-        rest = {name: p for name, p in left.items() if name not in decayed}
-        groups = [
-            {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-            {"params": list(rest.values()), "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        self.moments = {  # of AdamW, by the parameter's name
+            name: {
+                "step": torch.zeros((), dtype=torch.float32, device=part.device),
+                "exp_avg": torch.zeros_like(part, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(part, requires_grad=False),
+            }
+            for name, part in self.parts.items()
+            if self.muon is None or name not in matrices
+        }
+        self._copies = low_precision_copies(model)
         device = next(iter(self.parts.values())).device
         self.left_out = torch.zeros((), device=device)
         """1 where the last step was left out, else 0; a device scalar."""
@@ -80,21 +77,38 @@ class Optimizer:
             The gradient norm before clipping, a device scalar. Where it or the loss is not finite the step is left out.
         """
         norm = self._norm()
-        # AdamW divides by it as it reads a gradient, and writes that back; clipped on their own, all gradients would be
-        # read once more.
-        self.adamw.grad_scale = ((norm.float() + 1e-6) / self.config.clip).clamp(min=1.0)
-        finite = torch.isfinite(self.adamw.grad_scale)
+        # By which gradients are divided as they are read; clipped on their own, all would be read once more.
+        self.divisor = ((norm.float() + 1e-6) / self.config.clip).clamp(min=1.0)
+        finite = torch.isfinite(self.divisor)
         self.left_out = (~(finite if loss is None else finite & torch.isfinite(loss))).float()
-        self.adamw.found_inf = self.left_out
         rate = learning_rate(self.config, index, self.steps)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate
-        self.adamw.step()
+        for decayed in (True, False):
+            self._adamw([name for name in self.moments if self.decays(name) is decayed], rate, decayed)
         if self.muon is not None and not self.left_out:
-            self.muon.step(self.adamw.grad_scale, rate)
-        refresh_low_precision_copies(self.model)
+            self.muon.step(self.divisor, rate)
+            refresh_low_precision_copies(self.model)
         self.drop_gradients()
         return norm
+
+    def decays(self, name: str) -> bool:
+        """Whether a parameter is drawn to 0: a matrix, but for the input embeddings."""
+        return self.parts[name].ndim == 2 and not name.startswith("embed_tokens")
+
+    def _adamw(self, names: list[str], rate: float, decayed: bool) -> None:
+        names = [name for name in names if self.parts[name].grad is not None]
+        adamw_(
+            [self.parts[name] for name in names],
+            [self.parts[name].grad for name in names],
+            *([self.moments[name][key] for name in names] for key in ("exp_avg", "exp_avg_sq", "step")),
+            [self._copies.get(self.parameters[name]) for name in names],
+            lr=rate,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay if decayed else 0.0,
+            divisor=self.divisor,
+            left_out=self.left_out,
+        )
 
     def whole_gradients(self) -> list[torch.Tensor]:
         """Of all parameters that are not sharded and have one, in their order."""
@@ -136,12 +150,11 @@ class Optimizer:
 
     def check_learning(self) -> None:
         """Once after two steps that counted: every matrix that trains has had a gradient, on every rank its part."""
-        states = self.adamw.state.values()
-        if any(state and state["step"] < 2 for state in states) or not any(states):
+        if any(moments["step"] < 2 for moments in self.moments.values()):
             return
         for name, part in self.parts.items():
             in_muon = self.muon is not None and name in self.muon.momentum
-            moment = self.muon.momentum[name] if in_muon else self.adamw.state[part]["exp_avg"]
+            moment = self.muon.momentum[name] if in_muon else self.moments[name]["exp_avg"]
             if part.ndim == 2 and moment.numel() and not moment.any():
                 raise RuntimeError(f"{name} should train, and has had no gradient in two steps")
 
@@ -151,20 +164,11 @@ class Optimizer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every moment and step count by the parameter's name: ``name.exp_avg`` or ``name.momentum`` and so on (what a
-        checkpoint holds).
-
-        The state exists from the first call on, so that a new run can read a checkpoint into it in place.
-        """
+        checkpoint holds). A new run can read a checkpoint into it in place."""
         flat = {}
-        for name, parameter in self.parts.items():
-            if self.muon is not None and name in self.muon.momentum:
+        for name, parameter in self.parameters.items():
+            if name in self.moments:
+                flat |= {f"{name}.{key}": like(value, parameter) for key, value in self.moments[name].items()}
+            else:
                 flat[f"{name}.momentum"] = self.muon.momentum[name]
-                continue
-            state = self.adamw.state[parameter]
-            if not state:
-                # What AdamW itself would make at its first step.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            flat |= {f"{name}.{key}": like(value, self.parameters[name]) for key, value in state.items()}
         return flat

@@ -5,6 +5,7 @@ at the store; scalars are fp32; offsets into a tensor are 64-bit from the row on
 elements. What cannot be addressed by strides is made contiguous first, never read wrongly.
 """
 
+from .adamw import adamw_
 from .linear_dscale import linear_dscale
 from .losses import cross_entropy_, cross_entropy_kl_, kl_divergence
 from .qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_forward
@@ -13,6 +14,7 @@ from .rotary import rotary_backward, rotary_forward, rotary_forward_
 from .swiglu import swiglu_backward, swiglu_backward_, swiglu_forward
 
 __all__ = [
+    "adamw_",
     "add_rms_norm_forward",
     "cross_entropy_",
     "cross_entropy_kl_",
