@@ -6,11 +6,13 @@ Nothing heavy is imported here: a verb's module is loaded when it is called, so 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import importlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
@@ -30,6 +32,7 @@ VERBS = {
     "export": "write a run's model as an ordinary Hugging Face checkpoint",
 }
 
+BUG = 1
 USER_ERROR = 2
 INTERRUPTED = 128 + 2  # what a shell reports for SIGINT
 BROKEN_PIPE = 128 + 13  # … and for SIGPIPE
@@ -52,8 +55,23 @@ def run_entry_point(
 
     `UserError`, argument errors, a stdout on a full disk: one line on stderr, 2. Ctrl-C: 130. A reader of stdout that
     went away (`| head`): 141, silently. Anything else is a bug and keeps its traceback. The code is the same where
-    nobody hears of it.
+    nobody hears of it. One of several processes ends at once after an error: what PyTorch does at the end of a process
+    may wait for others that are gone.
     """
+    try:
+        code = _exit_code(main, argv, several=several)
+    except Exception:
+        if not _has_joined():
+            raise
+        traceback.print_exc()
+        code = BUG
+    if code and _has_joined():
+        atexit._run_exitfuncs()
+        os._exit(code)
+    return code
+
+
+def _exit_code(main: Callable[[list[str] | None], int], argv: list[str] | None, *, several: bool) -> int:
     open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows only ASCII
@@ -87,6 +105,12 @@ def _check_alone() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         words = "only `train` shares its work among processes; start this verb by itself, not by torchrun"
         raise UserError(words) if os.environ.get("RANK", "0") == "0" else ToldElsewhere(words)
+
+
+def _has_joined() -> bool:
+    """Whether this process is one of several that know each other."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _can_write(stream: TextIO) -> bool:

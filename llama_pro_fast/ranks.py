@@ -11,6 +11,7 @@ import functools
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from torch import distributed
 
 from llama_pro_fast.console import console
 from llama_pro_fast.errors import ToldElsewhere, UserError
+from llama_pro_fast.files import first_line
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """Others wait for as long as the first one prepares text or saves; that one has died is heard at once all the same."""
 JOINING = timedelta(minutes=10)
-"""For the last to come; and for what ranks then send at the same time."""
+"""For the last to come; and for what ranks then send at the same time, such as a step's gradients."""
 NEWS = 2.0
 """Seconds in which a rank that ends by an error has left word of it."""
 
@@ -41,6 +43,7 @@ class Ranks:
         number: its own, from 0.
         count: how many there are.
         local: its number on its machine.
+        on_machine: how many there are on its machine.
         host: the group for agreements; None where it is alone.
         store: where ranks leave word of errors.
     """
@@ -48,6 +51,7 @@ class Ranks:
     number: int = 0
     count: int = 1
     local: int = 0
+    on_machine: int = 1
     host: Any = None
     store: Any = None
 
@@ -72,12 +76,13 @@ class Ranks:
         return values[0]
 
     def table(self, row: Sequence[int]) -> list[list[int]]:
-        """Whole numbers of each rank, as many of each: :meth:`gather` as fast as it goes, for every step."""
+        """Whole numbers of each rank, as many of each: :meth:`gather` as fast as it goes, for every step. A rank whose
+        machine has vanished is missed here, after a while."""
         if self.count == 1:
             return [list(row)]
         own = torch.tensor(row, dtype=torch.int64)
         rows = [torch.empty_like(own) for _ in range(self.count)]
-        self._heard(lambda: distributed.all_gather(rows, own, group=self.host))
+        self._heard(lambda: distributed.all_gather(rows, own))  # in the group whose patience is shorter
         return [each.tolist() for each in rows]
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -116,10 +121,7 @@ class Ranks:
         """
         if self.count == 1:
             return
-        sums = [
-            each.view(torch.uint8 if each.element_size() == 1 else torch.int32) for each in map(_flat, tensors.values())
-        ]
-        rows = self.table(torch.stack([each.sum(dtype=torch.int64) for each in sums]).tolist())
+        rows = self.table(torch.stack([_checksum(each) for each in tensors.values()]).tolist())
         for number, row in enumerate(rows):
             for name, own, first in zip(tensors, row, rows[0], strict=True):
                 if own != first:
@@ -157,10 +159,8 @@ class Ranks:
         Raises:
             UserError: one of them is gone.
         """
-        try:
+        with self.listening():
             operation()
-        except RuntimeError as error:
-            self._raise_lost(error)
 
     def _raise_lost(self, error: Exception) -> None:
         """What is left to say where another rank has ended: its own words, if it has left any. Where the first rank is
@@ -181,8 +181,8 @@ class Ranks:
                 self.store.set("told", "")
         kind = UserError if self.leads or (self.number == 1 and not told) else ToldElsewhere
         raise kind(
-            f"rank {self.number}: another process of this run has ended, and this one with it; what it said stands "
-            "above, or in torchrun's summary; go on with --resume"
+            f"rank {self.number}: another process of this run has ended, and this one with it ({first_line(error)}); "
+            "what it said stands above, or in torchrun's summary; go on with --resume"
         ) from _Lost(str(error))
 
 
@@ -192,8 +192,14 @@ class _Lost(Exception):
 
 def is_lost(error: Exception) -> bool:
     """Whether an error of PyTorch says that another rank is not there any more."""
-    network = isinstance(error, (distributed.DistBackendError, distributed.DistNetworkError))
-    return network or (isinstance(error, RuntimeError) and "gloo" in str(error) and "onnection" in str(error))
+    if not isinstance(error, RuntimeError):  # of which PyTorch's errors of its groups are kinds
+        return False
+    said = str(error).lower()
+    return isinstance(error, distributed.DistNetworkError) or any(words in said for words in _LOST)
+
+
+_LOST = ("connection", "broken pipe", "timed out", "remote process exited", "nccl communicator was aborted")
+"""What gloo and NCCL say of it, in small letters."""
 
 
 ALONE = Ranks()
@@ -214,9 +220,10 @@ def joined() -> Iterator[Ranks]:
     quiet, console.quiet = console.quiet, not ranks.leads
     try:
         yield ranks
-    except ToldElsewhere:
-        raise
-    except UserError as error:
+    except BaseException as error:
+        atexit.unregister(_leave)  # the others may be gone, and leaving in order waits for them
+        if not isinstance(error, UserError) or isinstance(error, ToldElsewhere):
+            raise
         if ranks.leads or isinstance(error.__cause__, _Lost):
             raise
         ranks.leave_word(error)
@@ -238,8 +245,7 @@ def _join(count: int) -> Ranks:
     local = _number("LOCAL_RANK", number % gpus if gpus else number)
     try:
         store, number, count = next(distributed.rendezvous("env://", timeout=JOINING))
-        # torchrun may restart all with the store of before, in which addresses stand that are no more.
-        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = distributed.PrefixStore(_fresh_prefix(store, number, count), store)
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=JOINING)
         host = distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -249,7 +255,33 @@ def _join(count: int) -> Ranks:
             f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}; is the port free, and the address reachable?"
         ) from error
     atexit.register(_leave)
-    return Ranks(number, count, local, host, store)
+    return Ranks(number, count, local, _number("LOCAL_WORLD_SIZE", 1), host, store)
+
+
+def _fresh_prefix(store: Any, number: int, count: int) -> str:
+    """A prefix of this start alone. torchrun may restart all ranks with the store of before, in which addresses stand
+    that are no more, and its agents count restarts each for itself.
+
+    Each rank asks in its own name of this start. The first answers whoever asks, also who asked in an earlier start and
+    is no more, until all of this start have taken its word.
+    """
+    own, until = uuid.uuid4().hex, time.monotonic() + JOINING.total_seconds()
+    if number > 0:
+        store.set(f"ask/{number}", own)
+        prefix = store.get(f"answer/{own}").decode()  # waits
+        store.set(f"taken/{prefix}/{number}", "")
+        return prefix
+    waiting = set(range(1, count))
+    while waiting:
+        if time.monotonic() > until:
+            raise RuntimeError(f"{len(waiting)} of {count} have not come in {JOINING}")
+        for other in list(waiting):
+            if store.check([f"ask/{other}"]):
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", own)
+            if store.check([f"taken/{own}/{other}"]):
+                waiting.discard(other)
+        time.sleep(0.05)
+    return own
 
 
 def _leave() -> None:
@@ -264,5 +296,14 @@ def _number(name: str, default: int) -> int:
         raise UserError(f"{name} is {os.environ[name]!r}, not a number: start several processes by torchrun") from error
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().flatten()
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a tensor's bits, 4 bytes an element, and where they stand: an int64 scalar on its device."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in tensor.detach().contiguous().view(-1).view(torch.int32).split(_PART):
+        odd = torch.arange(1, 2 * len(part), 2, device=part.device)
+        total = total * 31 + (odd * part).sum()
+    return total
+
+
+_PART = 2**22
+"""Elements that are multiplied at a time, 32 MiB of scratch."""

@@ -20,7 +20,6 @@ from llama_pro_fast.config import (
     RunConfig,
     Settled,
     Source,
-    check_micro_batch,
     check_values,
     options,
 )
@@ -127,7 +126,6 @@ def stored_config(asked: RunConfig, given: Collection[str], *, overwrite: bool) 
         raise UserError("--train.steps and --train.tokens both set the length; give one of them")
     config = _with(stored, changed | {"output": asked.output})
     check_values(config)
-    check_micro_batch(config.train)
     return config
 
 

@@ -70,19 +70,19 @@ DEVICES = {
 """By the name `--gpu` takes, the largest first. The H100 is the SXM one."""
 
 
-def cpu() -> Device:
-    """This machine's processor, with what is free of its memory now."""
-    free = int(0.9 * available_memory())
+def cpu(processes: int = 1) -> Device:
+    """This machine's processor, with what is free of its memory now for one of so many processes."""
+    free = int(0.9 * available_memory()) // processes
     return Device(title="CPU", memory=free, flops=1e11, bandwidth=2e10, link=1e10, is_cpu=True, speed_known=False)
 
 
-def present() -> Device:
-    """The device of this machine: its GPU with what is free of it now, or the CPU."""
+def present(index: int = 0) -> Device:
+    """The device of this machine: its GPU of that number with what is free of it now, or the CPU."""
     if not torch.cuda.is_available():
         return cpu()
-    name = torch.cuda.get_device_name()
+    name = torch.cuda.get_device_name(index)
     known = next((device for device in DEVICES.values() if _same(device, name)), None)
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(index)
     alike = known or DEVICES["h100"]
     # The context is there by now, but not what libraries and kernels load when they are first used.
     return Device(

@@ -108,7 +108,7 @@ def _changes(question: Question) -> Iterator[str]:
         few = ExpansionPlan.from_groups(model.num_hidden_layers, min(8, model.num_hidden_layers))
         if fits(job.expanded(model, few)):
             yield f"{len(few.new_indices)} new blocks in place of all parameters"
-    for ranks in (2, 4, 8) if job.shards == 1 and not job.muon else ():
+    for ranks in sorted({2, 4, 8, question.ranks} - {1}) if job.shards == 1 and not job.muon else ():
         if ranks >= question.ranks and fits(dataclasses.replace(job, shards=ranks)):
             yield f"{ranks} such cards that share what trains (torchrun, --train.sharding trained)"
             break

@@ -14,10 +14,11 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
@@ -131,7 +132,7 @@ def save(
 
     Args:
         purge: whether any is to be dropped now.
-        tensors: of sharded ones (DTensor) each rank writes its part, of others the first rank the whole.
+        tensors: where some are sharded (DTensor) every rank writes files, else the first alone.
         entering: told "saving", and "completing" once everything but COMPLETE is written.
 
     Raises:
@@ -143,14 +144,15 @@ def save(
         with ranks.together(), writing_to(folder):
             if ranks.leads:
                 _make_room(run, folder)
+        own: dict[str, dict[str, Any]] = {}
         with ranks.together(), writing_to(folder):
             if ranks.leads or any(isinstance(each, DTensor) for each in tensors.values()):
                 _write(folder, tensors, ranks)
+                own = _written(folder, ranks.number)
+        written = ranks.gather(own)
         with ranks.together(), writing_to(folder):
             if ranks.leads:
-                files = {path.name: {"bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
-                for name, digest in digests_of(folder, files).items():
-                    files[name]["sha256"] = digest
+                files = _found(folder, written)
                 sync(folder)
                 entering("completing")
                 # The marker comes after everything it vouches for is on disk, and the old ones go after it is.
@@ -185,6 +187,30 @@ def _write(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> N
             no_dist=not sharded,
             process_group=ranks.host if sharded else None,
         )
+
+
+def _written(folder: Path, number: int) -> dict[str, dict[str, Any]]:
+    """The files that a rank has written, with size and digest: DCP names a file by its rank, from 1."""
+    paths = sorted(folder.glob(f"shard-{number + 1:05d}-*"))
+    assert paths, f"no file of rank {number} in {folder}"
+    digests = digests_of(folder, [path.name for path in paths])
+    return {path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]} for path in paths}
+
+
+def _found(folder: Path, written: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The files of all ranks, which the first one sees as they were written.
+
+    Raises:
+        UserError: it does not: the ranks write to different places.
+    """
+    for number, files in enumerate(written):
+        for name, entry in files.items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
+                raise UserError(
+                    f"{folder}: {name}, which rank {number} has written, is not there for rank 0; give an --output "
+                    "that all machines share"
+                )
+    return {name: entry for files in written for name, entry in sorted(files.items())}
 
 
 def restate(folder: Path, info: CheckpointInfo) -> None:

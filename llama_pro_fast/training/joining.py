@@ -17,35 +17,44 @@ from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.search import Fit
 from llama_pro_fast.ranks import Ranks
+from llama_pro_fast.resume import CONFIG_NAME
 from llama_pro_fast.runs.marker import CheckpointInfo
 from llama_pro_fast.runs.run_folder import Claim
 from llama_pro_fast.training.loop import Run, starting_info
 from llama_pro_fast.training.settle import start_device
 
 
-def check_same_recipe(config: RunConfig, ranks: Ranks) -> None:
+def check_same_recipe(config: RunConfig, how: list[Any], ranks: Ranks) -> None:
     """Refuse ranks that were asked for different runs, or of which only some see a GPU.
+
+    Args:
+        how: of ``--resume``, ``--overwrite`` and ``--from_step`` the values.
 
     Raises:
         UserError: naming the option.
     """
     if ranks.count == 1:
         return
-    own = [(key, repr(value)) for key, value, _ in options(config)]
-    found = ranks.gather((own, torch.cuda.is_available()))
-    for number, (asked, has_gpu) in enumerate(found):
-        for (key, first), (_, value) in zip(found[0][0], asked, strict=True):
-            if value != first:
-                raise UserError(f"--{key}: rank {number} was given {value} and rank 0 {first}; give all the same")
-        if has_gpu and config.train.device != "cpu" and ranks.local >= torch.cuda.device_count():
+    own = {f"--{key}": repr(value) for key, value, _ in options(config)}
+    own |= {f"--{key}": str(value) for key, value in zip(("resume", "overwrite", "from_step"), how, strict=True)}
+    found = ranks.gather((own, torch.cuda.device_count() if torch.cuda.is_available() else 0, ranks.local))
+    for number, (asked, gpus, local) in enumerate(found):
+        for option, first in found[0][0].items():
+            if asked[option] != first:
+                raise UserError(
+                    f"{option}: rank {number} was given {asked[option]} and rank 0 {first}; give all the same"
+                )
+        if config.train.device == "cpu":
+            continue
+        if bool(gpus) != bool(found[0][1]):
             raise UserError(
-                f"process {ranks.local} of this machine finds {torch.cuda.device_count()} GPUs: give torchrun as many "
-                "--nproc-per-node, or fewer"
+                f"rank {number} sees {'a' if gpus else 'no'} GPU and rank 0 {'none' if gpus else 'does'}: start all "
+                "where there is one, or give --train.device cpu"
             )
-        if has_gpu != found[0][1] and config.train.device != "cpu":
+        if gpus and local >= gpus:
             raise UserError(
-                f"rank {number} sees {'a' if has_gpu else 'no'} GPU and rank 0 {'none' if has_gpu else 'does'}: start "
-                "all where there is one, or give --train.device cpu"
+                f"process {local} of a machine finds {gpus} GPU{'s' * (gpus > 1)}: give torchrun as many "
+                "--nproc-per-node, or fewer"
             )
 
 
@@ -54,13 +63,18 @@ def join(run: Run | None, ranks: Ranks) -> Run:
     the others, which then find its tokens.
 
     Raises:
-        UserError: a rank has another model or text there.
+        UserError: a rank has another folder, model or text there.
     """
-    shared = run and (run.config, run.folder.path, run.planned, run.start, starting_info(run))
-    config, path, planned, start, info = ranks.share(shared)
+    shared = run and (run.config, run.folder.path, run.planned, run.start, starting_info(run), _said_in(run.output))
+    config, path, planned, start, info, said = ranks.share(shared)
     for now in (ranks.local == 0, ranks.local > 0):
         with ranks.together():
             if run is None and now:
+                if _said_in(Path(config.output)) != said:
+                    raise UserError(
+                        f"--output {config.output}: is not the folder that rank 0 sees there; give one that all "
+                        "machines share"
+                    )
                 run = _of_shared(config, path, planned, start, ranks)
                 own = starting_info(run)
                 if (changed := difference(info.identity, own.identity)) is not None:
@@ -68,6 +82,12 @@ def join(run: Run | None, ranks: Ranks) -> Run:
                 if (own.data, own.measured) != (info.data, info.measured):
                     raise UserError("--data: the text is not what rank 0 sees by the same names")
     return run
+
+
+def _said_in(output: Path) -> bytes:
+    """The configuration that a run's folder holds."""
+    path = output / CONFIG_NAME
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _of_shared(

@@ -33,7 +33,7 @@ from llama_pro_fast.training.cards import show_start
 from llama_pro_fast.training.log import Log, StepScalars
 from llama_pro_fast.training.meter import Meter, measured_text
 from llama_pro_fast.training.optimizer import Optimizer
-from llama_pro_fast.training.sharding import shard
+from llama_pro_fast.training.sharding import shard, share_buffers
 from llama_pro_fast.training.signals import Stopped, StopSignals
 
 
@@ -96,6 +96,7 @@ class _Loop:
         done: how far it is.
         evaluated: whether the evaluation of this step, if it has one, is done.
         ended: which bound ended it, in words.
+        learns: whether every matrix is known to have had a gradient.
         saved_step: the step of the last checkpoint; None where there is none.
     """
 
@@ -112,6 +113,7 @@ class _Loop:
             recompute=run.planned.recompute,
             loaded=partial(shard, ranks=run.ranks) if self.config.train.shards > 1 else lambda block: None,
         )
+        share_buffers(self.model)
         parameters = self.model.trained_parameters()
         self.optimizer = Optimizer(self.model, parameters, self.config.optim, self.config.train.steps, run.ranks)
         self.tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
@@ -123,6 +125,7 @@ class _Loop:
             self._restore(*run.start)
         elif run.start is not None:
             say("no checkpoint yet: starting from the first step")
+        self.learns = False
         self.done, self.evaluated, self.ended = self.info.progress, self.info.evaluated, self.info.ended
         self.saved_step, self.saved_at = self.done.step if resumed else None, time.monotonic()
         # What is gained and forgotten counts from the first evaluation of a text.
@@ -186,6 +189,9 @@ class _Loop:
                 self._measure()
             while self.done.step < config.train.steps and not self.ended:
                 self._step()
+                if not self.learns and self.done.step >= 2:
+                    with self.settled.ranks.together():
+                        self.learns = self.optimizer.check_learning()
                 last = self.done.step == config.train.steps
                 if last or self.done.step % config.eval.every == 0:
                     self._measure()
@@ -256,8 +262,6 @@ class _Loop:
         ranks = self.settled.ranks
         with ranks.together():
             self.optimizer.check_finite()
-            if self.saved_step is None:
-                self.optimizer.check_learning()
             self.metrics.sync()
         ranks.check_same({name: each for name, each in self.tensors.items() if not isinstance(each, DTensor)})
         info = replace(self.info, progress=self.done, evaluated=self.evaluated, ended=self.ended)

@@ -148,15 +148,21 @@ class Optimizer:
                 f"{lower_rate(self.config):g}"
             )
 
-    def check_learning(self) -> None:
-        """Once after two steps that counted: every matrix that trains has had a gradient, on every rank its part."""
+    def check_learning(self) -> bool:
+        """Whether two steps have counted; by then every matrix that trains has had a gradient, on every rank its part.
+        Waits for the device.
+
+        Raises:
+            RuntimeError: one has had none.
+        """
         if any(moments["step"] < 2 for moments in self.moments.values()):
-            return
+            return False
         for name, part in self.parts.items():
             in_muon = self.muon is not None and name in self.muon.momentum
             moment = self.muon.momentum[name] if in_muon else self.moments[name]["exp_avg"]
             if part.ndim == 2 and moment.numel() and not moment.any():
                 raise RuntimeError(f"{name} should train, and has had no gradient in two steps")
+        return True
 
     def restored(self) -> None:
         """To be called when the parameters were read from a checkpoint: the low-precision copies follow."""

@@ -24,6 +24,7 @@ from llama_pro_fast.files import writing_to
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import EMBEDDING
 from llama_pro_fast.planning.cost import num_parameters
+from llama_pro_fast.planning.devices import Device
 from llama_pro_fast.planning.explain import why
 from llama_pro_fast.planning.search import fit
 from llama_pro_fast.ranks import Ranks, joined
@@ -44,6 +45,7 @@ from llama_pro_fast.training.settle import (
     check_bounds,
     check_recipe,
     choose,
+    device_of,
     question_of,
     settle,
     settle_computation,
@@ -115,11 +117,13 @@ def _run(
 ) -> dict[str, Any] | None:
     with ExitStack() as held:
         run = None
+        # What can be refused is refused before any work.
         with ranks.together():
-            check_same_recipe(config, ranks)
-            # What can be refused is refused before any work.
+            check_same_recipe(config, [resume, overwrite, from_step], ranks)
             if not resume:
                 check_recipe(config)
+        card = device_of(config, ranks)
+        with ranks.together():
             if ranks.leads:
                 check_wandb(config.train.wandb)
                 config = absolute(config)
@@ -128,7 +132,8 @@ def _run(
                 claim = held.enter_context(
                     run_folder.claimed(output, resume=resume, overwrite=overwrite, patience=patience)
                 )
-                run = _prepare(config, ranks, claim, resume=resume, overwrite=overwrite, from_step=from_step)
+                options = {"resume": resume, "overwrite": overwrite, "from_step": from_step}
+                run = _prepare(config, ranks, claim, card, **options)
         if ranks.count > 1:
             try:
                 run = join(run, ranks)
@@ -136,13 +141,23 @@ def _run(
                 if ranks.leads and not resume:
                     run_folder.forget(output)
                 raise
+        with ranks.together():
+            if ranks.leads and run.start is not None:
+                go_on(run)
         done, ended = train(run, signals)
         with ranks.together():
             return finish(run, done, ended) if ranks.leads else None
 
 
 def _prepare(
-    config: RunConfig, ranks: Ranks, claim: Claim, *, resume: bool, overwrite: bool, from_step: int | None
+    config: RunConfig,
+    ranks: Ranks,
+    claim: Claim,
+    card: Device,
+    *,
+    resume: bool,
+    overwrite: bool,
+    from_step: int | None,
 ) -> Run:
     """Everything before the first step, which one rank does for all."""
     output = Path(config.output)
@@ -153,7 +168,7 @@ def _prepare(
         )
     train = dataclasses.replace(config.train, ranks=ranks.count)
     share, micro = train.batch_size // ranks.count, train.micro_batch_size
-    if not resume and micro is not None and micro > share > 0:
+    if micro is not None and micro > share > 0:
         say(f"micro-batches of {share} and not of {micro}: a rank has {share} sequences of a step")
         train = dataclasses.replace(train, micro_batch_size=share)
     config = dataclasses.replace(config, train=train)
@@ -184,19 +199,19 @@ def _prepare(
     check_micro_batch(config.train)
     config = settle_computation(config, base, device)
     whatever = {"document": config.train.seq_len}
-    config = settle_sharding(config, question_of(config, base, trained, plan, **whatever))
+    config = settle_sharding(config, question_of(config, base, trained, plan, card, **whatever))
     # A resumed run keeps its plan, unless it is told to make another.
     has_plan = resume and config.train.micro_batch_size is not None and config.train.recompute != "auto"
     if not has_plan:
         # Whatever the text is: with documents as long as they can be, least is needed.
-        choose(question_of(config, base, trained, plan, **whatever))
+        choose(question_of(config, base, trained, plan, card, **whatever))
 
     # Text to tokens, once; then the length of the run is known.
     claim.enter("tokenising")
     with waiting("reading text ...") as update:
         tokenizer = base.tokenizer() if folder else model_folder.make_tokenizer(config, base, update)
         corpus = corpus_of(config, tokenizer, trained, update)
-    question = question_of(config, base, trained, plan, document=corpus.train.mean_document)
+    question = question_of(config, base, trained, plan, card, document=corpus.train.mean_document)
     found = (
         fit(question, micro_batch_size=question.micro_batch_size, recompute=question.recompute)
         if has_plan
@@ -255,7 +270,7 @@ def _prepare(
     )
     check_bounds(config, run.trained)
     if start is not None:
-        run = go_on(run)
+        run = with_changes(run)
     else:
         with writing_to(output):
             save_config(config, output / CONFIG_NAME)
@@ -304,11 +319,11 @@ def starting_point(output: Path, from_step: int | None) -> tuple[Path, Checkpoin
     return (start, read_marker(start)[0]) if start.exists() else None
 
 
-def go_on(run: Run) -> Run:
+def with_changes(run: Run) -> Run:
     """A run about to be resumed: what must not have changed has not, and what has is said and kept in its history.
 
     Raises:
-        UserError: the model, the text or a key that the run keeps is another; nothing has been written then.
+        UserError: the model, the text or a key that the run keeps is another.
     """
     config, output, then = run.config, run.output, run.start[1]
     step = then.progress.step
@@ -323,11 +338,15 @@ def go_on(run: Run) -> Run:
         say(f"changed: {change.key} {change.before} -> {change.after}; {MAY_CHANGE[change.key]}")
     # What was changed at this step itself is found anew.
     kept = [change for change in load_config(output).history if change.step < step]
-    config = dataclasses.replace(config, history=kept + found)
+    return dataclasses.replace(run, config=dataclasses.replace(config, history=kept + found))
+
+
+def go_on(run: Run) -> None:
+    """Write what a resumed run's folder has to say from now on. Before, nothing in it has changed."""
+    output, step = run.output, run.start[1].progress.step
     for aside in set_aside_after(output, step):
         say(f"a checkpoint beyond step {step} is kept as {run_folder.shown(aside)}")
     with writing_to(output):
-        save_config(config, output / CONFIG_NAME)
-    if step < config.train.steps:
+        save_config(run.config, output / CONFIG_NAME)
+    if step < run.config.train.steps:
         run_folder.reopen(output)
-    return dataclasses.replace(run, config=config)

@@ -24,6 +24,7 @@ from llama_pro_fast.planning.devices import GIB, Device
 from llama_pro_fast.planning.explain import shortfall
 from llama_pro_fast.planning.job import Question, ask, attention_backend, recompute_text, sequence_length
 from llama_pro_fast.planning.search import Fit, best_fit
+from llama_pro_fast.ranks import Ranks
 from llama_pro_fast.training.schedule import settle_schedule
 from llama_pro_kernels import implementation_name
 
@@ -151,22 +152,36 @@ def settle_computation(config: RunConfig, base: PretrainedFolder, device: torch.
     return dataclasses.replace(config, train=dataclasses.replace(train, **settled))
 
 
+def device_of(config: RunConfig, ranks: Ranks) -> Device:
+    """Where a run computes, as its planner knows it: with the least memory that any rank has free. The processes of a
+    machine share its own."""
+    if config.train.device != "cpu" and torch.cuda.is_available():
+        devices.expandable_segments()
+        here = devices.present(ranks.local)
+    else:
+        here = devices.cpu(ranks.on_machine)
+    return dataclasses.replace(here, memory=min(ranks.gather(here.memory)))
+
+
 def question_of(
-    config: RunConfig, base: PretrainedFolder, trained: Trained, plan: ExpansionPlan | None, *, document: float
+    config: RunConfig,
+    base: PretrainedFolder,
+    trained: Trained,
+    plan: ExpansionPlan | None,
+    device: Device,
+    *,
+    document: float,
 ) -> Question:
     """What a run asks its planner.
 
     Args:
         config: with a settled computation.
         base: the model before its expansion by ``plan``.
+        device: as :func:`device_of` gave it.
         document: tokens of a document on average.
     """
     triton = implementation_name(config.train.device, DTYPES[config.train.dtype]).startswith("triton")
-    return ask(config, base.config, trained, plan, _device(config), triton=triton, document=document)
-
-
-def _device(config: RunConfig) -> Device:
-    return devices.present() if config.train.device == "cuda" else devices.cpu()
+    return ask(config, base.config, trained, plan, device, triton=triton, document=document)
 
 
 def settle_sharding(config: RunConfig, question: Question) -> RunConfig:
@@ -178,7 +193,7 @@ def settle_sharding(config: RunConfig, question: Question) -> RunConfig:
     train = config.train
     if train.ranks == 1 or train.sharding != "auto":
         return config
-    whole = best_fit(question) is not None or train.parameters == "all" or config.optim.name == "muon"
+    whole = best_fit(question) is not None or config.optim.name == "muon"
     return dataclasses.replace(config, train=dataclasses.replace(train, sharding="replicate" if whole else "trained"))
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
 from torch.distributed.tensor import DTensor
 
 from llama_pro_fast.model.block import Block, BlockClass
+from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.ranks import Ranks
 
 
@@ -30,6 +31,12 @@ def shard(block: Block, ranks: Ranks) -> None:
     # times as large is rounded elsewhere.)
     block.set_gradient_divide_factor(1.0)
     block.set_force_sum_reduction_for_comms(True)
+
+
+def share_buffers(model: Decoder) -> None:
+    """Let all sharded blocks send through the same buffers and streams. As roots they would each have their own, in
+    which a block's gradients, sent long ago, stay until the whole backward is done."""
+    share_comm_ctx([block for block in model.blocks if isinstance(block, FSDPModule)])
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

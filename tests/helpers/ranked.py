@@ -23,14 +23,16 @@ from torch.distributed import checkpoint as dcp
 
 from llama_pro_fast.cli import run_entry_point
 from llama_pro_fast.config import RunConfig
+from llama_pro_fast.errors import UserError
 from llama_pro_fast.evaluation import export_check
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.ranks import joined
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.reporting import dial, summary
 from llama_pro_fast.resume import to_dict
+from llama_pro_fast.runs import checkpoint
 from llama_pro_fast.train import main
-from llama_pro_fast.training import loop
+from llama_pro_fast.training import joining, loop
 from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_fast.training.run import run_training
 from llama_pro_fast.training.signals import Stopped
@@ -43,12 +45,14 @@ class Asked:
     Attributes:
         config: of a new run; or the folder of one that is to go on.
         fault: of :data:`FAULTS`, for one rank.
+        options: of the command line by which a run goes on.
         others: what another rank's configuration has in place of this one's, by rank.
     """
 
     config: RunConfig | Path
     fault: str | None = None
     rank: int = 1
+    options: Sequence[str] = ()
     others: dict[int, RunConfig] = field(default_factory=dict)
 
 
@@ -130,7 +134,8 @@ def _outcome(asked: Asked, number: int) -> dict[str, Any]:
             patches.enter_context(FAULTS[asked.fault]())
         try:
             if isinstance(asked.config, Path):
-                run_training(parse(["--output", str(asked.config), "--resume"]).config, resume=True)
+                words = ["--output", str(asked.config), "--resume", *asked.options]
+                run_training(parse(words).config, resume=True)
             else:
                 run_training(asked.others.get(number, asked.config))
         except Stopped as stopped:
@@ -186,12 +191,35 @@ def _full() -> Any:
     return patch.object(dcp, "save", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
+def _elsewhere() -> Any:
+    """This rank's checkpoints go where no other sees them."""
+    write = checkpoint._write
+
+    def written(folder: Path, *others: Any) -> None:
+        write(folder, *others)
+        for file in folder.glob("shard-00002-*"):
+            (folder.parent / "elsewhere").mkdir(exist_ok=True)
+            file.rename(folder.parent / "elsewhere" / file.name)
+
+    named, patches = checkpoint._written, ExitStack()
+    patches.enter_context(patch.object(checkpoint, "_write", written))
+    patches.enter_context(patch.object(checkpoint, "_written", lambda folder, n: named(folder.parent / "elsewhere", n)))
+    return patches
+
+
+def _other_text() -> Any:
+    return patch.object(joining, "corpus_of", side_effect=UserError("--data.domain: is not there"))
+
+
 OF_RANK = {"disk full": "0", "first killed": "0"}
 FAULTS: dict[str, Callable[[], Any]] = {
     "asked to stop": lambda: _in_step(3, lambda _: os.kill(os.getpid(), signal.SIGTERM)),
     "poisoned": _poisoned,
     "miscomputes": lambda: _in_step(2, _miscompute),
     "disk full": _full,
+    "elsewhere": _elsewhere,
+    "other text": _other_text,
+    "bug": lambda: _in_step(2, lambda _: [][0]),
     "killed in backward": _killed_in_backward,
     "killed": lambda: _in_step(3, lambda _: os.kill(os.getpid(), signal.SIGKILL)),
     "first killed": lambda: FAULTS["killed"](),

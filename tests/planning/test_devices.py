@@ -88,8 +88,8 @@ def test_without_a_gpu_this_machine_is_its_cpu(monkeypatch):
 def test_a_present_card_has_its_own_speed_and_what_is_free_of_it(name, known, monkeypatch):
     free = 20 * GIB
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free, 24 * GIB))
     device = present()
     assert device.title == name
     assert (device.flops, device.bandwidth) == (DEVICES[known].flops, DEVICES[known].bandwidth)

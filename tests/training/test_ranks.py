@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranked
 import torch
 import yaml
+from block_cases import SPECS, make_block
 from ranked import Asked
 from safetensors.torch import load_file
 from stopping import stop_in_step
+from torch import distributed
 
+from llama_pro_fast import ranks as ranks_module
 from llama_pro_fast.cli import main
-from llama_pro_fast.config import RunConfig
+from llama_pro_fast.config import RunConfig, options
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.ranks import joined
+from llama_pro_fast.model.block import BlockClass
+from llama_pro_fast.ranks import ALONE, Ranks, joined
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import load_config, to_dict
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, load, stored_tensors
 from llama_pro_fast.runs.metrics import read_metrics
+from llama_pro_fast.training.joining import check_same_recipe
+from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.sharding import shard, share_buffers
 from llama_pro_fast.training.signals import Stopped
 
 ROUNDING, OF_WEIGHTS = 2e-5, 1e-4
@@ -124,6 +135,7 @@ def made(taught, config_at, tmp_path_factory):
     asked["sharded, stopped"] = Asked(taught(folder / "sharded, stopped", **sharded), fault="asked to stop")
     asked["poisoned"] = Asked(config_at(folder / "poisoned"), fault="poisoned")
     asked["miscomputes"] = Asked(taught(folder / "miscomputes"), fault="miscomputes")
+    asked["elsewhere"] = Asked(taught(folder / "elsewhere", **sharded), fault="elsewhere")
     asked["odd"] = Asked(taught(folder / "odd", train={"batch_size": 3}))
     asked["differ"] = Asked(
         taught(folder / "differ"), others={1: taught(folder / "differ", optim={"lr": 2e-2, "warmup_steps": 1})}
@@ -204,6 +216,36 @@ def test_a_rank_whose_weights_drift_is_found_at_a_checkpoint(made):
     assert texts[0].startswith("rank 1 has another model.")
     assert texts[0] == texts[1]
     assert not complete_checkpoints(folder / "miscomputes")
+
+
+def test_a_rank_that_writes_elsewhere_completes_no_checkpoint(made):
+    folder, outcomes = made
+    kinds, texts = zip(*(each["error"] for each in outcomes["elsewhere"]), strict=True)
+    assert kinds == ("UserError", "ToldElsewhere")
+    assert "which rank 1 has written, is not there for rank 0; give an --output that all machines share" in texts[0]
+    assert not complete_checkpoints(folder / "elsewhere")
+
+
+def test_a_run_that_goes_on_is_changed_by_nothing_that_is_refused(made, tmp_path):
+    """A text that one rank alone lacks. And a micro-batch for one rank, given again for two, is made as small again."""
+    folder, _ = made
+    for name in ("refused", "goes on"):
+        shutil.copytree(folder / "stopped", tmp_path / name)
+
+    def content() -> dict[Path, bytes]:
+        files = [path for path in (tmp_path / "refused").rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.read_bytes() for path in files}
+
+    before = content()
+    asked = [
+        Asked(tmp_path / "refused", fault="other text", options=["--train.steps", "12"]),
+        Asked(tmp_path / "goes on", options=["--train.micro_batch_size", "4"]),
+    ]
+    refused, gone_on = ranked.make(asked, count=2, folder=tmp_path)
+    assert [kind for kind, _ in (each["error"] for each in refused)] == ["UserError", "ToldElsewhere"]
+    assert content() == before
+    assert [each["error"] for each in gone_on] == [None, None]
+    assert load_config(tmp_path / "goes on").train.micro_batch_size == 2
 
 
 @pytest.mark.parametrize(
@@ -305,6 +347,104 @@ def test_a_full_disk_is_told_once_and_ends_all(taught, tmp_path):
     assert said.count("error: ") == 1, said
     assert "step-000002: cannot be written: No space left on device" in said
     assert not complete_checkpoints(run)
+
+
+@pytest.mark.slow
+def test_a_bug_on_one_rank_ends_all_and_is_shown(taught, tmp_path):
+    screens = [tmp_path / f"rank-{number}.txt" for number in range(2)]
+    processes = ranked.start(ranked.trained, taught(tmp_path / "run"), "bug", count=2, screens=screens)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [2, 1]
+    assert "IndexError: list index out of range" in screens[1].read_text()
+
+
+def seen(config: RunConfig, *, gpus: int = 0, local: int = 0, **how) -> tuple:
+    """What a rank tells of itself."""
+    own = {f"--{key}": repr(value) for key, value, _ in options(config)}
+    return own | {f"--{key}": str(how.get(key)) for key in ("resume", "overwrite", "from_step")}, gpus, local
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({"gpus": 2}, {"gpus": 2, "local": 1}, None),
+        ({"gpus": 1}, {"gpus": 1, "local": 1}, "process 1 of a machine finds 1 GPU: give torchrun as many"),
+        ({"gpus": 0}, {"gpus": 1}, "rank 1 sees a GPU and rank 0 none"),
+        ({"gpus": 1}, {"gpus": 0}, "rank 1 sees no GPU and rank 0 does"),
+        ({"resume": True}, {"resume": False}, "--resume: rank 1 was given False and rank 0 True"),
+        ({}, {"from_step": 2}, "--from_step: rank 1 was given 2 and rank 0 None"),
+    ],
+)
+def test_ranks_that_were_started_otherwise_are_refused(first, second, words, config_at, tmp_path):
+    config = config_at(tmp_path / "run", train={"device": "auto"})
+    ranks = SimpleNamespace(count=2, local=0, gather=lambda _: [seen(config, **first), seen(config, **second)])
+    refused = pytest.raises(UserError, match=words) if words else nullcontext()
+    with refused:
+        check_same_recipe(config, [False, False, None], ranks)
+
+
+def test_each_start_has_a_name_of_its_own():
+    """Also where the store remembers who asked in an earlier one."""
+    store, starts = distributed.HashStore(), []
+    for _ in range(2):
+        with ThreadPoolExecutor() as pool:
+            of_ranks = [pool.submit(ranks_module._fresh_prefix, store, number, 3) for number in (2, 0, 1)]
+            (name,) = {each.result(30) for each in of_ranks}
+        starts.append(name)
+    assert starts[0] != starts[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:43658"), True),
+        (RuntimeError("Timed out waiting 600000ms for recv operation to complete"), True),
+        (distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (distributed.DistNetworkError("reset"), True),
+        (distributed.DistBackendError("NCCL error: cannot make /dev/shm/nccl-1 of 33 MB: No space left"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (UserError("connection"), False),
+    ],
+)
+def test_an_error_is_another_ranks_end_or_is_shown_as_it_is(error, lost, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(distributed, "all_reduce", fails)
+    monkeypatch.setattr(ranks_module, "NEWS", 0.0)
+    with pytest.raises(UserError if lost else type(error), match=re.escape(str(error))) as found:
+        Ranks(count=2, store=distributed.HashStore()).add([torch.ones(1)])
+    assert ("another process of this run has ended" in str(found.value)) == lost
+
+
+def test_a_checksum_sees_what_a_sum_does_not():
+    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    swapped, shifted = tensor.clone(), tensor.clone()
+    swapped[[3, 7]] = tensor[[7, 3]]
+    shifted.view(torch.int32)[:2] += torch.tensor([1, -1], dtype=torch.int32)
+    assert len({int(ranks_module._checksum(each)) for each in (tensor, swapped, shifted)}) == 3
+
+
+def test_sharded_blocks_send_through_the_same_buffers():
+    """As roots of their own each would hold its gradients to the end of backward."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        spec = SPECS["gqa"]
+        blocks = [make_block(spec, BlockClass.TRAINED, torch.float32) for _ in range(3)]
+        for block in blocks:
+            shard(block, ALONE)
+        share_buffers(SimpleNamespace(blocks=[make_block(spec, BlockClass.FROZEN, torch.float32), *blocks]))
+        assert len({id(block._get_fsdp_state()._comm_ctx) for block in blocks}) == 1
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_learning_is_checked_after_the_second_step_however_often_is_saved(config_at, tmp_path, monkeypatch):
+    found, check = [], Optimizer.check_learning
+    monkeypatch.setattr(Optimizer, "check_learning", lambda self: found.append(check(self)) or found[-1])
+    run_training(config_at(tmp_path / "run", train={"steps": 4, "checkpoint_every": 1}))
+    assert found == [True]
 
 
 def test_a_launch_that_cannot_be_is_one_line(monkeypatch, capfd):
