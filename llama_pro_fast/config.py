@@ -404,8 +404,10 @@ def check_micro_batch(train: TrainConfig) -> None:
             "start another number of them"
         )
     if batch // ranks % micro:
-        each = "" if ranks == 1 else f" by {ranks} processes"
-        raise UserError(f"--train.micro_batch_size: {micro} does not divide --train.batch_size {batch}{each}")
+        whole = f"--train.batch_size {batch}"
+        if ranks > 1:
+            whole = f"{batch // ranks}, what each of {ranks} processes has of {whole}"
+        raise UserError(f"--train.micro_batch_size: {micro} does not divide {whole}; give a divisor, or leave it out")
 
 
 def _is_of(value: Any, hint: Any) -> bool:

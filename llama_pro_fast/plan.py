@@ -81,7 +81,9 @@ def question_of(request: Request) -> Question:
     name = request.own["gpu"]
     if name == "auto":
         name = start_device(config).type
-    device = devices.present() if name == "cuda" else devices.cpu() if name == "cpu" else DEVICES[name]
+    device = (
+        devices.present() if name == "cuda" else devices.cpu(config.train.ranks) if name == "cpu" else DEVICES[name]
+    )
     config, assumed = assume(config, base, device, here=name in ("cuda", "cpu"))
     if config.train.steps is not None or config.train.tokens is not None:
         settle_schedule(config.optim, count_steps(config, sequences_in_epoch=0))

@@ -10,18 +10,19 @@ import atexit
 import functools
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
-from llama_pro_fast.console import console
+from llama_pro_fast.console import console, say
 from llama_pro_fast.errors import ToldElsewhere, UserError
 from llama_pro_fast.files import first_line
 
@@ -31,6 +32,8 @@ PATIENCE = timedelta(days=7)
 """Others wait for as long as the first one prepares text or saves; that one has died is heard at once all the same."""
 JOINING = timedelta(minutes=10)
 """For the last to come; and for what ranks then send at the same time, such as a step's gradients."""
+PAUSE = 20.0
+"""Seconds without a word to one who waits for the others."""
 NEWS = 2.0
 """Seconds in which a rank that ends by an error has left word of it."""
 
@@ -46,6 +49,7 @@ class Ranks:
         on_machine: how many there are on its machine.
         host: the group for agreements; None where it is alone.
         store: where ranks leave word of errors.
+        ending: set from when another rank's end is heard of: what a launcher then sends is no news.
     """
 
     number: int = 0
@@ -54,6 +58,7 @@ class Ranks:
     on_machine: int = 1
     host: Any = None
     store: Any = None
+    ending: threading.Event = field(default_factory=threading.Event)
 
     @property
     def leads(self) -> bool:
@@ -165,6 +170,7 @@ class Ranks:
     def _raise_lost(self, error: Exception) -> None:
         """What is left to say where another rank has ended: its own words, if it has left any. Where the first rank is
         the one that is gone, the second speaks."""
+        self.ending.set()
         until, told = time.monotonic() + NEWS * (1 if self.leads else 1.5), False
         while self.number < 2 and not told and time.monotonic() < until:
             for number in range(1, self.count) if self.leads else ():
@@ -180,8 +186,10 @@ class Ranks:
             with suppress(RuntimeError):
                 self.store.set("told", "")
         kind = UserError if self.leads or (self.number == 1 and not told) else ToldElsewhere
+        silent = "timed out" in str(error).lower()
+        what = f"has not answered for {JOINING.seconds // 60} minutes" if silent else "has ended"
         raise kind(
-            f"rank {self.number}: another process of this run has ended, and this one with it ({first_line(error)}); "
+            f"rank {self.number}: another process of this run {what}, and this one ends with it ({first_line(error)}); "
             "what it said stands above, or in torchrun's summary; go on with --resume"
         ) from _Lost(str(error))
 
@@ -242,6 +250,13 @@ def _join(count: int) -> Ranks:
             "WORLD_SIZE"
         )
     number, gpus = _number("RANK", 0), torch.cuda.device_count()
+    if not 0 <= number < count:
+        raise UserError(
+            f"RANK is {number}, not one of {count}; start several processes by torchrun, or unset WORLD_SIZE"
+        )
+    waiting = threading.Timer(PAUSE, _say_waiting, [count])
+    waiting.daemon = True
+    waiting.start()
     local = _number("LOCAL_RANK", number % gpus if gpus else number)
     try:
         store, number, count = next(distributed.rendezvous("env://", timeout=JOINING))
@@ -254,8 +269,17 @@ def _join(count: int) -> Ranks:
             f"rank {os.environ['RANK']} of {count} cannot join the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}; is the port free, and the address reachable?"
         ) from error
+    finally:
+        waiting.cancel()
     atexit.register(_leave)
     return Ranks(number, count, local, _number("LOCAL_WORLD_SIZE", 1), host, store)
+
+
+def _say_waiting(count: int) -> None:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    say(
+        f"rank {os.environ['RANK']} waits for the others of {count} at {where}, {JOINING.seconds // 60} minutes at most"
+    )
 
 
 def _fresh_prefix(store: Any, number: int, count: int) -> str:

@@ -267,10 +267,12 @@ def _documents(base: PretrainedFolder) -> tuple[list[list[int]], str | None]:
 
 def _overflow(folder: PretrainedFolder, what: str, dtype: torch.dtype) -> UserError:
     # The weights are finite: that was looked at when they were read.
-    return UserError(
-        f"{folder.path}: {what} is not finite in {dtype}, the checkpoint's; the base needs a wider one, convert its "
-        "weights to bfloat16 or float32"
+    remedy = (
+        "the base needs a wider one, convert its weights to bfloat16 or float32"
+        if dtype == torch.float16
+        else "weights of the base are too large, take another copy of it"
     )
+    return UserError(f"{folder.path}: {what} is not finite in {dtype}, the checkpoint's; {remedy}")
 
 
 def _require(holds: bool, folder: PretrainedFolder, what: str, otherwise: str) -> None:

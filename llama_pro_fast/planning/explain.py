@@ -21,7 +21,7 @@ def why(question: Question, found: Fit) -> str:
     if question.micro_batch_size is not None:
         sequences += " as asked"
     elif larger is None:
-        sequences += ", the whole batch"
+        sequences += ", the whole batch" if question.ranks == 1 else ", all that a rank has of a step"
     else:
         other = best_fit(dataclasses.replace(question, micro_batch_size=larger))
         if other is None:

@@ -163,8 +163,13 @@ def first_free(folder: Path) -> Path:
 
 
 def resume_command(output: Path) -> str:
-    """What to type to go on with the run in ``output``."""
-    return shlex.join([PROGRAM, "train", "--output", shown(output), "--resume"])
+    """What to type to go on with the run in ``output``; in one of several processes, to go on with as many."""
+    count, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    words = [PROGRAM, "train"]
+    if count != "1":
+        words = ["torchrun", *(["--standalone"] if count == here else ["..."]), "--nproc-per-node", here]
+        words += ["-m", "llama_pro_fast.train"]
+    return shlex.join([*words, "--output", shown(output), "--resume"])
 
 
 def shown(path: Path) -> str:

@@ -47,8 +47,14 @@ def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, pl
         what = "is off" if meter.startswith("off") else "leaves that base out"
         named = ", ".join(map(str, trained.blocks))
         say(f"{config.model.path}: {gone}; the forgetting meter {what}, and blocks {named} train, as the manifest says")
-    ranks, cards = ("", "") if train.ranks == 1 else (f"on each of {train.ranks} ranks ", f"{train.ranks} x ")
-    device = cards + (torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {train.threads} threads")
+    ranks, cards, shared = "", "", ""
+    if train.ranks > 1:
+        ranks, cards = f"on each of {train.ranks} ranks ", f"{train.ranks} x "
+        shared = "; what trains is " + ("on every rank" if train.sharding == "replicate" else "sharded over the ranks")
+    device = cards + (
+        torch.cuda.get_device_name() if train.device == "cuda" else f"cpu, {_several(train.threads, 'thread')}"
+    )
+    micro_batches = train.batch_size // train.ranks // train.micro_batch_size
     process = " for tensors, the process comes on top" if train.device == "cpu" else ""
     kernels = implementation_name(train.device, DTYPES[train.dtype])
     box(
@@ -61,16 +67,23 @@ def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, pl
             ("text", corpus.description()),
             ("packing", corpus.packing()),
             ("step", f"{train.batch_size} x {train.seq_len} = {train.batch_size * train.seq_len:,} tokens, "
-                     f"{ranks}{train.batch_size // train.ranks // train.micro_batch_size} micro-batches of "
-                     f"{train.micro_batch_size}; "
-                     f"{train.steps:,} steps, "
+                     f"{ranks}{_several(micro_batches, 'micro-batch')} of {train.micro_batch_size}; "
+                     f"{_several(train.steps, 'step')}, "
                      f"{amount(train.steps * train.batch_size * train.seq_len)} tokens"),
-            ("memory", f"{_gib(planned.peak / GIB)} planned{process}; recomputed in backward: {train.recompute}"),
-            ("rate", f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} steps of warm-up"),
+            ("memory", f"{_gib(planned.peak / GIB)} planned{process}; recomputed in backward: {train.recompute}"
+                       f"{shared}"),
+            ("rate", f"{config.optim.lr:g}, {config.optim.schedule}, {_several(config.optim.warmup_steps, 'step')} of "
+                     "warm-up"),
             ("device", f"{device}; {train.dtype}, attention {train.attention}, kernels {kernels}"),
             ("forgetting", meter),
         ],
     )  # fmt: skip
+
+
+def _several(count: int, noun: str) -> str:
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 def show_end(summary: dict[str, Any], output: Path, exported: Path) -> None:

@@ -53,6 +53,8 @@ def finish(run: Run, done: Progress, ended: str | None) -> dict[str, Any]:
         "tokens": done.tokens,
         "ended": ended,
         "device": train.device,
+        "ranks": train.ranks,
+        "sharding": train.sharding if train.ranks > 1 else None,
         "threads": train.threads,
         "dtype": train.dtype,
         "attention": train.attention,

@@ -173,9 +173,10 @@ def _prepare(
         train = dataclasses.replace(train, micro_batch_size=share)
     config = dataclasses.replace(config, train=train)
     start = starting_point(output, from_step) if resume else None
-    if start is not None:
-        then = start[1].config
-        changes(then, config, step=start[1].progress.step)  # refuses what a run keeps
+    if resume:  # one that was killed before START has its config.yaml alone
+        then = load_config(output) if start is None else start[1].config
+        if start is not None:
+            changes(then, config, step=start[1].progress.step)  # refuses what a run keeps
         config = opened(then, config)
     # A resumed run that made its model's folder needs no base any more.
     folder, plan = model_folder.existing(output) if resume else None, None
@@ -251,7 +252,12 @@ def _prepare(
     # The model's folder: from here on only its manifest says which blocks train.
     if folder is None:
         claim.enter("expanding")
-        folder, proof = model_folder.make(config, base, plan, output, tokenizer)
+        try:
+            folder, proof = model_folder.make(config, base, plan, output, tokenizer)
+        except UserError:
+            if not resume:
+                run_folder.forget(output)
+            raise
         if proof is not None:
             say(f"expanded: {plan.trained.strip}; identity proved: {proof.summary()}")
     claim.enter("checking")

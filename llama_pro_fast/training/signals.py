@@ -93,6 +93,8 @@ class StopSignals:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return  # a scheduler that repeats itself
+        if self.ranks.ending.is_set():
+            return  # it ends already, and says why
         self.requested = number
         if not self._patient:
             raise Stopped(number)

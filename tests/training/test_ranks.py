@@ -34,6 +34,7 @@ from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import load_config, to_dict
 from llama_pro_fast.runs.checkpoint import complete_checkpoints, load, stored_tensors
 from llama_pro_fast.runs.metrics import read_metrics
+from llama_pro_fast.runs.run_folder import resume_command
 from llama_pro_fast.training.joining import check_same_recipe
 from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_fast.training.run import run_training
@@ -384,6 +385,28 @@ def test_ranks_that_were_started_otherwise_are_refused(first, second, words, con
         check_same_recipe(config, [False, False, None], ranks)
 
 
+def test_a_run_that_was_killed_before_its_model_was_made_goes_on_with_another_number_of_ranks(taught, tmp_path):
+    """Its config.yaml is there, with the micro-batch of one rank, and nothing else."""
+    run = tmp_path / "run"
+    run_training(taught(run, train={"batch_size": 6, "micro_batch_size": None, "steps": 1}))
+    for path in run.iterdir():
+        if path.name != "config.yaml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert load_config(run).train.micro_batch_size == 6
+    (outcome,) = ranked.make([Asked(run)], count=2, folder=tmp_path)
+    assert [each["error"] for each in outcome] == [None, None]
+    assert load_config(run).train.micro_batch_size == 3
+
+
+def test_the_command_to_go_on_starts_as_many_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    end = "--nproc-per-node 8 -m llama_pro_fast.train --output run --resume"
+    assert resume_command(Path("run")) == f"torchrun --standalone {end}"
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert resume_command(Path("run")) == f"torchrun ... {end}"
+
+
 def test_each_start_has_a_name_of_its_own():
     """Also where the store remembers who asked in an earlier one."""
     store, starts = distributed.HashStore(), []
@@ -415,7 +438,7 @@ def test_an_error_is_another_ranks_end_or_is_shown_as_it_is(error, lost, monkeyp
     monkeypatch.setattr(ranks_module, "NEWS", 0.0)
     with pytest.raises(UserError if lost else type(error), match=re.escape(str(error))) as found:
         Ranks(count=2, store=distributed.HashStore()).add([torch.ones(1)])
-    assert ("another process of this run has ended" in str(found.value)) == lost
+    assert ("another process of this run has " in str(found.value)) == lost
 
 
 def test_a_checksum_sees_what_a_sum_does_not():
@@ -454,6 +477,12 @@ def test_a_launch_that_cannot_be_is_one_line(monkeypatch, capfd):
         joined(),
     ):
         pass
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for number in ("2", "-1"):
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(UserError, match=f"RANK is {number}, not one of 2"), joined():
+            pass
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

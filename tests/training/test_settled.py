@@ -20,6 +20,7 @@ from llama_pro_fast.expansion.manifest import what_trains
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.folder import PretrainedFolder, folder_digest
 from llama_pro_fast.model.trained import Trained
+from llama_pro_fast.planning import devices
 from llama_pro_fast.recipe import OF_PLAN, parse
 from llama_pro_fast.resume import load_config
 from llama_pro_fast.runs.metrics import read_metrics
@@ -88,6 +89,7 @@ def test_the_process_is_made_deterministic_before_a_backend_is_chosen(make_confi
         raise UserError("enough")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "present", lambda index: devices.DEVICES["h100"])
     monkeypatch.setattr(settle, "attention_backend", chosen)
     for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")

@@ -19,6 +19,7 @@ from llama_pro_fast.hf.safetensors import write_header
 from llama_pro_fast.planning import devices
 from llama_pro_fast.planning.explain import why
 from llama_pro_fast.planning.job import recompute_text
+from llama_pro_fast.ranks import ALONE
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import load_config
 from llama_pro_fast.training import loop, model_folder, settle
@@ -42,7 +43,7 @@ def ask(make_config, base_of, tmp_path):
         settings = {"micro_batch_size": None, "attention": "cpu_flash", "dtype": "float32"} | changes
         config = make_config(train=settings | ({} if usable is None else {"memory": usable / GIB}))
         trained = what_trains(folder.raw_config, folder.config.num_hidden_layers, parameters="new_blocks", name="")
-        question = settle.question_of(config, folder, trained, None, document=20)
+        question = settle.question_of(config, folder, trained, None, settle.device_of(config, ALONE), document=20)
         found = settle.choose(question)
         return recompute_text(found.recompute, trained.first), why(question, found), found.peak
 
