@@ -123,6 +123,7 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
         rotary_tables=(cos.to(device), sin.to(device)),
         attention=job.attention,
     )
+    model.accumulate()
     scale = torch.tensor(1.0 / workload.predictions, device=device)
     planned = step_memory(job, policies, micro_batch_size=workload.micro_batch, accumulating=False)
 

@@ -56,6 +56,10 @@ weights and, where the compute dtype is lower, low-precision copies of its four 
 Under the policy `block` a trained block has no copies; it casts a matrix in forward and again in backward. Norms and
 biases never have copies. Gradients of weights are float32. Under a float64 computation masters and gradients are
 float64.
+
+**Several micro-batches.** A block that accumulates adds the gradients of its matrices to those that are there within
+the products, which then read them once: autograd would read both and write their sum, 8 bytes a parameter more, and
+hold the new one besides. A norm's gradient is linear in its matrix', so that of the sum takes the old one's place.
 """
 
 from __future__ import annotations
@@ -93,6 +97,7 @@ from llama_pro_kernels.library import Consumed
 
 NORMS = ("input_layernorm", "q_norm", "k_norm", "post_attention_layernorm")
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+_SUMMED = (*PROJECTIONS, "input_layernorm", "post_attention_layernorm")
 
 
 class BlockClass(Enum):
@@ -204,7 +209,8 @@ class _DecoderBlock(torch.autograd.Function):
     """``(x [T, H], …) -> y [T, H]``, differentiable in x and in the weights.
 
     ``weights`` are the Parameters, in the order of :class:`BlockWeights`. ``low_precision`` is name -> low-precision
-    copy, for the matrices that have one: products read the copy, the gradient goes to the Parameter.
+    copy, for the matrices that have one: products read the copy, the gradient goes to the Parameter. ``sums`` is name
+    -> Parameter, for the matrices and norms to whose gradients, where there are any, backward adds itself.
     """
 
     @staticmethod
@@ -215,6 +221,7 @@ class _DecoderBlock(torch.autograd.Function):
         context: BlockContext,
         recompute: Recompute,
         low_precision: dict[str, Tensor],
+        sums: dict[str, nn.Parameter],
         *weights: Tensor | None,
     ) -> Tensor:
         w = BlockWeights(*weights)._replace(**low_precision)
@@ -225,7 +232,7 @@ class _DecoderBlock(torch.autograd.Function):
         activations = Activations(x, rstd, qkv, o, lse, s, post_rstd, gate_up)
         kept = (tensor if name in recompute.kept else None for name, tensor in activations._asdict().items())
         ctx.save_for_backward(*kept, *w)
-        ctx.spec, ctx.context, ctx.consumed = spec, context, Consumed("decoder block")
+        ctx.spec, ctx.context, ctx.sums, ctx.consumed = spec, context, sums, Consumed("decoder block")
         return y
 
     @staticmethod
@@ -240,6 +247,7 @@ class _DecoderBlock(torch.autograd.Function):
         # Of the other inputs only weights can need a gradient, and all of a block's weights train or none.
         trained = any(need_others)
         gradients: dict[str, Tensor | None] = {}  # of weights, by the names of BlockWeights
+        sums = {name: parameter.grad for name, parameter in ctx.sums.items()}
 
         # What the policy did not keep and the MLP's backward reads.
         if o is None:  # under block
@@ -255,13 +263,21 @@ class _DecoderBlock(torch.autograd.Function):
         dgate_up, swiglu = swiglu_backward_(dswiglu, gate_up, need_product=trained)
         del gate_up  # only the name: dgate_up has its storage now
         if trained:
-            gradients["down_proj"] = linear_dw(dy, swiglu)
+            gradients["down_proj"] = linear_dw(dy, swiglu, out=sums.get("down_proj"))
             gradients["down_bias"] = _dbias(dy, w.down_bias)
         del dswiglu, swiglu
         gate_up_proj = w.gate_up_proj.to(dy.dtype)
         if trained:
             gradients["gate_up_proj"], gradients["gate_up_bias"], gradients["post_attention_layernorm"] = (
-                _norm_linear_dw(dgate_up, s, w.post_attention_layernorm, gate_up_proj, w.gate_up_bias, spec)
+                _norm_linear_dw(
+                    dgate_up,
+                    s,
+                    w.post_attention_layernorm,
+                    gate_up_proj,
+                    w.gate_up_bias,
+                    spec,
+                    sums.get("gate_up_proj"),
+                )
             )
         dnormed = linear_dx(dgate_up, gate_up_proj)
         # No need_dweight in a trained block either: the norm's gradient is `_norm_linear_dw`'s.
@@ -293,17 +309,22 @@ class _DecoderBlock(torch.autograd.Function):
         qkv_proj = w.qkv_proj.to(dy.dtype)
         if trained:
             # o_proj's gradient comes only now so that attention's backward runs without it in memory.
-            gradients["o_proj"] = linear_dw(ds, o.flatten(1))
+            gradients["o_proj"] = linear_dw(ds, o.flatten(1), out=sums.get("o_proj"))
             gradients["o_bias"] = _dbias(ds, w.o_bias)
             gradients["qkv_proj"], gradients["qkv_bias"], gradients["input_layernorm"] = _norm_linear_dw(
-                dqkv, x, w.input_layernorm, qkv_proj, w.qkv_bias, spec
+                dqkv, x, w.input_layernorm, qkv_proj, w.qkv_bias, spec, sums.get("qkv_proj")
             )
         dx = None
         if need_dx:
             dnormed = linear_dx(dqkv, qkv_proj)
             dx, _ = rms_norm_backward(dnormed, x, w.input_layernorm, rstd, dresidual=ds, need_dweight=False)
-        # None for spec, context, recompute and low_precision.
-        return dx, None, None, None, None, *(gradients.get(name) for name in BlockWeights._fields)
+        for name, total in sums.items():
+            if total is not None:
+                gradient = gradients.pop(name)
+                if gradient is not total:  # a norm's, of the sum
+                    total.copy_(gradient)
+        # None for spec, context, recompute, low_precision and sums.
+        return dx, None, None, None, None, None, *(gradients.get(name) for name in BlockWeights._fields)
 
 
 def _project_qkv(x: Tensor, w: BlockWeights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor, Tensor]:
@@ -356,9 +377,10 @@ def _dbias(dy: Tensor, bias: Tensor | None) -> Tensor | None:
 
 
 def _norm_linear_dw(
-    dz: Tensor, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, spec: BlockSpec
+    dz: Tensor, x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, spec: BlockSpec, total: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients ``(dweight, dbias, dnorm)`` of ``z = (x̂ ∘ n) Wᵀ + bias``, an RMSNorm and the projection behind it.
+    """Gradients ``(dweight, dbias, dnorm)`` of ``z = (x̂ ∘ n) Wᵀ + bias``, an RMSNorm and the projection behind it; with
+    a ``total`` dweight is added to it, and dweight and dnorm are those of the sum.
 
     x̂ are the rows of x over their root mean square, n is the norm's weight ``[H]``, W the projection's ``[out, H]``:
 
@@ -374,7 +396,7 @@ def _norm_linear_dw(
     least = torch.finfo(norm.dtype).tiny ** 0.5
     floored = torch.where(norm.abs() < least, least, norm)
     normed, _ = rms_norm_forward(x, floored, spec.norm_eps)
-    dweight = linear_dw(dz, normed)
+    dweight = linear_dw(dz, normed, out=total)
     del normed
     return dweight, _dbias(dz, bias), linear_dscale(weight, dweight, floored)
 
@@ -389,6 +411,10 @@ class Block(nn.Module):
         compute_dtype: of the activations, ``x`` among them, and of frozen weights. A trained block needs at least
             float32's range of exponents (bf16, fp32, fp64): float16 loses small gradients. Autocast is not for it.
         recompute: what is recomputed in backward; under ``BLOCK`` there are no low-precision copies either.
+
+    Attributes:
+        accumulates: whether backward adds to the gradients of matrices and of the norms before them itself. Only for
+            ``backward()``: `torch.autograd.grad` would be given nothing.
     """
 
     def __init__(
@@ -406,6 +432,7 @@ class Block(nn.Module):
         self.spec = spec
         self.block_class = block_class
         self.recompute = recompute
+        self.accumulates = False
         how = {"trained": trained, "compute_dtype": compute_dtype}
         for name in NORMS:
             weight = tensors.get(f"{name}.weight")
@@ -432,5 +459,6 @@ class Block(nn.Module):
         )
         copies = {name: getattr(self, name).low_precision for name in PROJECTIONS}
         low_precision = {name: copy for name, copy in copies.items() if copy is not None}
+        sums = {name: getattr(weights, name) for name in _SUMMED} if self.accumulates else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.block_class is not BlockClass.PREFIX):
-            return _DecoderBlock.apply(x, self.spec, context, self.recompute, low_precision, *weights)
+            return _DecoderBlock.apply(x, self.spec, context, self.recompute, low_precision, sums, *weights)

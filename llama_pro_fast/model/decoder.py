@@ -60,6 +60,12 @@ class Decoder(nn.Module):
     def trained_blocks(self) -> list[int]:
         return [index for index, block in enumerate(self.blocks) if block.block_class is BlockClass.TRAINED]
 
+    def accumulate(self) -> None:
+        """Let the blocks that train add their gradients up themselves (`Block.accumulates`), for steps of several
+        micro-batches."""
+        for index in self.trained_blocks:
+            self.blocks[index].accumulates = True
+
     def hidden_states(self, batch: PackedBatch, *, skip: Collection[int] = ()) -> torch.Tensor:
         """The final norm's output ``[T, H]`` in the compute dtype; blocks in ``skip`` are left out."""
         return self._above(0, self.embed_tokens(batch.input_ids), self._context(batch), skip)

@@ -145,7 +145,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         need_dx = index > job.trained.first or job.trained.everything
         transient = _backward_peak(
             spec, kind, recompute[index], need_dx, job.dtype, job.triton, job.attention, tokens, micro_batch_size,
-            job.documents(micro_batch_size), job.shards > 1,
+            job.documents(micro_batch_size), job.shards > 1, accumulating and job.shards == 1,
         )  # fmt: skip
         gradients = every if accumulating else made
         # What this micro-batch has made of the head waits for the embedding's, where they are one table.
@@ -267,6 +267,7 @@ def _backward_peak(
     sequences: int,
     documents: int,
     sharded: bool,
+    summed: bool,
 ) -> int:
     """Bytes that a block's backward needs at its fullest, beyond what the blocks up to it keep.
 
@@ -288,9 +289,10 @@ def _backward_peak(
         made = has_low_precision(block_class, dtype) and (recompute is Recompute.BLOCK or sharded)
         return element * matrices(spec)[f"{name}.weight"] if made else 0
 
-    # Gradients of the weights, each alive until the block is done; and scratch on the way to a norm's.
+    # Gradients of the weights, each alive until the block is done, but for those that are added to what is there; and
+    # scratch on the way to a norm's.
     def dw(*names: str) -> int:
-        return acc * sum(matrices(spec)[f"{name}.weight"] for name in names) if trained else 0
+        return acc * sum(matrices(spec)[f"{name}.weight"] for name in names) if trained and not summed else 0
 
     def dscale(rows: int) -> int:
         # The reference casts the weight's rows as well; the kernel's sums are a megabyte.

@@ -41,10 +41,10 @@ from llama_pro_kernels import accumulation_dtype
 NEARLY = 0.002
 """Ways whose predicted times differ by less than this share are alike."""
 
-ACCUMULATE = 12
-"""Bytes a trained parameter costs in traffic each micro-batch: its gradient and the new one read, the sum written."""
-OPTIMIZER = 42
-"""… and each step: gradient read twice (norm, AdamW) and written clipped; weight, moments and copy."""
+ACCUMULATE = 4
+"""Bytes a trained parameter costs in traffic each micro-batch of several: the product reads what it adds to."""
+OPTIMIZER = 34
+"""… and each step: gradient read twice (norm, AdamW); weight and moments read and written, the copy written."""
 
 HOST_FORWARD, HOST_BACKWARD = 1.2e-3, 1.5e-3
 """Seconds the host takes to start the kernels of a block, however few tokens there are: on the host of an H200, by the

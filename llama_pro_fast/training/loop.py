@@ -113,7 +113,10 @@ class _Loop:
             recompute=run.planned.recompute,
             loaded=partial(shard, ranks=run.ranks) if self.config.train.shards > 1 else lambda block: None,
         )
-        share_buffers(self.model)
+        if self.config.train.shards > 1:
+            share_buffers(self.model)
+        else:
+            self.model.accumulate()
         parameters = self.model.trained_parameters()
         self.optimizer = Optimizer(self.model, parameters, self.config.optim, self.config.train.steps, run.ranks)
         self.tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}

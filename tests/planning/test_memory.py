@@ -210,6 +210,7 @@ def optim_config(job: Job) -> OptimConfig:
 def counted_step(job: Job, recompute: tuple[Recompute, ...], micro_batch_size: int, micro_batches: int) -> int:
     """The peak of one optimizer step, bytes; its second, for in the first AdamW makes its moments."""
     model = make_model(job, recompute)
+    model.accumulate()
     optimizer = Optimizer(model, model.trained_parameters(), optim_config(job), 10)
     scale = torch.tensor(1e-3)
 
