@@ -47,7 +47,7 @@ COMPILED = Setting(shape=TINY, tokens=4096, sequence=4096, dtype=torch.bfloat16,
 """The setting that is compiled for, at each model's shape."""
 
 NO_STREAM = {"rstd_ptr", "label_ptr", "position_ptr", "loss_ptr", "correct_ptr", "divergence_ptr", "scale_ptr",
-             "weight_ptr", "dweight_ptr", "partial_ptr"}  # fmt: skip
+             "weight_ptr", "dweight_ptr", "partial_ptr", "correction_ptr", "divisor_ptr", "left_out_ptr"}  # fmt: skip
 """Arguments with one number a row or fewer: nothing to make wide, or nothing that counts."""
 
 SINGLE = {(f"_cross_entropy{kl}_kernel", "logits_ptr"): 1 for kl in ("", "_kl")}

@@ -10,6 +10,8 @@ from kernel_bench.op import EPS, Call, Op, Setting, backward_of, direct, heads_f
 from torch import Tensor
 from torch.nn import functional as F
 
+from llama_pro_kernels import reference
+
 __all__ = ["elementwise_ops"]
 
 
@@ -19,7 +21,7 @@ def elementwise_ops(s: Setting, kernels: Any) -> Iterator[Op]:
     Args:
         kernels: `llama_pro_kernels.triton_kernels`, or for a CPU `llama_pro_kernels.reference`: the same functions.
     """
-    for ops in (_norms, _norm_weights, _swiglu, _rotary, _qk_norm_rotary, _losses):
+    for ops in (_norms, _norm_weights, _swiglu, _rotary, _qk_norm_rotary, _losses, _adamw):
         yield from ops(s, kernels)
 
 
@@ -413,4 +415,45 @@ def _losses(s: Setting, kernels: Any) -> Iterator[Op]:
         inputs=lambda: [s.draw(T, V), s.draw(T, V)],
         contestants={"ours": direct(kernels.kl_divergence), "eager": direct(plain_kl)},
         work=s.bytes_of((2, T, V), fp32=T),
+    )
+
+
+# The optimizer's step
+
+
+def plain_adamw(*inputs: Tensor) -> Call:
+    """PyTorch's fused kernel, which clips too, and the copy after it."""
+    return _adamw_call(reference.adamw_, *inputs)
+
+
+def _adamw_call(function: Callable[..., None], *inputs: Tensor) -> Call:
+    *tensors, divisor, left_out = inputs
+    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            function(*([tensor] for tensor in tensors), **options, divisor=divisor, left_out=left_out)
+        return tensors[0]
+
+    return call
+
+
+def _adamw(s: Setting, kernels: Any) -> Iterator[Op]:
+    """Over the matrix of gate and up. Every call makes one more step."""
+    size = (2 * s.shape.I, s.shape.H)
+    fp32 = {"dtype": torch.float32}
+
+    def inputs() -> list[Tensor]:
+        parameter, gradient = s.draw(*size, **fp32), s.draw(*size, **fp32)
+        scalars = [torch.full((), value, device=s.device) for value in (0.0, 2.0, 0.0)]  # steps, divisor, left out
+        moments = [torch.zeros_like(parameter) for _ in range(2)]
+        return [parameter, gradient, *moments, scalars[0], parameter.to(torch.bfloat16), *scalars[1:]]
+
+    elements = size[0] * size[1]
+    yield Op(
+        name="adamw",
+        inputs=inputs,
+        contestants={"ours": lambda *inputs: _adamw_call(kernels.adamw_, *inputs), "eager": plain_adamw},
+        work=s.bytes_of(fp32=7 * elements) + 2 * elements,  # gradient; weight and moments there and back; the copy
+        rivals_work=s.bytes_of(fp32=9 * elements) + 2 * elements,  # the gradient back; the weight for its copy
     )

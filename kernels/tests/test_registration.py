@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama_pro_kernels import (
+    adamw_,
     add_rms_norm,
     attention,
     linear_cross_entropy,
@@ -127,7 +128,7 @@ def test_the_losses_beside_a_teacher_compile_without_a_break_and_compute_the_sam
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_decoder_never_waits_for_the_device(device):
+def test_a_step_never_waits_for_the_device(device):
     if device != "cuda":
         pytest.skip("a CPU waits for nobody")
     bf16 = torch.bfloat16
@@ -141,6 +142,10 @@ def test_a_decoder_never_waits_for_the_device(device):
     def step():
         decoder(x, weights, norm, *rest).backward()
         linear_cross_entropy_kl(x, x.detach(), *rest[:3], 0.7)[0].backward()
+        adamw_(
+            [norm], [norm], [norm.clone()], [norm.clone()], [torch.zeros(())], [None], divisor=norm.sum(),
+            left_out=norm.sum() * 0, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+        )  # fmt: skip
 
     step()
     torch.cuda.set_sync_debug_mode("error")

@@ -57,6 +57,7 @@ def test_ideal_work_counted_by_hand(rows):
         "cross_entropy_kl": 4 * (3 * T * V + 2 * T) + 8 * T,  # the base's logits too, and the divergence
         "cross_entropy evaluation": 4 * (T * V + T) + 8 * T + T,  # and who was right
         "kl_divergence": 4 * (2 * T * V + T),
+        "adamw": (4 * 7 + 2) * 2 * I * H,  # gradient; weight and moments there and back; the bf16 copy
         "linear_cross_entropy frozen": 2 * 2 * T * H * V,
         "linear_cross_entropy trained": 3 * 2 * T * H * V,
         "linear_kl": 2 * 2 * T * H * V,

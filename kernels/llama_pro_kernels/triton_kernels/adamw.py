@@ -63,7 +63,7 @@ def adamw_(
     exp_avg_sqs: Sequence[Tensor], steps: Sequence[Tensor], copies: Sequence[Tensor | None],
     *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, divisor: Tensor, left_out: Tensor,
 ) -> None:  # fmt: skip
-    torch._foreach_add_(list(steps), 1.0 - left_out)
+    torch._foreach_add_(list(steps), [1.0 - left_out] * len(steps))  # one tensor for all might be asked for its value
     # In fp64: 1 − β2 after a step, 1e-3 of an fp32 near 1, would have three digits less.
     counts = torch.stack(list(steps)).double()
     corrections = torch.stack([1.0 - beta1**counts, 1.0 - beta2**counts], dim=1).float()
