@@ -21,8 +21,25 @@ from .rms_norm import sum_rows, summing_programs
 from .rotary import CONFIG, angles_of, copy_heads, query_and_key
 
 SUMMING_WARPS = 12
-"""On one multiprocessor, where the weights train: three programs of 4 warps, for which there are registers (157 a
+"""On one multiprocessor, where the weights train: three programs of 4 warps, for which there are registers (161 a
 thread)."""
+
+
+@triton.jit
+def _halves(ptr, columns, mask, HALF: tl.constexpr):
+    """Both halves of what begins at ``ptr``, in fp32."""
+    first = tl.load(ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(ptr + HALF + columns, mask=mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _normed(ptr, columns, mask, eps, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
+    """Both halves of heads over their root mean square, and one over that."""
+    x1, x2 = _halves(ptr, columns, mask, HALF)
+    square = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
+    rstd = tl.rsqrt(square / HEAD_DIM + tl.full((), eps, tl.float32))[:, None]
+    return x1 * rstd, x2 * rstd, rstd
 
 
 @triton.jit
@@ -32,23 +49,18 @@ def _norm_and_turn(
     BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
     """The heads of one token; in ``out`` they lie one behind the other."""
-    columns = tl.arange(0, BLOCK_HALF)
+    columns = tl.arange(0, BLOCK_HALF)[None, :]
     dtype = out_ptr.dtype.element_ty
-    weight1 = tl.load(weight_ptr + columns, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
-    weight2 = tl.load(weight_ptr + HALF + columns, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    weight1, weight2 = _halves(weight_ptr, columns, columns < HALF, HALF)
     for start in range(0, NUM_HEADS, BLOCK_HEADS):
         heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
-        mask = (heads < NUM_HEADS) & (columns < HALF)[None, :]
-        source = in_ptr + heads * in_head_stride
-        target = out_ptr + heads * HEAD_DIM
-        x1 = tl.load(source + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(source + HALF + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        square = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
-        rstd = tl.rsqrt(square / HEAD_DIM + tl.full((), eps, tl.float32))[:, None]
-        z1 = x1 * rstd * weight1
-        z2 = x2 * rstd * weight2
-        tl.store(target + columns[None, :], (z1 * cos - z2 * sin).to(dtype), mask=mask)
-        tl.store(target + HALF + columns[None, :], (z2 * cos + z1 * sin).to(dtype), mask=mask)
+        mask = (heads < NUM_HEADS) & (columns < HALF)
+        x1, x2, _ = _normed(in_ptr + heads * in_head_stride, columns, mask, eps, HEAD_DIM, HALF)
+        z1 = x1 * weight1
+        z2 = x2 * weight2
+        target = out_ptr + heads * HEAD_DIM + columns
+        tl.store(target, (z1 * cos - z2 * sin).to(dtype), mask=mask)
+        tl.store(target + HALF, (z2 * cos + z1 * sin).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -79,23 +91,14 @@ def _gradients(
     BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Of the heads of one token, where it is one; and the sums over them, with what was summed before."""
-    columns = tl.arange(0, BLOCK_HALF)
+    columns = tl.arange(0, BLOCK_HALF)[None, :]
     dtype = out_ptr.dtype.element_ty
-    weight1 = tl.load(weight_ptr + columns, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
-    weight2 = tl.load(weight_ptr + HALF + columns, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    weight1, weight2 = _halves(weight_ptr, columns, columns < HALF, HALF)
     for start in range(0, NUM_HEADS, BLOCK_HEADS):
         heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
-        mask = (heads < tl.where(active, NUM_HEADS, 0)) & (columns < HALF)[None, :]
-        source = x_ptr + heads * x_head_stride
-        x1 = tl.load(source + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(source + HALF + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        square = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
-        rstd = tl.rsqrt(square / HEAD_DIM + tl.full((), eps, tl.float32))[:, None]
-        x1 *= rstd
-        x2 *= rstd
-        source = d_ptr + heads * d_head_stride
-        y1 = tl.load(source + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        y2 = tl.load(source + HALF + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = (heads < tl.where(active, NUM_HEADS, 0)) & (columns < HALF)
+        x1, x2, rstd = _normed(x_ptr + heads * x_head_stride, columns, mask, eps, HEAD_DIM, HALF)
+        y1, y2 = _halves(d_ptr + heads * d_head_stride, columns, mask, HALF)
         # The opposite rotation. Beyond HALF cos and sin are NaN.
         dz1 = tl.where(mask, y1 * cos + y2 * sin, 0.0)
         dz2 = tl.where(mask, y2 * cos - y1 * sin, 0.0)
@@ -106,9 +109,9 @@ def _gradients(
         g2 = dz2 * weight2
         projection = tl.sum(g1 * x1, axis=1) + tl.sum(g2 * x2, axis=1)
         projection = (projection / HEAD_DIM)[:, None]
-        target = out_ptr + heads * HEAD_DIM
-        tl.store(target + columns[None, :], ((g1 - x1 * projection) * rstd).to(dtype), mask=mask)
-        tl.store(target + HALF + columns[None, :], ((g2 - x2 * projection) * rstd).to(dtype), mask=mask)
+        target = out_ptr + heads * HEAD_DIM + columns
+        tl.store(target, ((g1 - x1 * projection) * rstd).to(dtype), mask=mask)
+        tl.store(target + HALF, ((g2 - x2 * projection) * rstd).to(dtype), mask=mask)
     return dweight1, dweight2
 
 
