@@ -186,7 +186,7 @@ class Ranks:
             with suppress(RuntimeError):
                 self.store.set("told", "")
         kind = UserError if self.leads or (self.number == 1 and not told) else ToldElsewhere
-        silent = "timed out" in str(error).lower()
+        silent = any(words in str(error).lower() for words in _SILENT)
         what = f"has not answered for {JOINING.seconds // 60} minutes" if silent else "has ended"
         raise kind(
             f"rank {self.number}: another process of this run {what}, and this one ends with it ({first_line(error)}); "
@@ -203,10 +203,12 @@ def is_lost(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):  # of which PyTorch's errors of its groups are kinds
         return False
     said = str(error).lower()
-    return isinstance(error, distributed.DistNetworkError) or any(words in said for words in _LOST)
+    known = isinstance(error, distributed.DistNetworkError) or any(words in said for words in _LOST + _SILENT)
+    return known and "cuda error" not in said
 
 
-_LOST = ("connection", "broken pipe", "timed out", "remote process exited", "nccl communicator was aborted")
+_LOST = ("connection", "broken pipe", "socket closed", "remote process exited", "nccl communicator was aborted")
+_SILENT = ("timed out", "timeout")
 """What gloo and NCCL say of it, in small letters."""
 
 

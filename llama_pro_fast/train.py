@@ -19,11 +19,15 @@ PREDECESSOR = 300
 
 def main(argv: list[str] | None = None) -> int:
     """The verb `train`; without options the quickstart."""
-    with joined() as ranks:
-        return _train(sys.argv[1:] if argv is None else argv, ranks)
+    try:
+        with joined() as ranks:
+            _train(sys.argv[1:] if argv is None else argv, ranks)
+    except Stopped as stopped:
+        return stopped.exit_code
+    return 0
 
 
-def _train(argv: list[str], ranks: Ranks) -> int:
+def _train(argv: list[str], ranks: Ranks) -> None:
     plain = all(ranks.gather(not argv))
     with ranks.together():
         if plain and ranks.leads:
@@ -41,18 +45,14 @@ def _train(argv: list[str], ranks: Ranks) -> int:
     if ranks.share(nothing_left):
         with unheard():
             say(f"{run_folder.shown(output)}: finished already")
-        return 0
-    try:
-        run_training(
-            request.config,
-            resume=request.resume,
-            overwrite=request.overwrite,
-            from_step=request.from_step,
-            patience=PREDECESSOR if request.auto else 0.3,
-        )
-    except Stopped as stopped:
-        return stopped.exit_code
-    return 0
+        return
+    run_training(
+        request.config,
+        resume=request.resume,
+        overwrite=request.overwrite,
+        from_step=request.from_step,
+        patience=PREDECESSOR if request.auto else 0.3,
+    )
 
 
 if __name__ == "__main__":

@@ -103,6 +103,14 @@ def test_more_tokens_than_programs_that_sum(device):
         torch.testing.assert_close(ours_.double(), exactly, rtol=1e-5, atol=1e-5 * exactly.abs().max().item())
 
 
+def test_without_an_eps_nothing_but_heads_of_zeros_is_nan():
+    """Heads that do not fill a block are no heads of zeros."""
+    qkv, q_weight, k_weight = torch.randn(T, (5 + 2 * 2) * 6), torch.rand(6), torch.rand(6)
+    gradients = [torch.randn(T, heads, 6) for heads in (5, 2, 2)]
+    for got in qk_norm_rotary_backward(*gradients, qkv, q_weight, k_weight, 0.0, *tables(6), need_dweight=True):
+        assert got.isfinite().all()
+
+
 def test_a_position_beyond_the_tables_is_nan_in_its_token_alone():
     qkv, *weights, dq, dk, dv = inputs(torch.float32, 8)
     cos, sin, position_ids = tables(8)

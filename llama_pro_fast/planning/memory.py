@@ -221,10 +221,10 @@ def casts(job: Job, block_class: BlockClass, recompute: Recompute) -> bool:
     return has_low_precision(block_class, job.dtype) and (recompute is Recompute.BLOCK or job.shards > 1)
 
 
-def _together(spec: BlockSpec, block_class: BlockClass, acc: int) -> int:
-    """Of a sharded block, beside what any has: its weights put together, and as much again that is gathered into them,
-    or in which their gradients wait to be sent."""
-    return 2 * acc * spec.num_parameters() if block_class is BlockClass.TRAINED else 0
+def _together(spec: BlockSpec, block_class: BlockClass, acc: int, blocks: int = 2) -> int:
+    """Of a sharded block, beside what any has: its weights put together, and as much again that is gathered into them;
+    in backward as much of the block before it, gathered ahead, and of the one behind it, whose gradients are sent."""
+    return blocks * acc * spec.num_parameters() if block_class is BlockClass.TRAINED else 0
 
 
 def has_low_precision(block_class: BlockClass, dtype: torch.dtype) -> bool:
@@ -342,7 +342,7 @@ def _backward_peak(
     if need_dx:
         phases.append((after + 2 * hidden + norm_backward, made))
     fullest = max(tokens * per_token + constant for per_token, constant in phases)
-    return fullest + (_together(spec, block_class, acc) if sharded else 0)
+    return fullest + (_together(spec, block_class, acc, blocks=3) if sharded else 0)
 
 
 def _attention_scratch(

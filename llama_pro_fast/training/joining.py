@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from llama_pro_fast.runs.marker import CheckpointInfo
 from llama_pro_fast.runs.run_folder import Claim
 from llama_pro_fast.training.loop import Run, starting_info
 from llama_pro_fast.training.settle import start_device
+
+LOOKING = 40.0
+"""Seconds; what is not there NFS remembers for up to 30."""
 
 
 def check_same_recipe(config: RunConfig, how: list[Any], ranks: Ranks) -> None:
@@ -70,7 +74,7 @@ def join(run: Run | None, ranks: Ranks) -> Run:
     for now in (ranks.local == 0, ranks.local > 0):
         with ranks.together():
             if run is None and now:
-                if _said_in(Path(config.output)) != said:
+                if not _comes_to_say(Path(config.output), said):
                     raise UserError(
                         f"--output {config.output}: is not the folder that rank 0 sees there; give one that all "
                         "machines share"
@@ -88,6 +92,16 @@ def _said_in(output: Path) -> bytes:
     """The configuration that a run's folder holds."""
     path = output / CONFIG_NAME
     return path.read_bytes() if path.is_file() else b""
+
+
+def _comes_to_say(output: Path, said: bytes) -> bool:
+    """Whether a run's folder holds that configuration, or will as soon as a network's file system has looked again."""
+    until = time.monotonic() + LOOKING
+    while _said_in(output) != said:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _of_shared(

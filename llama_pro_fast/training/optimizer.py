@@ -95,7 +95,9 @@ class Optimizer:
         return self.parts[name].ndim == 2 and not name.startswith("embed_tokens")
 
     def _adamw(self, names: list[str], rate: float, decayed: bool) -> None:
-        names = [name for name in names if self.parts[name].grad is not None]
+        for name in names:
+            if self.parts[name].grad is None:
+                raise RuntimeError(f"{name} should train, and has had no gradient in this step")
         adamw_(
             [self.parts[name] for name in names],
             [self.parts[name].grad for name in names],

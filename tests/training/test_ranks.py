@@ -29,6 +29,7 @@ from llama_pro_fast.cli import main
 from llama_pro_fast.config import RunConfig, options
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.model.block import BlockClass
+from llama_pro_fast.planning import devices
 from llama_pro_fast.ranks import ALONE, Ranks, joined
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import load_config, to_dict
@@ -38,8 +39,9 @@ from llama_pro_fast.runs.run_folder import resume_command
 from llama_pro_fast.training.joining import check_same_recipe
 from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_fast.training.run import run_training
+from llama_pro_fast.training.settle import device_of
 from llama_pro_fast.training.sharding import shard, share_buffers
-from llama_pro_fast.training.signals import Stopped
+from llama_pro_fast.training.signals import Stopped, StopSignals
 
 ROUNDING, OF_WEIGHTS = 2e-5, 1e-4
 """Relative, of losses and of weights at the end: other sums in another order."""
@@ -407,6 +409,22 @@ def test_the_command_to_go_on_starts_as_many_processes(monkeypatch):
     assert resume_command(Path("run")) == f"torchrun ... {end}"
 
 
+def test_the_plan_takes_the_least_memory_that_a_rank_has_free(config_at, tmp_path):
+    config = config_at(tmp_path / "run", train={"device": "cpu"})
+    ranks = SimpleNamespace(local=0, on_machine=2, gather=lambda own: [own, 5, own])
+    assert device_of(config, ranks).memory == 5
+    ranks.gather = lambda own: [own]
+    assert device_of(config, ranks).memory < 0.6 * devices.cpu().memory
+
+
+def test_what_a_launcher_sends_after_a_rank_has_ended_is_no_news():
+    ranks = Ranks(count=2)
+    signals = StopSignals(ranks)
+    ranks.ending.set()
+    signals._ask(signal.SIGTERM, None)
+    assert signals.requested is None
+
+
 def test_each_start_has_a_name_of_its_own():
     """Also where the store remembers who asked in an earlier one."""
     store, starts = distributed.HashStore(), []
@@ -425,6 +443,8 @@ def test_each_start_has_a_name_of_its_own():
         (RuntimeError("Timed out waiting 600000ms for recv operation to complete"), True),
         (distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
         (distributed.DistNetworkError("reset"), True),
+        (distributed.DistStoreError("wait timeout after 1000ms, keys: /x"), True),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
         (distributed.DistBackendError("NCCL error: cannot make /dev/shm/nccl-1 of 33 MB: No space left"), False),
         (torch.OutOfMemoryError("CUDA out of memory"), False),
         (UserError("connection"), False),

@@ -17,6 +17,7 @@ from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import hf_tensors, load_model
 from llama_pro_fast.model.batch import PackedBatch
 from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.model.layers import low_precision_copies
 from llama_pro_fast.training import optimizer as optimizer_module
 from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_fast.training.schedule import learning_rate
@@ -34,8 +35,8 @@ def batch() -> PackedBatch:
     return PackedBatch.from_documents([torch.randint(300, (n,), generator=generator).tolist() for n in (30, 9, 17)])
 
 
-def load(folder: PretrainedFolder, dtype=torch.float32) -> Decoder:
-    trained = what_trains(folder.raw_config, folder.config.num_hidden_layers, parameters="new_blocks", name="")
+def load(folder: PretrainedFolder, dtype=torch.float32, parameters="new_blocks") -> Decoder:
+    trained = what_trains(folder.raw_config, folder.config.num_hidden_layers, parameters=parameters, name="")
     return load_model(folder, trained=trained, dtype=dtype, attention="cpu_flash")
 
 
@@ -165,8 +166,9 @@ def test_the_rate_of_the_schedule_is_the_one_applied(expanded, batch, monkeypatc
         rates.clear()
 
 
-def test_weight_decay_is_for_matrices(expanded, batch, monkeypatch):
-    model = load(expanded)
+@pytest.mark.parametrize("parameters", ["new_blocks", "all"])
+def test_weight_decay_is_for_matrices_but_for_the_embeddings(expanded, parameters, batch, monkeypatch):
+    model = load(expanded, parameters=parameters)
     optimizer = make_optimizer(model, weight_decay=0.3)
     decays = {}
     monkeypatch.setattr(
@@ -177,7 +179,33 @@ def test_weight_decay_is_for_matrices(expanded, batch, monkeypatch):
     backward(model, batch)
     optimizer.step(0)
     for name, parameter in model.trained_parameters().items():
-        assert decays[parameter] == (0.3 if name.endswith("proj.weight") else 0.0), name
+        assert decays[parameter] == (0.3 if name.endswith(("proj.weight", "lm_head.weight")) else 0.0), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_low_precision_copies_follow_a_step_and_a_restored_checkpoint(expanded, batch, name):
+    model = load(expanded, torch.bfloat16)
+    optimizer = make_optimizer(model, name=name)
+    copies = low_precision_copies(model)
+    before = [copy.clone() for copy in copies.values()]
+    backward(model, batch)
+    optimizer.step(0)
+    assert not all(map(torch.equal, copies.values(), before))
+    assert all(torch.equal(copy, weight.bfloat16()) for weight, copy in copies.items())
+    with torch.no_grad():
+        for weight in copies:
+            weight.mul_(2)
+    optimizer.restored()
+    assert all(torch.equal(copy, weight.bfloat16()) for weight, copy in copies.items())
+
+
+def test_a_parameter_without_a_gradient_is_not_passed_over(expanded, batch):
+    model = load(expanded)
+    optimizer = make_optimizer(model)
+    backward(model, batch)
+    next(iter(optimizer.parameters.values())).grad = None
+    with pytest.raises(RuntimeError, match="should train, and has had no gradient in this step"):
+        optimizer.step(0)
 
 
 def test_muon_updates_each_stacked_matrix_for_itself(expanded, batch):

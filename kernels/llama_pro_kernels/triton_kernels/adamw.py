@@ -32,10 +32,10 @@ class AdamWConfig:
 CONFIG = AdamWConfig()
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["correction_ptr"])
 def _adamw_kernel(
     parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, correction_ptr, divisor_ptr, left_out_ptr,
-    num_elements, lr, beta1, beta2, eps, weight_decay,
+    num_elements, lr, new1, new2, eps, weight_decay,
     BLOCK: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     if tl.load(left_out_ptr) == 0.0:
@@ -47,8 +47,8 @@ def _adamw_kernel(
         parameter = tl.load(parameter_ptr + offsets, mask=mask)
         exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask)
         exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=mask)
-        exp_avg += (1.0 - beta1) * (gradient - exp_avg)
-        exp_avg_sq += (1.0 - beta2) * (gradient * gradient - exp_avg_sq)
+        exp_avg += new1 * (gradient - exp_avg)
+        exp_avg_sq += new2 * (gradient * gradient - exp_avg_sq)
         parameter -= lr * weight_decay * parameter
         parameter -= lr * (exp_avg / correction1) / (tl.sqrt(exp_avg_sq / correction2) + eps)
         tl.store(parameter_ptr + offsets, parameter, mask=mask)
@@ -64,7 +64,7 @@ def adamw_(
     *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, divisor: Tensor, left_out: Tensor,
 ) -> None:  # fmt: skip
     torch._foreach_add_(list(steps), [1.0 - left_out] * len(steps))  # one tensor for all might be asked for its value
-    # In fp64: 1 − β2 after a step, 1e-3 of an fp32 near 1, would have three digits less.
+    # Taken from 1 in fp64, here and for the kernel: of 1 − β2, 1e-3, an fp32 near 1 keeps three digits less.
     counts = torch.stack(list(steps)).double()
     corrections = torch.stack([1.0 - beta1**counts, 1.0 - beta2**counts], dim=1).float()
     tensors = zip(parameters, gradients, exp_avgs, exp_avg_sqs, copies, corrections, strict=True)
@@ -77,6 +77,6 @@ def adamw_(
         launch(
             _adamw_kernel, (triton.cdiv(parameter.numel(), CONFIG.block),),
             parameter, gradient.contiguous(), exp_avg, exp_avg_sq, copy, correction, divisor, left_out,
-            parameter.numel(), lr, beta1, beta2, eps, weight_decay,
+            parameter.numel(), lr, 1.0 - beta1, 1.0 - beta2, eps, weight_decay,
             COPY=copy is not None, BLOCK=CONFIG.block, num_warps=CONFIG.num_warps,
         )  # fmt: skip

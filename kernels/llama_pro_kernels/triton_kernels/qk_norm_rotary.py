@@ -35,11 +35,12 @@ def _halves(ptr, columns, mask, HALF: tl.constexpr):
 
 @triton.jit
 def _normed(ptr, columns, mask, eps, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
-    """Both halves of heads over their root mean square, and one over that."""
+    """Both halves of heads over their root mean square, 0 where there is none, and one over that."""
     x1, x2 = _halves(ptr, columns, mask, HALF)
     square = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
     rstd = tl.rsqrt(square / HEAD_DIM + tl.full((), eps, tl.float32))[:, None]
-    return x1 * rstd, x2 * rstd, rstd
+    # With an eps of 0 a row of zeros is 0 · inf.
+    return tl.where(mask, x1 * rstd, 0.0), tl.where(mask, x2 * rstd, 0.0), rstd
 
 
 @triton.jit
