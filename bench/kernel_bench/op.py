@@ -120,3 +120,8 @@ def heads_first(x: Tensor) -> Tensor:
 
 def kind(trained: bool) -> str:
     return "trained" if trained else "frozen"
+
+
+def norm_weight(s: Setting, width: int, trained: bool = False) -> Tensor:
+    """Of a norm: near 1, and where it trains in fp32."""
+    return s.draw(width, scale=0.1, dtype=torch.float32 if trained else s.dtype).add_(1)

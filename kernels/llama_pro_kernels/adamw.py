@@ -48,13 +48,15 @@ def adamw_(
         left_out: fp32 scalar: 1 leaves everything as it is, 0 does not.
 
     Raises:
-        ValueError: one of a parameter's tensors has another shape.
+        ValueError: one of a parameter's tensors has another shape, or is written over and not contiguous.
     """
     if not parameters:
         return
+    written = (*parameters, *exp_avgs, *exp_avg_sqs, *(copy for copy in copies if copy is not None))
+    if not all(each.is_contiguous() for each in written):
+        raise ValueError("parameters, their moments and their copies must be contiguous")
     implementation(parameters[0]).adamw_(
         parameters, gradients, exp_avgs, exp_avg_sqs, steps, copies,
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, divisor=divisor, left_out=left_out,
     )  # fmt: skip
-    written = (*parameters, *exp_avgs, *exp_avg_sqs, *(copy for copy in copies if copy is not None))
     increment_version(written)

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from llama_pro_kernels import adamw_, reference
-from llama_pro_kernels.library import implementation
+from llama_pro_kernels import adamw_
 
 OPTIONS = {"lr": 3e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [(7, 300), (1,), (1024,), (3, 1025)]
@@ -92,8 +91,6 @@ def test_gradients_may_lie_anyhow():
 
 
 def test_what_is_written_over_and_does_not_lie_in_one_piece_is_refused():
-    if implementation(torch.ones(1)) is reference:
-        pytest.skip("PyTorch's own")
     wide = torch.ones(4, 8)[:, :4]
     with pytest.raises(ValueError, match="must be contiguous"):
         step(([wide], [wide.clone()], [wide.clone()], [torch.zeros(())], [None]), [wide])

@@ -71,9 +71,6 @@ def adamw_(
     for parameter, gradient, exp_avg, exp_avg_sq, copy, correction in tensors:
         shape = parameter.shape
         expect(gradient=(gradient, shape), exp_avg=(exp_avg, shape), exp_avg_sq=(exp_avg_sq, shape), copy=(copy, shape))
-        written = [parameter, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
-        if not all(each.is_contiguous() for each in written):
-            raise ValueError("a parameter, its moments and its copy must be contiguous")
         launch(
             _adamw_kernel, (triton.cdiv(parameter.numel(), CONFIG.block),),
             parameter, gradient.contiguous(), exp_avg, exp_avg_sq, copy, correction, divisor, left_out,
