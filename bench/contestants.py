@@ -5,13 +5,15 @@ trained blocks. Precisions are those of a usual run: on a GPU trained weights fl
 bf16 (ours by low-precision copies, the others under autocast); on a CPU all float32.
 
     ours                llama_pro_fast's decoder; with -mlp, -attention and -block the MLP, all but attention or the
-                        whole block is recomputed, with -planned what the planner chooses, block by block
+                        whole block is recomputed, with -planned what the planner chooses, block by block; with -fp8
+                        frozen blocks make backward's products in eight bits
     hf                  stock LlamaForCausalLM with SDPA (bench/hugging_face.py), and of it
       -checkpointing    every layer recomputed, by the model's own switch
       -checkpointing-trained  only layers with a trained parameter recomputed, which is LLaMA-Factory's rule
       -liger            with Liger's kernels, its fused loss included; -liger-flash4 with FlashAttention 4 in SDPA's
                         place, which takes packed documents as they lie; SDPA takes a mask over all pairs of tokens
       -compile          decoder layers and loss through torch.compile, one graph for all layers of a class
+      -compile-fp8      compiled, with torchao's fp8 in all products of the blocks, a scale a tensor; -rowwise a row
       …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast: cheaper and
                         less exact than all others
 
@@ -20,7 +22,7 @@ Instead of a block expansion, on the base itself; other parameters train, so the
     lora                PEFT's LoRA of rank 16 on every linear layer; adapters float32
     full                every weight trains, from float32 masters; -bf16 as above
 
-Compiling, Liger and pure bf16 are for a GPU.
+Compiling, Liger, torchao and pure bf16 are for a GPU.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ from llama_pro_fast.hf.families import block_spec, hf_parts
 from llama_pro_fast.hf.loading import EMBEDDING, FINAL_NORM, HEAD, hf_tensors, rotary_tables
 from llama_pro_fast.hf.loading import expected_tensors as tensor_shapes
 from llama_pro_fast.model.batch import PackedBatch, padded_boundaries
-from llama_pro_fast.model.block import Block, Recompute
+from llama_pro_fast.model.block import Block
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.model.layers import Embedding, RMSNorm
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.alternatives import lora_estimate
 from llama_pro_fast.planning.cost import step_cost
@@ -93,9 +96,12 @@ class Contestant:
         return cost.total, cost.total + flash_backward_flops(job)
 
 
-def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NONE) -> Runner:
+def build_ours(
+    workload: Workload, *, recompute: Recompute | None = Recompute.NONE, eight_bits: bool = False
+) -> Runner:  # fmt: skip
     """Every block that has a backward recomputes as ``recompute`` says; None leaves the choice to the planner."""
-    config, device, dtype, job = workload.config, torch.device(workload.device), workload.dtype, our_job(workload)
+    config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
+    job = our_job(workload, eight_bits=eight_bits)
     spec = block_spec(config, 0)
     shapes = tensor_shapes(config)
     classes = workload.trained.classes
@@ -106,7 +112,8 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
             ours: torch.cat([workload.draw(f"model.layers.{index}.{name}", shape) for name, shape in parts])
             for ours, parts in hf_parts(spec).items()
         }
-        return Block(spec, packed, block_class=classes[index], compute_dtype=dtype, recompute=policies[index])
+        of_block = {"recompute": policies[index], "eight_bits": eight_bits and classes[index] is BlockClass.FROZEN}
+        return Block(spec, packed, block_class=classes[index], compute_dtype=dtype, **of_block)
 
     def draw(name: str) -> torch.Tensor:
         return workload.draw(name, shapes[name])
@@ -145,7 +152,7 @@ def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NO
     )
 
 
-def our_job(workload: Workload) -> Job:
+def our_job(workload: Workload, *, eight_bits: bool = False) -> Job:
     """What the planner is asked about ours."""
     config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
     head_dim = block_spec(config, 0).head_dim
@@ -157,6 +164,7 @@ def our_job(workload: Workload) -> Job:
         attention=select_attention_backend(device, dtype, requested=workload.attention, head_dim=head_dim),
         triton=implementation_name(device, dtype).startswith("triton"),
         document=workload.document_length,
+        eight_bits=eight_bits,
     )
 
 
@@ -170,13 +178,14 @@ def planned_policies(job: Job, workload: Workload) -> Sequence[Recompute]:
     return found.recompute
 
 
-def _ours(recompute: Recompute | None) -> Contestant:
-    return Contestant(partial(build_ours, recompute=recompute))
+def _ours(recompute: Recompute | None, **options: bool) -> Contestant:
+    return Contestant(partial(build_ours, recompute=recompute, **options))
 
 
 def _hf(*, pure: bool = False, **options: object) -> Contestant:
     packages = ("liger-kernel",) if "liger" in options else ()
     packages += ("flash-attn-4",) if "attention" in options else ()
+    packages += ("torchao",) if "float8" in options else ()
     trains = EVERYTHING if "everything" in options else NEW_BLOCKS
     gpu = pure or bool(packages) or "compiled" in options
     return Contestant(partial(build_hf, pure=pure, **options), trains=trains, gpu=gpu, packages=packages)
@@ -189,6 +198,7 @@ def _lora(**options: object) -> Contestant:
 # The most telling first, for a run that is cut short.
 CONTESTANTS: dict[str, Contestant] = {
     "ours": _ours(Recompute.NONE),
+    "ours-fp8": _ours(Recompute.NONE, eight_bits=True),
     "hf-liger": _hf(liger=True),
     "hf": _hf(),
     "hf-bf16": _hf(pure=True),
@@ -196,6 +206,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "hf-liger-flash4": _hf(liger=True, attention=FLASH_4),
     "hf-liger-flash4-bf16": _hf(liger=True, attention=FLASH_4, pure=True),
     "hf-compile-bf16": _hf(compiled=True, pure=True),
+    "hf-compile-fp8-bf16": _hf(compiled=True, pure=True, float8="tensorwise"),
+    "hf-compile-fp8-rowwise-bf16": _hf(compiled=True, pure=True, float8="rowwise"),
     "hf-checkpointing-trained": _hf(checkpointing="trained"),
     "hf-checkpointing": _hf(checkpointing="all"),
     "ours-block": _ours(Recompute.BLOCK),

@@ -27,6 +27,7 @@ def build_hf(
     pure: bool = False,
     liger: bool = False,
     compiled: bool = False,
+    float8: str = "",
     everything: bool = False,
 ) -> Runner:
     """The expanded model, of which the new blocks train.
@@ -38,6 +39,8 @@ def build_hf(
             parameter, which is LLaMA-Factory's way.
         pure: trained weights in the compute dtype too, no autocast.
         liger: with Liger's kernels; they stay in this process's transformers.
+        float8: torchao's recipe (``tensorwise``, ``rowwise``) for the linear layers of the blocks, whose products are
+            then all in eight bits; its casts are fast only where they are compiled.
         compiled: decoder layers and loss through torch.compile. Layers whose parameters and input need the same
             gradients share what was compiled, where the whole model as one graph takes minutes.
     """
@@ -50,6 +53,11 @@ def build_hf(
     trained = ("",) if everything else tuple(f"model.layers.{index}." for index in workload.trained.blocks)
     model = drawn_model(workload, trained, attention=attention, pure=pure)
     _checkpoint(model, checkpointing)
+    if float8:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        recipe = Float8LinearConfig.from_recipe_name(float8)
+        convert_to_float8_training(model, config=recipe, module_filter_fn=lambda _, name: "lm_head" not in name)
     if compiled:
         for layer in model.model.layers:
             layer.compile()

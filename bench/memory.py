@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.model.block import Block, BlockClass, BlockContext, Recompute
+from llama_pro_fast.model.batch import BlockContext, PackedBatch
+from llama_pro_fast.model.block import Block
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_fast.planning.cost import kept_bytes, matrices, recomputed_matrices
 from llama_pro_kernels import select_attention_backend

@@ -8,8 +8,9 @@ four models in bf16, specialised as Triton would for these very arguments, and i
 stack, spilled registers, and how wide each access to a stream is. A stream is a tensor with a row for every token,
 `[T, ·]`; 128 bits are the widest access a thread can make. Every tensor is held to be one but those named below: what
 has one number a token (rstd, a label, a position) or none at all (a norm's weight, its gradient) is listed, not judged.
-A row fails by stack or a spill on sm_90, where the kernels are at home, or by a narrow stream anywhere; exit code 1 if
-one does.
+Those that write e4m3 are compiled for sm_89 in place of sm_80; eight codes make 64 bits, and they must come of PTX's
+own conversion, which rounds to the nearest. A row fails by stack or a spill on sm_90, where the kernels are at home, or
+anywhere by a narrow stream or another conversion; exit code 1 if one does.
 
 Otherwise each op is timed beside the others in kernel_bench/op.py, by `triton.testing.do_bench`: CUDA events around
 single calls, the L2 cache flushed before each, the median. GB/s and TFLOP/s are of the work no kernel can avoid; their
@@ -39,7 +40,6 @@ from kernel_bench.machine_code import MachineCode, compile_for, disassemble
 from kernel_bench.op import MODELS, TINY, Op, Setting
 from kernel_bench.products import product_ops
 
-TARGETS = (80, 90, 100)
 HOME = 90
 """The target on which nothing may spill."""
 
@@ -76,10 +76,18 @@ def streams(launch: Any) -> list[str]:
     return [name for name, argument in arguments if isinstance(argument, torch.Tensor) and name not in NO_STREAM]
 
 
+def writes_e4m3(launch: Any) -> bool:
+    return any(isinstance(a, torch.Tensor) and a.dtype == torch.float8_e4m3fn for a in launch.arguments)
+
+
 def narrow_streams(launch: Any, code: MachineCode) -> list[str]:
     """Streams with an access below 128 bits, or with none that was seen."""
     allowed = {name: SINGLE.get((launch.name, name), 0) for name in streams(launch)}
-    return [name for name, count in allowed.items() if code.narrow(name) > count or name not in code.accesses]
+    of_launch = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    wide = {name: 64 if of_launch[name].itemsize == 1 else 128 for name in allowed}
+    return [
+        name for name, count in allowed.items() if code.narrow(name, wide[name]) > count or name not in code.accesses
+    ]
 
 
 def compile_model(model: str) -> list[dict[str, Any]]:
@@ -89,9 +97,10 @@ def compile_model(model: str) -> list[dict[str, Any]]:
     rows = []
     for op in elementwise_ops(replace(COMPILED, shape=MODELS[model]), triton_kernels):
         for launch in recorded(op):
-            for target in TARGETS:
+            for target in op.targets:
                 code = disassemble(compile_for(target, launch))
                 narrow = narrow_streams(launch, code)
+                cast = code.casts > 0 or not writes_e4m3(launch)
                 rows.append({
                     "model": model,
                     "case": op.name,
@@ -102,10 +111,11 @@ def compile_model(model: str) -> list[dict[str, Any]]:
                     "shared": code.shared,
                     "stack": code.stack,
                     "spills": code.spills,
+                    "casts": code.casts,
                     "accesses": {name: dict(widths) for name, widths in code.accesses.items()},
                     "streams": streams(launch),
                     "narrow_streams": narrow,
-                    "failed": bool(narrow) or (target == HOME and bool(code.stack or code.spills)),
+                    "failed": bool(narrow) or not cast or (target == HOME and bool(code.stack or code.spills)),
                 })  # fmt: skip
     return rows
 
@@ -123,7 +133,7 @@ def compile_only(out: Path | None) -> int:
     print(common.table(shown, [[str(row[key]) for key in shown] for row in rows]))
     failed = [row for row in rows if row["failed"]]
     for row in failed:
-        what = f"stack {row['stack']}, spills {row['spills']}, narrow {row['narrow_streams']}"
+        what = f"stack {row['stack']}, spills {row['spills']}, narrow {row['narrow_streams']}, casts {row['casts']}"
         print(f"FAILED: {row['model']}, {row['case']}, {row['kernel']}, {row['target']}: {what}")
     facts = {"commit": common.commit(), "versions": common.versions(), "command": common.command()}
     if out is not None:

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workload import OPTIM, Size, Workload, base_shape
 
 from llama_pro_fast.expansion.plan import ExpansionPlan
-from llama_pro_fast.model.block import Recompute
+from llama_pro_fast.model.policy import Recompute
 from llama_pro_fast.planning.cost import step_cost
 from llama_pro_fast.planning.memory import step_memory
 from llama_pro_fast.planning.search import flash_backward_flops, upper_half

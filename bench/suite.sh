@@ -5,7 +5,7 @@
 # interpreter.
 set -euo pipefail
 
-part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart|forgetting|ranks"
+part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart|forgetting|ranks|fp8-products|fp8-close"
 if [[ ! $part =~ ^($parts)$ ]]; then
     echo "usage: bench/suite.sh $parts" >&2
     exit 2
@@ -25,11 +25,11 @@ export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=
 cuda=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 measure() { "$python" bench/throughput.py --size "$2" --limit 60 --out "$OUT/throughput-$1.json" "${@:3}"; }
 
-if [[ $cuda == 0 && ($part == close || $part == sizes) ]]; then
+if [[ $cuda == 0 && ($part == close || $part == sizes || $part == fp8-close) ]]; then
     echo "bench/suite.sh $part: its models are for a GPU, and PyTorch finds none" >&2
     exit 2
 fi
-best=ours,hf-liger-flash4-bf16,hf-liger-bf16
+best=ours,hf-liger-flash4-bf16,hf-liger-bf16 best_rival=hf-liger-flash4-bf16
 
 case $part in
     tests)
@@ -63,6 +63,15 @@ case $part in
     close)
         measure 7b-close 7b --rounds 3 --contestants $best,hf-compile-bf16 --budget 250
         measure 7b-packed 7b --document 1024 --contestants $best,hf-liger-flash4 --budget 90
+        ;;
+    fp8-products)
+        "$python" bench/fp8.py products --out "$OUT/fp8-products.json"
+        "$python" bench/fp8.py gradients --out "$OUT/fp8-gradients.json" # the packaged base
+        ;;
+    fp8-close)
+        fp8=hf-compile-fp8-bf16,hf-compile-fp8-rowwise-bf16
+        measure 7b-fp8-close 7b --rounds 5 --steps 10 --contestants ours,ours-fp8,$best_rival --budget 330
+        measure 7b-fp8 7b --rounds 1 --contestants ours-fp8,hf-compile-bf16,$fp8 --budget 120
         ;;
     sizes)
         measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 50

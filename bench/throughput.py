@@ -19,7 +19,10 @@ here, or time (`--budget`) ran out; `out of memory`, of the device; `failed`.
 
 FLOPs are those of `planning.cost`: what the frozen-aware step needs, attention causal with a backward of twice
 its forward, recomputation not counted; so TFLOP/s compares useful work, and its share is of a large product measured in
-the same run. `tflops_flash` takes the 2.5 times that flash attention's backward really does.
+the same run, and of the card's dense bf16 peak, whatever the products are made in. `tflops_flash` takes the 2.5 times
+that flash attention's backward really does.
+
+Who takes turns with ours has a ratio to it in every round, and of these a 95 % interval (Student's t).
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from throughput_rows import make_row, show
 from workload import OPTIM, SIZES, Workload, weights_digest
 
 from llama_pro_fast.planning.cost import num_parameters
-from llama_pro_fast.planning.devices import expandable_segments
+from llama_pro_fast.planning.devices import expandable_segments, peak_flops
 from llama_pro_fast.training.optimizer import Optimizer
 
 LIMIT = 120
@@ -107,9 +110,11 @@ def measure(name: str, workload: Workload) -> dict[str, Any]:
 def probe(device: str) -> dict[str, Any]:
     """Where it runs, and what the device reaches: in a large product, and in a copy (read and write)."""
     facts = common.provenance(device)
-    facts["versions"] |= {name: common.version_of(name) for name in ("liger-kernel", "peft", "flash-attn-4")}
+    facts["versions"] |= {name: common.version_of(name) for name in ("liger-kernel", "peft", "flash-attn-4", "torchao")}
     copy, product = common.ceilings(device)
-    return facts | {"product_tflops": round(product / 1e12, 4), "copy_tb_per_s": round(copy / 1e12, 4)}
+    peak = peak_flops(torch.device(device))
+    facts |= {"product_tflops": round(product / 1e12, 4), "copy_tb_per_s": round(copy / 1e12, 4)}
+    return facts | {"peak_tflops": peak and peak / 1e12}
 
 
 def mark(device: str) -> Any:

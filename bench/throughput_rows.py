@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -18,6 +19,7 @@ MEASURED = (
         "tflops",
         "tflops_flash",
         "share_of_product",
+        "share_of_peak",
     ),
     *("parameters", "trained_parameters", "threads", "attention", "trained_dtype", "weights_digest", "flop_convention"),
     *("step_s", "round_tokens_per_s"),
@@ -48,13 +50,25 @@ def make_row(name: str, trains: str, results: list[dict[str, Any]], shared: dict
         "tflops": round(tflops, 6),
         "tflops_flash": round(tflops_flash, 6),
         "share_of_product": round(tflops / shared["product_tflops"], 4),
+        "share_of_peak": round(tflops / shared["peak_tflops"], 4) if shared["peak_tflops"] else None,
     }  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]]) -> str:
     """The rows as a table, then what it cannot hold in words."""
     ours = next((row["tokens_per_s"] for row in rows if row["contestant"] == "ours"), None)
-    columns = ["contestant", "tokens/s", "x ours", "step ms p10", "median", "p90", "peak GiB", "TFLOP/s", "% product"]
+    columns = [
+        "contestant",
+        "tokens/s",
+        "x ours",
+        "step ms p10",
+        "median",
+        "p90",
+        "peak GiB",
+        "TFLOP/s",
+        "% product",
+        "% peak",
+    ]
     steps = rows[0]["warmup"] + rows[0]["steps"]
     columns += ["loss step 1", f"step {steps}"]
     cells = []
@@ -73,6 +87,7 @@ def show(rows: list[dict[str, Any]]) -> str:
             f"{row['peak_gib']:.2f}",
             f"{row['tflops']:.3g}",
             f"{row['share_of_product']:.1%}",
+            "-" if row.get("share_of_peak") is None else f"{row['share_of_peak']:.1%}",
             f"{row['first_loss']:.5f}",
             f"{row['loss']:.5f}",
         ])  # fmt: skip
@@ -82,7 +97,23 @@ def show(rows: list[dict[str, Any]]) -> str:
         if row["error"]:
             by_error.setdefault(f"{row['status']}: {row['error']}", []).append(row["contestant"])
     lines += [f"{', '.join(names)}: {error}" for error, names in by_error.items()]
-    return "\n".join(lines + incomparable(rows))
+    return "\n".join(lines + intervals(rows) + incomparable(rows))
+
+
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Of its t, 97.5 % lie below, by the number of rounds."""
+
+
+def intervals(rows: list[dict[str, Any]]) -> list[str]:
+    """Of each contestant's speed over ours, round by round: the mean and where it lies with 95 %."""
+    rounds = {row["contestant"]: row.get("round_tokens_per_s", []) for row in rows if row["status"] == "measured"}
+    ours, lines = rounds.pop("ours", []), []
+    for name, theirs in rounds.items():
+        if len(theirs) == len(ours) and len(ours) in STUDENT:
+            ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+            half = STUDENT[len(ours)] * statistics.stdev(ratios) / math.sqrt(len(ours))
+            lines.append(f"{name}: {statistics.mean(ratios):.4f} +- {half:.4f} of ours in {len(ours)} rounds (95 %)")
+    return lines
 
 
 def incomparable(rows: list[dict[str, Any]]) -> list[str]:

@@ -227,6 +227,11 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation: bfloat16 on a GPU, float32 on a CPU. Trained weights are always kept in float32."""
 
+    fp8: Literal["none", "backward"] = "none"
+    """`backward`: frozen blocks pass the gradient on by products in eight bits (e4m3), for which each of their matrices
+    is kept once more in eight bits. Forward, and so every loss and the export, is computed as without. For Ada, Hopper
+    and later; a CPU only imitates it."""
+
     attention: str = "auto"
     """Attention backend; `auto` takes the preferred one that is installed and can serve."""
 

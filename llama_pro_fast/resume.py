@@ -41,6 +41,7 @@ MAY_CHANGE = {
     "train.tokens": f"the schedule follows the new length, {_OTHER_RUN}",
     "train.micro_batch_size": _ROUNDING,
     "train.device": _ROUNDING,
+    "train.fp8": f"gradients are rounded otherwise, {_OTHER_RUN}",
     "train.attention": _ROUNDING,
     "train.threads": _ROUNDING,
     "train.ranks": _ROUNDING,
@@ -90,6 +91,7 @@ _SETTLED_WITH = {
     "train.device": ("train.memory", "train.micro_batch_size", "train.recompute", "train.attention", "train.threads"),
     "train.ranks": ("train.micro_batch_size", "train.recompute", "train.threads"),
     "train.sharding": ("train.micro_batch_size", "train.recompute"),
+    "train.fp8": ("train.micro_batch_size", "train.recompute"),
     "train.steps": ("train.tokens",),
     "train.tokens": ("train.steps",),
 }

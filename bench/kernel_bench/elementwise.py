@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from kernel_bench.eight_bits import eight_bits_ops
 from kernel_bench.op import EPS, Call, Op, Setting, backward_of, direct, kind, leaf, liger, norm_weight
 from kernel_bench.rotations import qk_norm_rotary_ops, rotary_ops
 from torch import Tensor
@@ -22,7 +23,7 @@ def elementwise_ops(s: Setting, kernels: Any) -> Iterator[Op]:
     Args:
         kernels: `llama_pro_kernels.triton_kernels`, or for a CPU `llama_pro_kernels.reference`: the same functions.
     """
-    for ops in (_norms, _norm_weights, _swiglu, rotary_ops, qk_norm_rotary_ops, _losses, _adamw):
+    for ops in (_norms, _norm_weights, _swiglu, rotary_ops, qk_norm_rotary_ops, eight_bits_ops, _losses, _adamw):
         yield from ops(s, kernels)
 
 

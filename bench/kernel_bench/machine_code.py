@@ -25,17 +25,19 @@ WIDE = 128
 @dataclass(frozen=True, kw_only=True)
 class MachineCode:
     """One kernel for one target: registers and bytes of stack a thread, load and store instructions on local memory,
-    bytes of shared memory a program, and for each argument how many global accesses there are of each width in bits."""
+    bytes of shared memory a program, conversions of two floats to e4m3, and for each argument how many global accesses
+    there are of each width in bits."""
 
     registers: int
     stack: int
     spills: int
     shared: int
+    casts: int
     accesses: dict[str, Counter[int]]
 
-    def narrow(self, argument: str) -> int:
-        """Accesses of ``argument`` below 128 bits."""
-        return sum(count for bits, count in self.accesses.get(argument, Counter()).items() if bits < WIDE)
+    def narrow(self, argument: str, wide: int = WIDE) -> int:
+        """Accesses of ``argument`` below so many bits."""
+        return sum(count for bits, count in self.accesses.get(argument, Counter()).items() if bits < wide)
 
 
 class _Driver:
@@ -84,14 +86,17 @@ def disassemble(compiled: Any) -> MachineCode:
     accesses = _accesses_by_argument(compiled.asm["ptx"], _argument_names(compiled))
     widths = Counter(_sass_bits(kind) for kind in re.findall(r"\b(?:LDG|STG)((?:\.[A-Z0-9_]+)*)", assembly))
     of_ptx = sum(accesses.values(), Counter())
-    # Wide accesses may be merged or repeated by what comes after PTX; a narrow one more would be a wide one split.
-    if set(widths) != set(of_ptx) or any(widths[bits] > of_ptx[bits] for bits in widths if bits < WIDE):
+    # What comes after PTX may merge wide accesses, or unroll a loop and so repeat all in it. More narrow ones without
+    # more wide ones would be wide ones split.
+    more = any(widths[bits] > of_ptx[bits] for bits in widths if bits < WIDE)
+    if set(widths) != set(of_ptx) or (more and widths[WIDE] <= of_ptx[WIDE]):
         raise RuntimeError(f"machine code accesses {dict(widths)} bits, its PTX {dict(of_ptx)}")
     return MachineCode(
         registers=int(usage[1]),
         stack=int(usage[2]),
         shared=int(usage[3]),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
+        casts=compiled.asm["ptx"].count("cvt.rn.satfinite.e4m3x2.f32"),
         accesses=accesses,
     )
 

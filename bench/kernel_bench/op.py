@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 EPS = 1e-5
+TARGETS = (80, 90, 100)
+"""Compute capabilities times ten: Ampere, Hopper, Blackwell."""
 Call = Callable[[], Any]
 """What is timed; it returns a tensor, several, or None."""
 
@@ -83,6 +85,7 @@ class Op:
         results: how many of a call's leading results everybody must agree on.
         unit, work: bytes or FLOPs of a call.
         rivals_work: of the others, where ours does more.
+        targets: compute capabilities that it is compiled for.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Op:
     unit: Literal["bytes", "flops"] = "bytes"
     work: int
     rivals_work: int | None = None
+    targets: tuple[int, ...] = TARGETS
 
 
 def direct(function: Callable, *more: Any, **options: Any) -> Callable[..., Call]:

@@ -10,7 +10,7 @@ from kernel_bench.op import EPS, Call, Op, Setting, backward_of, heads_first, ki
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["qk_norm_rotary_ops", "rotary_ops"]
+__all__ = ["qk_norm_rotary_ops", "rotary_ops", "tables"]
 
 
 def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return turned(q), turned(k)
 
 
-def _tables(s: Setting) -> list[Tensor]:
+def tables(s: Setting) -> list[Tensor]:
     """cos and sin ``[sequence, D/2]`` fp32, and the tokens' positions."""
     half = s.shape.D // 2
     frequency = 10_000.0 ** (-torch.arange(half, device=s.device) / half)
@@ -69,7 +69,7 @@ def rotary_ops(s: Setting, kernels: Any) -> Iterator[Op]:
         return lambda: tokens_first(forward(*heads, *cos_sin))  # over q and k: a rotation more each time
 
     forward = {
-        "inputs": lambda: [s.draw(T, (N + 2 * K) * D), *_tables(s)],
+        "inputs": lambda: [s.draw(T, (N + 2 * K) * D), *tables(s)],
         "results": 2,
         "work": _rotation_bytes(s, 2, N + K),
     }
@@ -95,7 +95,7 @@ def rotary_ops(s: Setting, kernels: Any) -> Iterator[Op]:
 
     yield Op(
         name="rotary backward",
-        inputs=lambda: [s.draw(T, N, D), s.draw(T, K, D), s.draw(T, K, D), *_tables(s)],
+        inputs=lambda: [s.draw(T, N, D), s.draw(T, K, D), s.draw(T, K, D), *tables(s)],
         contestants={"ours": ours_backward, "eager": by_autograd, "liger": liger_backward},
         results=2,
         work=_rotation_bytes(s, 2, N + 2 * K),
@@ -132,7 +132,7 @@ def qk_norm_rotary_ops(s: Setting, kernels: Any) -> Iterator[Op]:
 
     yield Op(
         name="qk_norm_rotary forward",
-        inputs=lambda: [s.draw(*packed), norm_weight(s, D), norm_weight(s, D), *_tables(s)],
+        inputs=lambda: [s.draw(*packed), norm_weight(s, D), norm_weight(s, D), *tables(s)],
         contestants={"ours": ours, "eager": lambda *inputs: lambda: plain_qk_norm_rotary(s, *inputs)},
         results=2,
         work=_rotation_bytes(s, 2, N + K) + s.bytes_of((2, D)),
@@ -166,7 +166,7 @@ def _qk_norm_rotary_backward(s: Setting, kernels: Any, packed: tuple[int, int], 
         name=f"qk_norm_rotary backward {kind(trained)}",
         inputs=lambda: [
             s.draw(T, N, D), s.draw(T, K, D), s.draw(T, K, D), s.draw(*packed),
-            norm_weight(s, D, trained), norm_weight(s, D, trained), *_tables(s),
+            norm_weight(s, D, trained), norm_weight(s, D, trained), *tables(s),
         ],
         contestants={"ours": ours, "eager": by_autograd},
         results=1 + 2 * trained,

@@ -47,7 +47,7 @@ A decoder block and the loss, on a row of two documents; the block is frozen, so
 ``adamw_`` is the optimizer's step, clipping and copies in it; ``linear_kl`` is a meter, forward only;
 ``linear_cross_entropy_kl`` is a loss with the same divergence in it. Backward functions are told what is wanted
 (``need_dweight``): what is not wanted is neither computed nor allocated. Names that end in an underscore write over an
-input.
+input; those that end in ``_e4m3`` make or take rows in eight bits (e4m3.py).
 
 CUDA tensors, or any under ``TRITON_INTERPRET=1``, get the kernels in ``triton_kernels``; others, and all of fp64, plain
 PyTorch in ``reference.py``. Products are PyTorch's, attention is a backend's. The functional ops are registered as
@@ -61,8 +61,9 @@ and is never bf16 on the way. The differentiable ops are differentiable once.
 from .adamw import adamw_
 from .attention import attention, attention_backward, attention_forward
 from .attention_selection import select_attention_backend
+from .e4m3 import E4M3, quantize_e4m3
 from .library import implementation_name
-from .linear import linear, linear_dbias, linear_dscale, linear_dw, linear_dx, trainable_linear
+from .linear import linear, linear_dbias, linear_dscale, linear_dw, linear_dx, linear_dx_e4m3, trainable_linear
 from .linear_cross_entropy import (
     LinearCrossEntropyOutput,
     linear_cross_entropy,
@@ -77,13 +78,21 @@ from .linear_cross_entropy_kl import (
     linear_cross_entropy_kl_forward,
 )
 from .linear_kl import LinearKLOutput, linear_kl, linear_kl_with_losses
-from .qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_forward
+from .qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_backward_e4m3, qk_norm_rotary_forward
 from .reference import accumulation_dtype
-from .rms_norm import add_rms_norm, add_rms_norm_forward, rms_norm, rms_norm_backward, rms_norm_forward
-from .rotary import rotary, rotary_backward, rotary_forward, rotary_forward_
-from .swiglu import swiglu, swiglu_backward, swiglu_backward_, swiglu_forward
+from .rms_norm import (
+    add_rms_norm,
+    add_rms_norm_forward,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_backward_e4m3,
+    rms_norm_forward,
+)
+from .rotary import rotary, rotary_backward, rotary_backward_e4m3, rotary_forward, rotary_forward_
+from .swiglu import swiglu, swiglu_backward, swiglu_backward_, swiglu_backward_e4m3, swiglu_forward
 
 __all__ = [
+    "E4M3",
     "LinearCrossEntropyKLOutput",
     "LinearCrossEntropyOutput",
     "LinearKLOutput",
@@ -106,15 +115,20 @@ __all__ = [
     "linear_dscale",
     "linear_dw",
     "linear_dx",
+    "linear_dx_e4m3",
     "linear_kl",
     "linear_kl_with_losses",
     "qk_norm_rotary_backward",
+    "qk_norm_rotary_backward_e4m3",
     "qk_norm_rotary_forward",
+    "quantize_e4m3",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_backward_e4m3",
     "rms_norm_forward",
     "rotary",
     "rotary_backward",
+    "rotary_backward_e4m3",
     "rotary_forward",
     "rotary_forward_",
     "rows_per_chunk",
@@ -122,6 +136,7 @@ __all__ = [
     "swiglu",
     "swiglu_backward",
     "swiglu_backward_",
+    "swiglu_backward_e4m3",
     "swiglu_forward",
     "trainable_linear",
 ]

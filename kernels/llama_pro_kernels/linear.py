@@ -9,6 +9,7 @@ Shapes: ``x`` ``[T, in]``, ``weight`` ``[out, in]``, ``dy`` ``[T, out]``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,51 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .e4m3 import E4M3
 from .library import implementation, register
 from .reference import accumulation_dtype
 
-__all__ = ["linear", "linear_dbias", "linear_dscale", "linear_dw", "linear_dx", "trainable_linear"]
+__all__ = [
+    "linear",
+    "linear_dbias",
+    "linear_dscale",
+    "linear_dw",
+    "linear_dx",
+    "linear_dx_e4m3",
+    "trainable_linear",
+]
+
+E4M3_MULTIPLE = 16
+"""Both sides of a weight must be multiples of it: 16 bytes of codes, what the products of Ada and Hopper ask for."""
+FAST_ACCUMULATION = False
+"""Whether eight-bit products sum in the tensor cores' own registers, which on a Hopper hold fewer bits than float32."""
+
+
+def fits_e4m3(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape can be multiplied in eight bits."""
+    return all(side % E4M3_MULTIPLE == 0 for side in shape)
+
+
+def missing_e4m3(device: torch.device, dtype: torch.dtype) -> str:
+    """Why products for activations of ``dtype`` cannot be made in eight bits on a device, in words; empty if they can.
+    On a CPU they are imitated."""
+    if device.type != "cuda":
+        return ""
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip is not None:
+        return f"{name} is an AMD card, whose eight-bit floats are others"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return f"{name} does not multiply eight-bit floats, which Ada, Hopper and later cards do"
+    if dtype != torch.bfloat16:
+        return f"its products come out in bfloat16, and the computation is in {str(dtype).removeprefix('torch.')}"
+    try:
+        rows = E4M3(*(torch.zeros(size, device=device) for size in ((64, 64), (64,))))
+        rows = rows._replace(codes=rows.codes.to(torch.float8_e4m3fn))
+        linear_dx_e4m3(rows, rows, dtype)
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[0]
+        return f"PyTorch {torch.__version__} cannot make such a product on {name} ({why})"
+    return ""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,6 +72,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_dx(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient of the input: ``dy`` ``[T, out]``, ``weight`` ``[out, in]`` -> ``[T, in]``, in ``out`` where given."""
     return torch.mm(dy, weight, out=out)
+
+
+def linear_dx_e4m3(dy: E4M3, weight: E4M3, dtype: torch.dtype) -> Tensor:
+    """:func:`linear_dx` in eight bits, summed in float32.
+
+    Args:
+        dy: ``[T, out]``, with a scale a token.
+        weight: ``[in, out]``, the weight transposed, with a scale for each of its columns. Tensor cores of Ada and
+            Hopper multiply e4m3 only along rows that lie dense, so a weight that forward reads is no help here.
+        dtype: of the result; bfloat16 on a GPU.
+
+    Returns:
+        ``[T, in]``. Of a token whose scale is NaN every number is.
+
+    Raises:
+        ValueError: codes that a GPU's product would not take: not contiguous, not of one width, or the weight's sides
+            no multiples of 16.
+    """
+    codes, transposed = dy.codes, weight.codes
+    if not (codes.is_contiguous() and transposed.is_contiguous()) or codes.shape[1] != transposed.shape[1]:
+        raise ValueError(
+            f"codes of {list(codes.shape)} and {list(transposed.shape)}: give contiguous rows of one width"
+        )
+    if not fits_e4m3(transposed.shape):
+        raise ValueError(f"codes of {list(transposed.shape)}: both sides must be multiples of {E4M3_MULTIPLE}")
+    if codes.is_cuda:
+        return torch._scaled_mm(
+            codes, transposed.t(), dy.scales[:, None], weight.scales[None],
+            out_dtype=dtype, use_fast_accum=FAST_ACCUMULATION,
+        )  # fmt: skip
+    acc = accumulation_dtype(dtype)
+    product = torch.mm(codes.to(acc), transposed.to(acc).t())
+    return product.mul_(dy.scales[:, None]).mul_(weight.scales).to(dtype)
 
 
 def linear_dw(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .e4m3 import E4M3, empty_e4m3
 from .library import implementation, register
 from .reference import accumulation_dtype
 
-__all__ = ["qk_norm_rotary_backward", "qk_norm_rotary_forward"]
+__all__ = ["qk_norm_rotary_backward", "qk_norm_rotary_backward_e4m3", "qk_norm_rotary_forward"]
 
 
 @register(
@@ -46,6 +47,20 @@ def _qk_norm_rotary_backward(
         dq, dk, dv, qkv, q_weight, k_weight, eps, cos, sin, position_ids, need_dweight=need_dweight
     )
     return [gradient for gradient in gradients if gradient is not None]
+
+
+@register(
+    "qk_norm_rotary_backward_e4m3(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor q_weight, Tensor k_weight,"
+    " float eps, Tensor cos, Tensor sin, Tensor position_ids) -> (Tensor, Tensor)",
+    fake=lambda dq, dk, dv, qkv, *_: empty_e4m3(qkv, *qkv.shape),
+)
+def _qk_norm_rotary_backward_e4m3(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float,
+    cos: Tensor, sin: Tensor, position_ids: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return implementation(qkv).qk_norm_rotary_backward_e4m3(
+        dq, dk, dv, qkv, q_weight, k_weight, eps, cos, sin, position_ids
+    )
 
 
 def qk_norm_rotary_forward(
@@ -118,3 +133,11 @@ def qk_norm_rotary_backward(
         dq, dk, dv, qkv, q_weight, k_weight, eps, cos, sin, position_ids, need_dweight
     )
     return dqkv, *(dweights[0] if dweights else (None, None))
+
+
+def qk_norm_rotary_backward_e4m3(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float,
+    cos: Tensor, sin: Tensor, position_ids: Tensor,
+) -> E4M3:  # fmt: skip
+    """:func:`qk_norm_rotary_backward` of frozen weights in eight bits: of ``dqkv`` only the codes are made."""
+    return E4M3(*_qk_norm_rotary_backward_e4m3(dq, dk, dv, qkv, q_weight, k_weight, eps, cos, sin, position_ids))

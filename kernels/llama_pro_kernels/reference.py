@@ -54,6 +54,25 @@ def rms_norm_backward(
     return dx.to(x.dtype).contiguous(), dweight
 
 
+def rms_norm_backward_e4m3(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, dresidual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    upcast = x.to(accumulation_dtype(x.dtype))
+    dx, _ = rms_norm_backward(dy, upcast, weight, rstd, dresidual=dresidual, need_dweight=False)
+    return dx.to(x.dtype), *quantize_e4m3(dx)
+
+
+# Rows in eight bits
+
+
+def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    bits = x.abs().amax(-1).float().view(torch.int32)
+    exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000)).clamp(min=27)
+    scales = torch.where(bits < 0x7F800000, exponent << 23, 0x7FC00000).view(torch.float32)
+    inverse = ((254 - exponent) << 23).view(torch.float32)
+    return (x * inverse[:, None]).to(torch.float8_e4m3fn).contiguous(), scales
+
+
 # Linear
 
 DSCALE_ROWS = 512
@@ -78,6 +97,10 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 def swiglu_backward(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) -> tuple[Tensor, Tensor | None]:
     dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     return dgate_up, _swiglu_backward_into(dgate_up, dy, gate_up, need_product)
+
+
+def swiglu_backward_e4m3(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_e4m3(swiglu_backward(dy, gate_up.to(accumulation_dtype(gate_up.dtype)))[0])
 
 
 def swiglu_backward_(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -130,6 +153,13 @@ def rotary_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
     return dqkv
 
 
+def rotary_backward_e4m3(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    dq, dk, dv = (gradient.to(accumulation_dtype(gradient.dtype)) for gradient in (dq, dk, dv))
+    return quantize_e4m3(rotary_backward(dq, dk, dv, cos, sin, position_ids))
+
+
 # The same with an RMSNorm on each head of q and k before it
 
 
@@ -161,10 +191,22 @@ def qk_norm_rotary_backward(
         turned = torch.empty(d.shape, dtype=dtype, device=d.device)
         _rotate_into(turned, d, cos, minus_sin)
         raw = qk[:, heads]
-        _, rstd = rms_norm_forward(raw, weight, eps)
+        rstd = rms_norm_forward(raw, weight, eps)[1]
         dqk[:, heads], dweight = rms_norm_backward(turned, raw, weight, rstd, need_dweight=need_dweight)
         dweights.append(dweight)
     return dqkv, torch.stack(dweights) if need_dweight else None
+
+
+def qk_norm_rotary_backward_e4m3(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float,
+    cos: Tensor, sin: Tensor, position_ids: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    qkv = qkv.to(accumulation_dtype(qkv.dtype))
+    return quantize_e4m3(
+        qk_norm_rotary_backward(
+            dq, dk, dv, qkv, q_weight, k_weight, eps, cos, sin, position_ids, need_dweight=False
+        )[0]
+    )  # fmt: skip
 
 
 def _split_packed(qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .e4m3 import E4M3, empty_e4m3
 from .library import implementation, register
 from .reference import accumulation_dtype
 
-__all__ = ["add_rms_norm", "add_rms_norm_forward", "rms_norm", "rms_norm_backward", "rms_norm_forward"]
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_forward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_backward_e4m3",
+    "rms_norm_forward",
+]
 
 
 def _empty_rstd(x: Tensor) -> Tensor:
@@ -53,6 +61,17 @@ def _rms_norm_backward(
         dy, x, weight, rstd, dresidual=dresidual, need_dweight=need_dweight
     )  # fmt: skip
     return [gradient for gradient in gradients if gradient is not None]
+
+
+@register(
+    "rms_norm_backward_e4m3(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=lambda dy, x, weight, rstd, dresidual: (x.new_empty(x.shape), *empty_e4m3(x, *x.shape)),
+)
+def _rms_norm_backward_e4m3(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(x).rms_norm_backward_e4m3(dy, x, weight, rstd, dresidual=dresidual)
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -109,6 +128,14 @@ def rms_norm_backward(
     """
     dx, *dweight = _rms_norm_backward(dy, x, weight, rstd, dresidual, need_dweight)
     return dx, dweight[0] if dweight else None
+
+
+def rms_norm_backward_e4m3(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, dresidual: Tensor | None = None
+) -> tuple[Tensor, E4M3]:
+    """:func:`rms_norm_backward` of a frozen weight over ``x`` ``[T, H]``: ``dx``, and its rows in eight bits beside."""
+    dx, codes, scales = _rms_norm_backward_e4m3(dy, x, weight, rstd, dresidual)
+    return dx, E4M3(codes, scales)
 
 
 class _RMSNorm(torch.autograd.Function):

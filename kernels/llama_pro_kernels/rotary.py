@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .e4m3 import E4M3, empty_e4m3
 from .library import implementation, register
 
-__all__ = ["rotary", "rotary_backward", "rotary_forward", "rotary_forward_"]
+__all__ = ["rotary", "rotary_backward", "rotary_backward_e4m3", "rotary_forward", "rotary_forward_"]
 
 
 @register(
@@ -38,6 +39,19 @@ def _rotary_forward(
 )
 def _rotary_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
     return implementation(dq).rotary_backward(dq, dk, dv, cos, sin, position_ids)
+
+
+@register(
+    "rotary_backward_e4m3(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor position_ids)"
+    " -> (Tensor, Tensor)",
+    fake=lambda dq, dk, dv, cos, sin, position_ids: empty_e4m3(
+        dq, dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2]
+    ),
+)
+def _rotary_backward_e4m3(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    return implementation(dq).rotary_backward_e4m3(dq, dk, dv, cos, sin, position_ids)
 
 
 def rotary_forward(
@@ -88,6 +102,11 @@ def rotary_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
         ``dqkv`` ``[T, (N + 2K)·D]`` in ``dq``'s dtype.
     """
     return _rotary_backward(dq, dk, dv, cos, sin, position_ids)
+
+
+def rotary_backward_e4m3(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> E4M3:
+    """:func:`rotary_backward` in eight bits: of ``dqkv`` ``[T, (N + 2K)·D]`` only the codes are made."""
+    return E4M3(*_rotary_backward_e4m3(dq, dk, dv, cos, sin, position_ids))
 
 
 class _Rotary(torch.autograd.Function):

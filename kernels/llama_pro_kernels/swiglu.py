@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .e4m3 import E4M3, empty_e4m3
 from .library import implementation, register
 
-__all__ = ["swiglu", "swiglu_backward", "swiglu_backward_", "swiglu_forward"]
+__all__ = ["swiglu", "swiglu_backward", "swiglu_backward_", "swiglu_backward_e4m3", "swiglu_forward"]
 
 
 def _empty_product(gate_up: Tensor) -> Tensor:
@@ -34,6 +35,14 @@ def _swiglu_forward(gate_up: Tensor) -> Tensor:
 def _swiglu_backward(dy: Tensor, gate_up: Tensor, need_product: bool) -> list[Tensor]:
     dgate_up, product = implementation(gate_up).swiglu_backward(dy, gate_up, need_product=need_product)
     return [dgate_up] if product is None else [dgate_up, product]
+
+
+@register(
+    "swiglu_backward_e4m3(Tensor dy, Tensor gate_up) -> (Tensor, Tensor)",
+    fake=lambda dy, gate_up: empty_e4m3(gate_up, *gate_up.shape),
+)
+def _swiglu_backward_e4m3(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return implementation(gate_up).swiglu_backward_e4m3(dy, gate_up)
 
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
@@ -59,6 +68,11 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) 
 def swiglu_backward_(dy: Tensor, gate_up: Tensor, *, need_product: bool = False) -> tuple[Tensor, Tensor | None]:
     """:func:`swiglu_backward` written over ``gate_up``, which is returned as ``dgate_up``."""
     return implementation(gate_up).swiglu_backward_(dy, gate_up, need_product=need_product)
+
+
+def swiglu_backward_e4m3(dy: Tensor, gate_up: Tensor) -> E4M3:
+    """:func:`swiglu_backward` in eight bits: of ``dgate_up`` ``[T, 2I]`` only the codes are made."""
+    return E4M3(*_swiglu_backward_e4m3(dy, gate_up))
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -16,6 +16,7 @@ FILES = [
     "test_adamw.py",
     "test_addressing.py",
     "test_dispatch.py",
+    "test_e4m3.py",
     "test_precision.py",
     "test_registration.py",
     "test_rms_norm.py",

@@ -55,6 +55,12 @@ def inputs():
     yield "qk_norm_rotary_forward", (packed, norm, norm, 1e-5, *tables(), N, K, D)
     for need_dweight in (False, True):
         yield "qk_norm_rotary_backward", (q, k, v, packed, norm, norm, 1e-5, *tables(), need_dweight)
+    yield "quantize_e4m3", (x,)
+    yield "rms_norm_backward_e4m3", (dy, x, weight, rstd, None)
+    yield "rms_norm_backward_e4m3", (dy, x.bfloat16(), weight, rstd, dy)
+    yield "swiglu_backward_e4m3", (dy, gate_up)
+    yield "rotary_backward_e4m3", (q, k, v, *tables())
+    yield "qk_norm_rotary_backward_e4m3", (q, k, v, packed, norm, norm, 1e-5, *tables())
     for wanted in ((False, False), (True, False), (False, True), (True, True)):
         yield "linear_cross_entropy_forward", (x, head, labels, scale, *wanted, -100, None, *wanted)
     for need_dx in (False, True):

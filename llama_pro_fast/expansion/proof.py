@@ -31,8 +31,7 @@ from llama_pro_fast.hf.folder import PretrainedFolder, no_progress_bars
 from llama_pro_fast.hf.loading import EMBEDDING, load_block, load_embedding, rotary_tables
 from llama_pro_fast.hf.safetensors import TORCH_DTYPES
 from llama_pro_fast.host import available_memory
-from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.model.block import BlockContext
+from llama_pro_fast.model.batch import BlockContext, PackedBatch
 from llama_pro_kernels import select_attention_backend
 
 PASSAGES = (

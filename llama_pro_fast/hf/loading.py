@@ -12,9 +12,10 @@ import torch
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.hf.families import block_spec, hf_parts
 from llama_pro_fast.hf.folder import PretrainedFolder
-from llama_pro_fast.model.block import Block, BlockClass, Recompute
+from llama_pro_fast.model.block import Block
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.model.layers import Embedding, RMSNorm
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.trained import Trained
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -110,6 +111,7 @@ def load_block(
     dtype: torch.dtype,
     block_class: BlockClass = BlockClass.FROZEN,
     recompute: Recompute = Recompute.NONE,
+    eight_bits: bool = False,
     device: torch.device | str = "cpu",
 ) -> Block:
     """Decoder block ``index`` of a folder, computing in ``dtype``."""
@@ -118,7 +120,8 @@ def load_block(
         ours: torch.cat([folder.tensor(f"model.layers.{index}.{name}").to(device) for name, _ in parts])
         for ours, parts in hf_parts(spec).items()
     }
-    return Block(spec, packed, block_class=block_class, compute_dtype=dtype, recompute=recompute)
+    how = {"block_class": block_class, "compute_dtype": dtype, "recompute": recompute, "eight_bits": eight_bits}
+    return Block(spec, packed, **how)
 
 
 def load_model(
@@ -130,6 +133,7 @@ def load_model(
     max_length: int | None = None,
     attention: str,
     recompute: Sequence[Recompute] | None = None,
+    eight_bits: bool = False,
     loaded: Callable[[Block], Any] = lambda block: None,
 ) -> Decoder:
     """Read a folder into a :class:`Decoder`, tensor by tensor, so that the peak is the model plus one block.
@@ -140,6 +144,7 @@ def load_model(
         max_length: longest sequence that will be given; by default the config's positions.
         attention: an attention backend's name (`llama_pro_kernels.select_attention_backend`).
         recompute: of each block; by default none.
+        eight_bits: whether frozen blocks that pass the gradient on make backward's products in e4m3.
         loaded: called with each block, before the next one is read.
 
     Raises:
@@ -154,7 +159,8 @@ def load_model(
     embed_tokens = load_embedding(folder, **how)
     blocks = []
     for index, (block_class, policy) in enumerate(zip(trained.classes, recompute, strict=True)):
-        blocks.append(load_block(folder, index, dtype=dtype, block_class=block_class, recompute=policy, device=device))
+        of_block = {"recompute": policy, "eight_bits": eight_bits and block_class is BlockClass.FROZEN}
+        blocks.append(load_block(folder, index, dtype=dtype, block_class=block_class, device=device, **of_block))
         loaded(blocks[-1])
     norm = RMSNorm(
         folder.tensor(FINAL_NORM).to(device), config.rms_norm_eps, trained=trained.everything, compute_dtype=dtype

@@ -1,4 +1,4 @@
-"""A packed batch: several documents laid end to end in one flat row of tokens.
+"""A packed batch: several documents laid end to end in one flat row of tokens; and what blocks read of it.
 
 Everything attention and rotary need to keep documents apart is made here, on the host, once per batch:
 
@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from llama_pro_fast.model.spec import BlockSpec
 
 IGNORE_INDEX = -100
 
@@ -116,3 +119,38 @@ class PackedBatch:
 def padded_boundaries(count: int) -> int:
     """How long ``cu_seqlens`` is made for ``count`` boundaries: the next power of two, at least 16."""
     return max(16, 1 << (count - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What every block of a forward pass shares: the batch's layout, the rotary tables, the attention backend.
+
+    Attributes:
+        position_ids: ``[T]`` int64.
+        cu_seqlens: ``[C]`` int32.
+        max_seqlen: upper bound on a document's length, constant over a run.
+        cos, sin: ``[positions, D/2]`` float32.
+        attention: name of the attention backend.
+    """
+
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    cos: Tensor
+    sin: Tensor
+    attention: str
+
+    @classmethod
+    def for_batch(cls, batch: PackedBatch, *, rotary_tables: tuple[Tensor, Tensor], attention: str) -> BlockContext:
+        cos, sin = rotary_tables
+        return cls(batch.position_ids, batch.cu_seqlens, batch.max_seqlen, cos, sin, attention)
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the rotary ops take beside their heads."""
+        return self.cos, self.sin, self.position_ids
+
+    def window(self, spec: BlockSpec) -> int | None:
+        """The sliding window of a block, in keys. None if no document can be longer than the window: plain attention is
+        then the same, and a backend without windows will do."""
+        return spec.window if spec.window is not None and spec.window < self.max_seqlen else None

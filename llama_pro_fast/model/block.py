@@ -10,46 +10,7 @@ of cu_seqlens. A product is always a matrix product; those inside attention are 
 
 Weights are packed: q, k and v in one matrix, gate and up in another, so forward makes four products. A block that an
 expansion inserts starts as an identity: its `o_proj` and `down_proj` are zero (LLaMA Pro, section 3.2), so both
-branches add 0.
-
-**Classes.** Where a block lies and whether it trains decides what it does:
-
-    prefix    below the lowest trained block. It runs without a graph, keeps nothing and has no backward.
-    frozen    above it. Backward computes the gradient of x and no gradient of a weight: four products, one a matrix.
-    trained   Backward computes the gradients of x and of every weight: eight products, two a matrix.
-
-Nothing below the lowest trained block trains. So that block computes no gradient of x and skips the dX product of
-qkv_proj: seven products instead of eight. Where everything trains it is block 0, and the embeddings want the gradient.
-
-**Kept** from forward to backward, by a frozen and by a trained block alike, are those :class:`Activations` that the
-block's policy says (:class:`Recompute`). Backward recomputes the others by the kernels of forward on the same numbers.
-Where s was kept, rms_norm_forward of s gives the rows of add_rms_norm_forward bit for bit. So no bit of a gradient
-depends on the policy.
-
-    policy             kept                   bytes a token                 recomputed in backward
-    none               x, rstd, qkv, o, lse,  4H + 4(N + K)D + 4N + 4I + 8  nothing
-                       s, post_rstd, gate_up
-    mlp                all these but gate_up  4H + 4(N + K)D + 4N + 8       post_attention_layernorm of s, gate_up_proj
-    all_but_attention  x, o, lse              2H + 2ND + 4N                 before the MLP's backward: o_proj, s,
-                                                                            post_attention_layernorm, gate_up_proj;
-                                                                            after it: input_layernorm, qkv_proj, rotary
-    block              x                      2H                            all of forward up to and including
-                                                                            gate_up_proj, attention too
-
-`mlp` and `block` recompute before the MLP's backward. The bytes are those of bf16 activations, with rstd, post_rstd and
-lse in float32 (`cost.kept_bytes`).
-
-No policy keeps the rows that leave a norm, or SwiGLU's output. Under every policy, on top of what the table says, a
-trained block recomputes them from x, s and gate_up, without a product, for the gradients of the matrices that read
-them; a frozen block has no such gradients. Nor does any policy keep normed q and k: where a block has q_norm and
-k_norm, qkv is raw, and backward norms and rotates q and k once more. down_proj is never recomputed: nothing in backward
-reads its output.
-
-**Freed.** What forward computes and does not keep is gone when forward returns, but for y. What is kept is autograd's
-until this block's backward has returned. Backward writes the gradient of gate_up over gate_up, so it may run only once.
-A second call raises (`Consumed`), and does so under the other policies too, for one rule. Of what is recomputed,
-gate_up goes with the MLP's backward, s before attention's, qkv after rotary's; rstd, post_rstd, o and lse go when
-backward returns. Until then backward also holds the gradients of all the block's weights.
+branches add 0. What backward asks of a block and what it finds kept is told in policy.py.
 
 **Weights.** A prefix or frozen block holds each weight once, in the compute dtype. A trained block holds float32 master
 weights and, where the compute dtype is lower, low-precision copies of its four matrices for the products (layers.py).
@@ -60,22 +21,27 @@ float64.
 **Several micro-batches.** A block that accumulates adds the gradients of its matrices to those that are there within
 the products, which then read them once: autograd would read both and write their sum, 8 bytes a parameter more, and
 hold the new one besides. A norm's gradient is linear in its matrix', so that of the sum takes the old one's place.
+
+**Eight bits.** A frozen weight has no gradient of its own, so a frozen block may make its four products of backward in
+e4m3 (llama_pro_kernels/e4m3.py), of each matrix' transpose in codes that it keeps beside the weight. Forward is not
+touched: logits and losses are what they are without. The kernel that makes a gradient writes its codes too: for
+qkv_proj and gate_up_proj nothing else, for o_proj and the block below beside the gradient, to which they are attached.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llama_pro_fast.model.batch import PackedBatch
+from llama_pro_fast.model.batch import BlockContext
 from llama_pro_fast.model.layers import Linear, RMSNorm
+from llama_pro_fast.model.policy import Activations, BlockClass, Recompute
 from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_kernels import (
+    E4M3,
     add_rms_norm_forward,
     attention_backward,
     attention_forward,
@@ -84,13 +50,19 @@ from llama_pro_kernels import (
     linear_dscale,
     linear_dw,
     linear_dx,
+    linear_dx_e4m3,
     qk_norm_rotary_backward,
+    qk_norm_rotary_backward_e4m3,
     qk_norm_rotary_forward,
+    quantize_e4m3,
     rms_norm_backward,
+    rms_norm_backward_e4m3,
     rms_norm_forward,
     rotary_backward,
+    rotary_backward_e4m3,
     rotary_forward_,
     swiglu_backward_,
+    swiglu_backward_e4m3,
     swiglu_forward,
 )
 from llama_pro_kernels.library import Consumed
@@ -98,94 +70,6 @@ from llama_pro_kernels.library import Consumed
 NORMS = ("input_layernorm", "q_norm", "k_norm", "post_attention_layernorm")
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _SUMMED = (*PROJECTIONS, "input_layernorm", "post_attention_layernorm")
-
-
-class BlockClass(Enum):
-    """What backward asks of a block."""
-
-    PREFIX = "prefix"
-    FROZEN = "frozen"
-    TRAINED = "trained"
-
-
-class Recompute(Enum):
-    """What a block recomputes in backward instead of keeping it; the table is above."""
-
-    NONE = "none"
-    MLP = "mlp"
-    ALL_BUT_ATTENTION = "all_but_attention"
-    BLOCK = "block"
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """The fields of :class:`Activations` that live from forward to backward."""
-        return _KEPT[self]
-
-
-class Activations(NamedTuple):
-    """What backward reads of forward.
-
-    Attributes:
-        x: ``[T, H]``, the block's input.
-        rstd, post_rstd: ``[T]``, of the two layer norms, in float32 (float64 for float64 activations).
-        qkv: ``[T, (N + 2K)·D]``, rotated; raw where a norm on q and k stands before the rotation.
-        o: ``[T, N, D]``, attention's output.
-        lse: ``[N, T]``, log-sum-exp of attention's scores, in the dtype of ``rstd``.
-        s: ``[T, H]``, the sum between the two branches.
-        gate_up: ``[T, 2I]``.
-    """
-
-    x: Tensor
-    rstd: Tensor
-    qkv: Tensor
-    o: Tensor
-    lse: Tensor
-    s: Tensor
-    post_rstd: Tensor
-    gate_up: Tensor
-
-
-_KEPT = {
-    Recompute.NONE: Activations._fields,
-    Recompute.MLP: ("x", "rstd", "qkv", "o", "lse", "s", "post_rstd"),
-    Recompute.ALL_BUT_ATTENTION: ("x", "o", "lse"),
-    Recompute.BLOCK: ("x",),
-}
-
-
-@dataclass(frozen=True)
-class BlockContext:
-    """What every block of a forward pass shares: the batch's layout, the rotary tables, the attention backend.
-
-    Attributes:
-        position_ids: ``[T]`` int64.
-        cu_seqlens: ``[C]`` int32.
-        max_seqlen: upper bound on a document's length, constant over a run.
-        cos, sin: ``[positions, D/2]`` float32.
-        attention: name of the attention backend.
-    """
-
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    cos: Tensor
-    sin: Tensor
-    attention: str
-
-    @classmethod
-    def for_batch(cls, batch: PackedBatch, *, rotary_tables: tuple[Tensor, Tensor], attention: str) -> BlockContext:
-        cos, sin = rotary_tables
-        return cls(batch.position_ids, batch.cu_seqlens, batch.max_seqlen, cos, sin, attention)
-
-    @property
-    def rotation(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the rotary ops take beside their heads."""
-        return self.cos, self.sin, self.position_ids
-
-    def window(self, spec: BlockSpec) -> int | None:
-        """The sliding window of a block, in keys. None if no document can be longer than the window: plain attention is
-        then the same, and a backend without windows will do."""
-        return spec.window if spec.window is not None and spec.window < self.max_seqlen else None
 
 
 class BlockWeights(NamedTuple):
@@ -205,12 +89,25 @@ class BlockWeights(NamedTuple):
     down_bias: Tensor | None
 
 
+class EightBits(NamedTuple):
+    """What of a block's backward is in e4m3.
+
+    Attributes:
+        transposed: name of a matrix -> its transpose, in codes; dX of the others is made in the compute dtype.
+        dx: whether the block below reads the gradient that this one leaves in codes.
+    """
+
+    transposed: dict[str, E4M3]
+    dx: bool
+
+
 class _DecoderBlock(torch.autograd.Function):
     """``(x [T, H], …) -> y [T, H]``, differentiable in x and in the weights.
 
     ``weights`` are the Parameters, in the order of :class:`BlockWeights`. ``low_precision`` is name -> low-precision
     copy, for the matrices that have one: products read the copy, the gradient goes to the Parameter. ``sums`` is name
-    -> Parameter, for the matrices and norms to whose gradients, where there are any, backward adds itself.
+    -> Parameter, for the matrices and norms to whose gradients, where there are any, backward adds itself. Matrices in
+    ``eight_bits`` are frozen.
     """
 
     @staticmethod
@@ -222,6 +119,7 @@ class _DecoderBlock(torch.autograd.Function):
         recompute: Recompute,
         low_precision: dict[str, Tensor],
         sums: dict[str, nn.Parameter],
+        eight_bits: EightBits,
         *weights: Tensor | None,
     ) -> Tensor:
         w = BlockWeights(*weights)._replace(**low_precision)
@@ -233,13 +131,14 @@ class _DecoderBlock(torch.autograd.Function):
         kept = (tensor if name in recompute.kept else None for name, tensor in activations._asdict().items())
         ctx.save_for_backward(*kept, *w)
         ctx.spec, ctx.context, ctx.sums, ctx.consumed = spec, context, sums, Consumed("decoder block")
+        ctx.eight_bits = eight_bits
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.consumed.once()
-        spec, context = ctx.spec, ctx.context
+        spec, context, codes = ctx.spec, ctx.context, ctx.eight_bits.transposed
         x, rstd, qkv, o, lse, s, post_rstd, gate_up, *weights = ctx.saved_tensors  # Activations, then BlockWeights
         w = BlockWeights(*weights)
         # The lowest trained block needs no dx, unless the embeddings train.
@@ -259,9 +158,12 @@ class _DecoderBlock(torch.autograd.Function):
             gate_up = _recompute_gate_up(s, w, spec)
 
         # y = s + down_proj(SwiGLU(gate_up)),  gate_up = gate_up_proj(post_attention_layernorm(s))
-        dswiglu = linear_dx(dy, w.down_proj.to(dy.dtype))
-        dgate_up, swiglu = swiglu_backward_(dswiglu, gate_up, need_product=trained)
-        del gate_up  # only the name: dgate_up has its storage now
+        dswiglu = _linear_dx(dy, w.down_proj.to(dy.dtype), codes.get("down_proj"))
+        if "gate_up_proj" in codes:
+            dgate_up, swiglu = swiglu_backward_e4m3(dswiglu, gate_up), None
+        else:
+            dgate_up, swiglu = swiglu_backward_(dswiglu, gate_up, need_product=trained)
+        del gate_up  # only the name: dgate_up has its storage now, or autograd has it
         if trained:
             gradients["down_proj"] = linear_dw(dy, swiglu, out=sums.get("down_proj"))
             gradients["down_bias"] = _dbias(dy, w.down_bias)
@@ -279,11 +181,8 @@ class _DecoderBlock(torch.autograd.Function):
                     sums.get("gate_up_proj"),
                 )
             )
-        dnormed = linear_dx(dgate_up, gate_up_proj)
-        # No need_dweight in a trained block either: the norm's gradient is `_norm_linear_dw`'s.
-        ds, _ = rms_norm_backward(
-            dnormed, s, w.post_attention_layernorm, post_rstd, dresidual=dy, need_dweight=False
-        )  # fmt: skip
+        dnormed = _linear_dx(dgate_up, gate_up_proj, codes.get("gate_up_proj"))
+        ds = _norm_backward(dnormed, s, w.post_attention_layernorm, post_rstd, dy, "o_proj" in codes)
         del dnormed, dgate_up, gate_up_proj
 
         # What the policy did not keep and attention's backward reads.
@@ -292,7 +191,7 @@ class _DecoderBlock(torch.autograd.Function):
         del s  # the MLP's backward was the last to read it
 
         # s = x + o_proj(o),  o = attention(rotary(qkv_proj(input_layernorm(x))))
-        do = linear_dx(ds, w.o_proj.to(dy.dtype)).view(o.shape)
+        do = _linear_dx(ds, w.o_proj.to(dy.dtype), codes.get("o_proj")).view(o.shape)
         q, k, v = _heads(qkv, w, spec, context)
         dq, dk, dv = attention_backward(
             do, q, k, v, o, lse, context.cu_seqlens, context.max_seqlen,
@@ -300,11 +199,17 @@ class _DecoderBlock(torch.autograd.Function):
         )  # fmt: skip
         del do, q, k, v
         if spec.qk_norm:
-            dqkv, gradients["q_norm"], gradients["k_norm"] = qk_norm_rotary_backward(
-                dq, dk, dv, qkv, w.q_norm, w.k_norm, spec.norm_eps, *context.rotation, need_dweight=trained
-            )
+            normed = qkv, w.q_norm, w.k_norm, spec.norm_eps, *context.rotation
+            if "qkv_proj" in codes:
+                dqkv = qk_norm_rotary_backward_e4m3(dq, dk, dv, *normed)
+            else:
+                dqkv, gradients["q_norm"], gradients["k_norm"] = qk_norm_rotary_backward(
+                    dq, dk, dv, *normed, need_dweight=trained
+                )
+            del normed
         else:
-            dqkv = rotary_backward(dq, dk, dv, *context.rotation)
+            turn_back = rotary_backward_e4m3 if "qkv_proj" in codes else rotary_backward
+            dqkv = turn_back(dq, dk, dv, *context.rotation)
         del dq, dk, dv, qkv
         qkv_proj = w.qkv_proj.to(dy.dtype)
         if trained:
@@ -316,15 +221,15 @@ class _DecoderBlock(torch.autograd.Function):
             )
         dx = None
         if need_dx:
-            dnormed = linear_dx(dqkv, qkv_proj)
-            dx, _ = rms_norm_backward(dnormed, x, w.input_layernorm, rstd, dresidual=ds, need_dweight=False)
+            dnormed = _linear_dx(dqkv, qkv_proj, codes.get("qkv_proj"))
+            dx = _norm_backward(dnormed, x, w.input_layernorm, rstd, ds, ctx.eight_bits.dx)
         for name, total in sums.items():
             if total is not None:
                 gradient = gradients.pop(name)
                 if gradient is not total:  # a norm's, of the sum
                     total.copy_(gradient)
-        # None for spec, context, recompute, low_precision and sums.
-        return dx, None, None, None, None, None, *(gradients.get(name) for name in BlockWeights._fields)
+        # None for spec, context, recompute, low_precision, sums and eight_bits.
+        return dx, None, None, None, None, None, None, *(gradients.get(name) for name in BlockWeights._fields)
 
 
 def _project_qkv(x: Tensor, w: BlockWeights, spec: BlockSpec, context: BlockContext) -> tuple[Tensor, Tensor]:
@@ -372,6 +277,28 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def _linear_dx(dy: Tensor | E4M3, weight: Tensor, transposed: E4M3 | None) -> Tensor:
+    """Gradient of a projection's input, in ``weight``'s dtype; in eight bits where ``weight`` has codes."""
+    if transposed is None:
+        return linear_dx(dy, weight)
+    if isinstance(dy, Tensor):
+        # The codes that lie beside it, unless it was written to since.
+        codes, version = getattr(dy, "e4m3", (None, None))
+        dy = codes if version == dy._version else quantize_e4m3(dy)
+    return linear_dx_e4m3(dy, transposed, weight.dtype)
+
+
+def _norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor, need_codes: bool
+) -> Tensor:  # fmt: skip
+    """``dx`` of an RMSNorm; no gradient of its weight, which in a trained block is `_norm_linear_dw`'s."""
+    if not need_codes:
+        return rms_norm_backward(dy, x, weight, rstd, dresidual=dresidual, need_dweight=False)[0]
+    dx, codes = rms_norm_backward_e4m3(dy, x, weight, rstd, dresidual=dresidual)
+    dx.e4m3 = codes, dx._version
+    return dx
+
+
 def _dbias(dy: Tensor, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else linear_dbias(dy)
 
@@ -411,10 +338,13 @@ class Block(nn.Module):
         compute_dtype: of the activations, ``x`` among them, and of frozen weights. A trained block needs at least
             float32's range of exponents (bf16, fp32, fp64): float16 loses small gradients. Autocast is not for it.
         recompute: what is recomputed in backward; under ``BLOCK`` there are no low-precision copies either.
+        eight_bits: whether backward's products are made in e4m3, for a frozen block. A matrix whose sides are no
+            multiples of 16 stays as it is.
 
     Attributes:
         accumulates: whether backward adds to the gradients of matrices and of the norms before them itself. Only for
             ``backward()``: `torch.autograd.grad` would be given nothing.
+        dx_e4m3: whether the block below reads this one's gradient of x in eight bits.
     """
 
     def __init__(
@@ -425,6 +355,7 @@ class Block(nn.Module):
         block_class: BlockClass,
         compute_dtype: torch.dtype,
         recompute: Recompute = Recompute.NONE,
+        eight_bits: bool = False,
     ) -> None:
         super().__init__()
         trained = block_class is BlockClass.TRAINED
@@ -432,14 +363,15 @@ class Block(nn.Module):
         self.spec = spec
         self.block_class = block_class
         self.recompute = recompute
-        self.accumulates = False
+        self.accumulates = self.dx_e4m3 = False
         how = {"trained": trained, "compute_dtype": compute_dtype}
         for name in NORMS:
             weight = tensors.get(f"{name}.weight")
             setattr(self, name, None if weight is None else RMSNorm(weight, spec.norm_eps, **how))
         for name in PROJECTIONS:
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-            setattr(self, name, Linear(weight, bias, **how, keep_low_precision=recompute is not Recompute.BLOCK))
+            linear_how = {"keep_low_precision": recompute is not Recompute.BLOCK, "keep_transposed": eight_bits}
+            setattr(self, name, Linear(weight, bias, **how, **linear_how))
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """``x`` ``[T, H]`` in the compute dtype -> ``[T, H]`` in the same."""
@@ -461,4 +393,11 @@ class Block(nn.Module):
         low_precision = {name: copy for name, copy in copies.items() if copy is not None}
         sums = {name: getattr(weights, name) for name in _SUMMED} if self.accumulates else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.block_class is not BlockClass.PREFIX):
-            return _DecoderBlock.apply(x, self.spec, context, self.recompute, low_precision, sums, *weights)
+            eight_bits = EightBits(self.transposed, self.dx_e4m3)
+            return _DecoderBlock.apply(x, self.spec, context, self.recompute, low_precision, sums, eight_bits, *weights)
+
+    @property
+    def transposed(self) -> dict[str, E4M3]:
+        """Of :class:`EightBits`."""
+        found = {name: getattr(self, name).transposed for name in PROJECTIONS}
+        return {name: codes for name, codes in found.items() if codes is not None}

@@ -7,15 +7,17 @@ it was made from, so the base's loss can be measured at any time without a secon
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.model.block import Block, BlockClass, BlockContext
+from llama_pro_fast.model.batch import BlockContext, PackedBatch
+from llama_pro_fast.model.block import Block
 from llama_pro_fast.model.layers import Embedding, RMSNorm
+from llama_pro_fast.model.policy import BlockClass
 from llama_pro_kernels import (
     LinearKLOutput,
     linear_cross_entropy,
@@ -50,6 +52,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = embed_tokens
         self.blocks = nn.ModuleList(blocks)
+        for below, block in itertools.pairwise(self.blocks):
+            block.dx_e4m3 = "down_proj" in below.transposed
         self.norm = norm
         self.lm_head = embed_tokens if lm_head is None else lm_head
         self.register_buffer("cos", rotary_tables[0], persistent=False)

@@ -6,6 +6,7 @@
                          each optimizer step. There is none where the master weight already has the compute dtype, nor
                          where the caller wants none kept: then each product casts the master weight.
     frozen weight        one Parameter in the compute dtype, without a gradient.
+    transposed           of a frozen matrix, in e4m3 codes, for backward in eight bits; buffers beside the Parameter.
 
 The compute dtype is that of the activations: bf16 on a GPU, float32 on a CPU unless asked otherwise.
 """
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama_pro_kernels import rms_norm
+from llama_pro_kernels import E4M3, quantize_e4m3, rms_norm
+from llama_pro_kernels.linear import fits_e4m3
 
 
 class Linear(nn.Module):
@@ -27,6 +29,7 @@ class Linear(nn.Module):
         trained: whether the two train.
         compute_dtype: of the activations.
         keep_low_precision: whether a low-precision copy of the weight is kept where one is needed. A bias has none.
+        keep_transposed: whether the transpose of a frozen weight is kept in e4m3, where its sides allow that.
     """
 
     def __init__(
@@ -37,12 +40,21 @@ class Linear(nn.Module):
         trained: bool,
         compute_dtype: torch.dtype,
         keep_low_precision: bool = True,
+        keep_transposed: bool = False,
     ) -> None:
         super().__init__()
         self.weight = parameter(weight, trained=trained, compute_dtype=compute_dtype)
         self.bias = None if bias is None else parameter(bias, trained=trained, compute_dtype=compute_dtype)
         copy = low_precision_copy(self.weight, compute_dtype) if keep_low_precision else None
         self.register_buffer("low_precision", copy, persistent=False)
+        wanted = keep_transposed and not trained and fits_e4m3(weight.shape)
+        codes, scales = quantize_e4m3(self.weight.detach().t()) if wanted else (None, None)
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    @property
+    def transposed(self) -> E4M3 | None:
+        return None if self.codes is None else E4M3(self.codes, self.scales)
 
 
 class RMSNorm(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from llama_pro_fast.model.block import BlockClass
+from llama_pro_fast.model.policy import BlockClass
 
 MARKS = {BlockClass.PREFIX: ".", BlockClass.FROZEN: "o", BlockClass.TRAINED: "X"}
 """How a strip of blocks shows each class."""

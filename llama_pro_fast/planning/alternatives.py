@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.families import hf_parts
-from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.cost import StepCost, kept_bytes, num_parameters, recomputed_flops, step_cost
 from llama_pro_fast.planning.devices import SHARE
@@ -46,7 +46,8 @@ def ways(question: Question, found: Fit | None) -> Iterator[Way]:
         for name, other in others.items():
             if other != expansion:
                 yield _way(question, f"{count} {name}", job.expanded(base, other))
-    whole = dataclasses.replace(job, config=base, trained=Trained.all_of(base.num_hidden_layers), taught=0.0)
+    trained = Trained.all_of(base.num_hidden_layers)
+    whole = dataclasses.replace(job, config=base, trained=trained, taught=0.0, eight_bits=False)
     if not job.trained.everything or expansion is not None:
         yield _way(question, "full fine-tuning", whole)
     yield _lora(question, whole)

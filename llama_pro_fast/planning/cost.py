@@ -25,10 +25,11 @@ from dataclasses import dataclass
 import torch
 
 from llama_pro_fast.hf.families import block_spec, hf_parts
-from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_fast.model.trained import Trained
 from llama_pro_kernels import accumulation_dtype
+from llama_pro_kernels.linear import fits_e4m3
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,14 @@ def step_cost(
 def matrices(spec: BlockSpec) -> dict[str, int]:
     """Elements of each of a block's weight matrices; a product with one is twice as many FLOPs per token."""
     return {name: math.prod(shape) for name, shape in spec.shapes().items() if len(shape) == 2}
+
+
+def transposed_matrices(spec: BlockSpec, block_class: BlockClass) -> int:
+    """Elements of the matrices whose products of backward a block makes in eight bits where that is wanted."""
+    if block_class is not BlockClass.FROZEN:
+        return 0
+    shapes = (shape for shape in spec.shapes().values() if len(shape) == 2)
+    return sum(math.prod(shape) for shape in shapes if fits_e4m3(shape))
 
 
 def attention_flops(spec: BlockSpec, seq_len: int) -> float:

@@ -35,6 +35,7 @@ class Device:
         flops: dense bf16 products with float32 sums, FLOP/s (data sheet).
         bandwidth: of its memory, bytes/s (data sheet).
         link: to the other cards of its machine, bytes/s in one direction (data sheet: NVLink, or PCIe 4.0 x 16).
+        eight_bits: whether it multiplies e4m3, or imitates that.
         speed_known: whether these are of this device; else they only weigh a byte against a FLOP.
     """
 
@@ -44,6 +45,7 @@ class Device:
     bandwidth: float
     link: float
     is_cpu: bool = False
+    eight_bits: bool = True
     speed_known: bool = True
 
     @property
@@ -52,9 +54,11 @@ class Device:
         return self.memory if self.is_cpu else int((self.memory - CONTEXT) * (1 - SPARE))
 
 
-def _card(title: str, gib: float, tflops: float, terabytes: float, gigabytes: float) -> Device:
+def _card(
+    title: str, gib: float, tflops: float, terabytes: float, gigabytes: float, *, eight_bits: bool = True
+) -> Device:
     speeds = {"flops": tflops * 1e12, "bandwidth": terabytes * 1e12, "link": gigabytes * 1e9}
-    return Device(title=title, memory=int(gib * GIB), **speeds)
+    return Device(title=title, memory=int(gib * GIB), eight_bits=eight_bits, **speeds)
 
 
 IN_A_MACHINE, NETWORK = 8, 50e9
@@ -63,8 +67,8 @@ IN_A_MACHINE, NETWORK = 8, 50e9
 DEVICES = {
     "h200": _card("H200 141 GB", 139.7, 989, 4.8, 450),
     "h100": _card("H100 80 GB", 79.1, 989, 3.35, 450),
-    "a100-80": _card("A100 80 GB", 79.1, 312, 2.039, 300),
-    "a100-40": _card("A100 40 GB", 39.4, 312, 1.555, 300),
+    "a100-80": _card("A100 80 GB", 79.1, 312, 2.039, 300, eight_bits=False),
+    "a100-40": _card("A100 40 GB", 39.4, 312, 1.555, 300, eight_bits=False),
     "4090": _card("RTX 4090 24 GB", 23.5, 165, 1.008, 31.5),
 }
 """By the name `--gpu` takes, the largest first. The H100 is the SXM one."""
@@ -91,6 +95,7 @@ def present(index: int = 0) -> Device:
         flops=alike.flops,
         bandwidth=alike.bandwidth,
         link=alike.link,
+        eight_bits=known.eight_bits if known else torch.cuda.get_device_capability(index) >= (8, 9),
         speed_known=known is not None,
     )
 

@@ -80,6 +80,8 @@ def _changes(question: Question) -> Iterator[str]:
         smallest = Question(job=job, device=question.device, usable=usable, batch_size=2, micro_batch_size=1)
         return best_fit(smallest) is not None
 
+    if job.eight_bits and fits(dataclasses.replace(job, eight_bits=False)):
+        yield "--train.fp8 none, without a second copy of frozen weights"
     length = job.seq_len // 2
     while length >= 256:
         if fits(dataclasses.replace(job, seq_len=length)):
@@ -112,7 +114,8 @@ def _changes(question: Question) -> Iterator[str]:
         if ranks >= question.ranks and fits(dataclasses.replace(job, shards=ranks)):
             yield f"{ranks} such cards that share what trains (torchrun, --train.sharding trained)"
             break
-    larger = [card for card in DEVICES.values() if card.usable > question.device.usable and fits(job, card.usable)]
+    able = [card for card in DEVICES.values() if card.eight_bits or not job.eight_bits]
+    larger = [card for card in able if card.usable > question.device.usable and fits(job, card.usable)]
     if larger and not fits(job, question.device.usable):
         yield f"one {larger[-1].title}"
 

@@ -21,8 +21,8 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.families import block_spec, window_within
 from llama_pro_fast.model.batch import padded_boundaries
-from llama_pro_fast.model.block import BlockClass, Recompute
 from llama_pro_fast.model.decoder import DTYPES
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.cost import matrices, num_trained_parameters
@@ -53,6 +53,7 @@ class Job:
         muon: whether matrices of blocks have Muon's one moment instead of AdamW's two.
         taught: share of the tokens on which the base teaches.
         shards: ranks over which trained blocks, their gradients and their moments are sharded.
+        eight_bits: whether frozen blocks make backward's products in e4m3.
     """
 
     config: Any
@@ -65,6 +66,7 @@ class Job:
     muon: bool = False
     taught: float = 0.0
     shards: int = 1
+    eight_bits: bool = False
 
     @functools.cached_property
     def specs(self) -> list[BlockSpec]:
@@ -161,9 +163,21 @@ def ask(
         document: tokens of a document on average; None before the text is known.
 
     Raises:
-        UserError: the recomputation asked for is not of this model.
+        UserError: the recomputation asked for is not of this model; there is nothing to make in eight bits, or the
+            device cannot.
     """
     train = config.train
+    if train.fp8 == "backward":
+        if BlockClass.FROZEN not in trained.classes:
+            raise UserError(
+                "--train.fp8 backward: no frozen block lies above the lowest one that trains, so there is no product "
+                "to make in eight bits; leave it out"
+            )
+        if not device.eight_bits:
+            raise UserError(
+                f"--train.fp8 backward: {device.title} does not multiply eight-bit floats, which Ada, Hopper and later "
+                "cards do; leave it out"
+            )
     job = Job(
         config=base if expansion is None else expanded_shape(base, expansion),
         trained=trained,
@@ -175,6 +189,7 @@ def ask(
         muon=config.optim.name == "muon",
         taught=_taught(config),
         shards=train.shards,
+        eight_bits=train.fp8 == "backward",
     )
     per_step = train.batch_size * train.seq_len
     return Question(

@@ -20,21 +20,19 @@ the attention backends is what their sources allocate.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from llama_pro_fast.hf.families import hf_parts
-from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.spec import BlockSpec
-from llama_pro_fast.planning.cost import activation_bytes, kept_bytes, matrices, num_parameters
+from llama_pro_fast.planning.block_memory import backward_peak, has_low_precision, together
+from llama_pro_fast.planning.cost import kept_bytes, matrices, num_parameters, transposed_matrices
 from llama_pro_fast.planning.job import Job
 from llama_pro_kernels import accumulation_dtype, rows_per_chunk
 from llama_pro_kernels.attention_selection import BACKENDS
-from llama_pro_kernels.reference import DSCALE_ROWS
+from llama_pro_kernels.linear import fits_e4m3
 
 WORKSPACES = 2 << 25
 """Bytes that PyTorch gives cuBLAS: 32 MiB on a Hopper for each of the two threads that make products, of forward and of
@@ -49,6 +47,7 @@ class StepMemory:
 
     Attributes:
         weights: frozen ones, the only copy.
+        transposed: of frozen ones, in eight bits for backward, with their scales.
         masters: trained weights in float32.
         low_precision: their copies in the dtype of the computation, of blocks that keep them; 0 where that is the
             masters' own.
@@ -61,6 +60,7 @@ class StepMemory:
     """
 
     weights: int
+    transposed: int
     masters: int
     low_precision: int
     moments: int
@@ -72,8 +72,8 @@ class StepMemory:
     phase: str
 
     KINDS = (
-        "weights", "masters", "low_precision", "moments", "gradients", "kept_frozen", "kept_trained", "logits",
-        "transient",
+        "weights", "transposed", "masters", "low_precision", "moments", "gradients", "kept_frozen", "kept_trained",
+        "logits", "transient",
     )  # fmt: skip
 
     @property
@@ -143,9 +143,10 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
     for index in reversed(range(job.trained.first, layers)):
         spec, kind = job.specs[index], classes[index]
         need_dx = index > job.trained.first or job.trained.everything
-        transient = _backward_peak(
+        transient = backward_peak(
             spec, kind, recompute[index], need_dx, job.dtype, job.triton, job.attention, tokens, micro_batch_size,
             job.documents(micro_batch_size), job.shards > 1, accumulating and job.shards == 1,
+            job.eight_bits and kind is BlockClass.FROZEN, index < layers - 1, hands_codes(job, index),
         )  # fmt: skip
         gradients = every if accumulating else made
         # What this micro-batch has made of the head waits for the embedding's, where they are one table.
@@ -193,7 +194,7 @@ def evaluation_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_s
         logits = chunk * (2 * element + (0 if job.triton else 3 * acc))
     losses = logits + tokens * (element * H + waiting + 2 * acc)
     always = _always(job, tokens)
-    block += _together(spec, BlockClass.TRAINED, acc) if job.shards > 1 else 0
+    block += together(spec, BlockClass.TRAINED, acc) if job.shards > 1 else 0
     return sum(_states(job, recompute).values()) + always + max(block, losses)
 
 
@@ -221,15 +222,21 @@ def casts(job: Job, block_class: BlockClass, recompute: Recompute) -> bool:
     return has_low_precision(block_class, job.dtype) and (recompute is Recompute.BLOCK or job.shards > 1)
 
 
-def _together(spec: BlockSpec, block_class: BlockClass, acc: int, blocks: int = 2) -> int:
-    """Of a sharded block, beside what any has: its weights put together, and as much again that is gathered into them;
-    in backward as much of the block before it, gathered ahead, and of the one behind it, whose gradients are sent."""
-    return blocks * acc * spec.num_parameters() if block_class is BlockClass.TRAINED else 0
+def hands_codes(job: Job, index: int) -> bool:
+    """Whether a block leaves its gradient in codes as well, for the block below."""
+    below = job.trained.classes[index - 1] if index else None
+    down_proj = job.specs[index - 1].shapes()["down_proj.weight"]
+    return job.eight_bits and below is BlockClass.FROZEN and fits_e4m3(down_proj)
 
 
-def has_low_precision(block_class: BlockClass, dtype: torch.dtype) -> bool:
-    """Whether products are made of a low-precision copy, kept or not."""
-    return block_class is BlockClass.TRAINED and dtype != accumulation_dtype(dtype)
+def transposed_bytes(job: Job) -> int:
+    """The transposes of frozen matrices in eight bits: a code an element, a float32 scale an input."""
+    if not job.eight_bits:
+        return 0
+    kinds = list(zip(job.specs, job.trained.classes, strict=True))
+    codes = sum(transposed_matrices(*each) for each in kinds)
+    shapes = [s for spec, kind in kinds if kind is BlockClass.FROZEN for s in spec.shapes().values() if len(s) == 2]
+    return codes + 4 * sum(shape[1] for shape in shapes if fits_e4m3(shape))
 
 
 def _muon_bytes(spec: BlockSpec) -> int:
@@ -248,133 +255,8 @@ def _states(job: Job, recompute: Sequence[Recompute]) -> dict[str, int]:
         low_precision += element * tables * job.config.vocab_size * job.config.hidden_size
     return {
         "weights": element * (num_parameters(job.config) - trained),
+        "transposed": transposed_bytes(job),
         "masters": acc * job.held(trained),
         "low_precision": low_precision,
         "moments": acc * job.held(job.num_moments),
     }
-
-
-@functools.lru_cache(maxsize=4096)
-def _backward_peak(
-    spec: BlockSpec,
-    block_class: BlockClass,
-    recompute: Recompute,
-    need_dx: bool,
-    dtype: torch.dtype,
-    triton: bool,
-    attention: str,
-    tokens: int,
-    sequences: int,
-    documents: int,
-    sharded: bool,
-    summed: bool,
-) -> int:
-    """Bytes that a block's backward needs at its fullest, beyond what the blocks up to it keep.
-
-    It follows `block._DecoderBlock.backward` line by line: the incoming gradient, then each product with what is alive
-    beside it. Per-token sizes first, weights' gradients behind.
-    """
-    element, acc = dtype.itemsize, accumulation_dtype(dtype).itemsize
-    trained, copied = block_class is BlockClass.TRAINED, not triton and element != acc
-    H, I, Q, KV = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
-    hidden, inner, q, kv = element * H, element * I, element * Q, element * KV
-    qkv = q + 2 * kv
-    sizes = activation_bytes(spec, dtype)
-
-    def recomputed(*names: str) -> int:
-        return sum(sizes[name] for name in names if name not in recompute.kept)
-
-    def cast(name: str) -> int:
-        # The copy of a master that keeps none, around its products. Of down_proj and o_proj it is never the fullest.
-        made = has_low_precision(block_class, dtype) and (recompute is Recompute.BLOCK or sharded)
-        return element * matrices(spec)[f"{name}.weight"] if made else 0
-
-    # Gradients of the weights, each alive until the block is done, but for those that are added to what is there; and
-    # scratch on the way to a norm's.
-    def dw(*names: str) -> int:
-        return acc * sum(matrices(spec)[f"{name}.weight"] for name in names) if trained and not summed else 0
-
-    def dscale(rows: int) -> int:
-        # The reference casts the weight's rows as well; the kernel's sums are a megabyte.
-        return acc * H * min(rows, DSCALE_ROWS) * (2 if copied else 1) if trained and not triton else 0
-
-    # Temporaries of the reference; a Triton kernel has none.
-    norm_forward = 2 * acc * H if copied else 0
-    norm_backward = 0 if triton else (4 * acc * H - hidden if copied else 2 * acc * H)
-    swiglu_backward = 0 if triton else acc * I * (6 if copied else 3)
-    rotation = 0 if triton else 3 * acc * max(Q, KV) // 2 + 2 * acc * spec.head_dim
-    head_norms = 0 if triton else 4 * acc * Q
-    upcast = acc if copied and trained else 0  # of rows, for a weight's gradient
-
-    # (bytes a token, bytes), from dy to d(gate, up) and ds
-    mlp = hidden + recomputed("s", "post_rstd", "gate_up")
-    if "o" not in recompute.kept:
-        mlp += recomputed("rstd", "qkv", "o", "lse")
-    normed = hidden + max(norm_forward, upcast * (H + 2 * I))
-    made = dw("down_proj", "gate_up_proj")
-    copy = cast("gate_up_proj")
-    phases = [
-        (mlp + (hidden + norm_forward if recomputed("gate_up") else 0), copy),
-        (mlp + inner + (inner if trained else 0) + swiglu_backward, 0),
-        (mlp + inner + (inner if trained else 0) + upcast * (H + I), dw("down_proj")),
-        (mlp + (normed if trained else 0), made + copy),
-        (mlp, made + copy + dscale(2 * I)),
-        (mlp + 2 * hidden + norm_backward, made + copy),
-    ]
-    # from ds to d(q, k, v) and dx
-    branch = 2 * hidden + recomputed("rstd", "qkv")
-    if "o" not in recompute.kept:
-        branch += recomputed("o", "lse")
-    scratch, scores = _attention_scratch(attention, spec, element, acc, tokens, sequences, documents)
-    phases += [
-        (branch + (hidden + norm_forward if recomputed("qkv") else 0), made),
-        (branch + q + (q + kv if spec.qk_norm else 0) + qkv + scratch, made + scores),
-        (branch + 2 * qkv + (head_norms if spec.qk_norm else rotation), made),
-    ]
-    after = branch - recomputed("qkv") + qkv
-    normed = hidden + max(norm_forward, upcast * (H + Q + 2 * KV))
-    made = dw("down_proj", "gate_up_proj", "o_proj", "qkv_proj") + cast("qkv_proj")
-    phases += [
-        (after + upcast * (H + Q), made - dw("qkv_proj")),
-        (after + (normed if trained else 0), made),
-        (after, made + dscale(Q + 2 * KV)),
-    ]
-    if need_dx:
-        phases.append((after + 2 * hidden + norm_backward, made))
-    fullest = max(tokens * per_token + constant for per_token, constant in phases)
-    return fullest + (_together(spec, block_class, acc, blocks=3) if sharded else 0)
-
-
-def _attention_scratch(
-    backend: str, spec: BlockSpec, element: int, acc: int, tokens: int, sequences: int, documents: int
-) -> tuple[int, int]:
-    """What a backend's backward allocates beside its results: bytes a token, and bytes.
-
-    A backend for the CPU takes one document at a time; the longest is a sequence.
-    """
-    q, kv = spec.q_size, spec.kv_size
-    grouped = spec.num_kv_heads < spec.num_heads
-    # dq is summed in float32, in rows of heads rounded up, beside a number a head and row. Each document has a block of
-    # rows more than it has tokens.
-    head = -(-spec.head_dim // 32) * 32 if spec.head_dim <= 128 else -(-spec.head_dim // 64) * 64
-    if backend in ("flash", "flash_attn"):
-        row = 4 * spec.num_heads * (head + 1)
-        # dk and dv are made for every query head where heads share them.
-        return row + (2 * element * q if grouped else 0), 128 * documents * row
-    if backend in ("flash_3", "flash_4"):
-        # Two numbers beside dq: o·do and lse. Where heads share dk and dv, these are summed in float32 as well, in
-        # blocks of their own. Blocks are capability 9's; on 10 flash_4 has up to 128 and 256 rows.
-        if backend == "flash_3":
-            head = max(head, 64)
-        queries, keys = 128 if head <= 64 else 64, 128 if head <= 128 else 96 if head <= 192 else 80
-        row, shared = 4 * spec.num_heads * (head + 2), 2 * 4 * spec.num_kv_heads * head if grouped else 0
-        return row + shared, documents * (queries * row + keys * shared)
-    if backend == "cudnn":  # copies of q, k, v, o and do besides
-        return 4 * q + 3 * element * q + 2 * element * kv, 0
-    if backend == "reference":
-        length = tokens // sequences
-        document = acc * (5 * q + 4 * kv) if element != acc else 2 * element * (q + kv)
-        return document // sequences, 2 * acc * spec.num_heads * length * length
-    assert backend == "cpu_flash", backend
-    document = element * (3 * q + 2 * kv) + (3 * acc * q if element != acc else 0)
-    return document // sequences, 0

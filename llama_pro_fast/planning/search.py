@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.planning.cost import (
     StepCost,
     attention_flops,
@@ -25,6 +25,7 @@ from llama_pro_fast.planning.cost import (
     recomputed_flops,
     recomputed_matrices,
     step_cost,
+    transposed_matrices,
 )
 from llama_pro_fast.planning.devices import IN_A_MACHINE, NETWORK, SHARE
 from llama_pro_fast.planning.job import Job, Question
@@ -45,6 +46,9 @@ ACCUMULATE = 4
 """Bytes a trained parameter costs in traffic each micro-batch of several: the product reads what it adds to."""
 OPTIMIZER = 34
 """… and each step: gradient read twice (norm, AdamW); weight and moments read and written, the copy written."""
+
+EIGHT_BITS = 1.9
+"""How many times as fast a product is in e4m3 as in bf16: alone, on an H200 (docs/LOG.md)."""
 
 HOST_FORWARD, HOST_BACKWARD = 1.2e-3, 1.5e-3
 """Seconds the host takes to start the kernels of a block, however few tokens there are: on the host of an H200, by the
@@ -85,6 +89,7 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
     executed = cost.total + cost.recomputed + flash_backward_flops(job)
     if job.muon:
         executed += len(job.trained.blocks) * muon_flops(job.specs[0]) / (batch_size * job.seq_len)
+    executed -= eight_bits_flops(job) * (1 - 1 / EIGHT_BITS)
     tokens = micro_batch_size * job.seq_len
     traffic = job.num_trained * ((ACCUMULATE / tokens if accumulating else 0) + OPTIMIZER / (batch_size * job.seq_len))
     traffic += cast_bytes(job, recompute) / tokens
@@ -132,6 +137,12 @@ def cast_bytes(job: Job, recompute: Sequence[Recompute]) -> int:
 def flash_backward_flops(job: Job) -> float:
     """FLOPs per token that flash attention's backward makes beyond twice its forward: it is really 2.5 times."""
     return sum(attention_flops(spec, job.seq_len) for spec in job.specs[job.trained.first :]) / 2
+
+
+def eight_bits_flops(job: Job) -> float:
+    """FLOPs per token, of those of dX, that are made in e4m3."""
+    kinds = zip(job.specs, job.trained.classes, strict=True)
+    return 2.0 * sum(transposed_matrices(*each) for each in kinds) if job.eight_bits else 0.0
 
 
 def peak_bytes(job: Job, recompute: Sequence[Recompute], micro_batch_size: int, batch_size: int) -> int:

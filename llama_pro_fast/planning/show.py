@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llama_pro_fast.console import amount, box, say, table
-from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.trained import LEGEND
 from llama_pro_fast.planning.alternatives import ways
 from llama_pro_fast.planning.cost import kept_bytes, num_parameters, recomputed_flops
@@ -21,7 +21,7 @@ from llama_pro_fast.planning.devices import GIB, SHARE
 from llama_pro_fast.planning.explain import shortfall, why
 from llama_pro_fast.planning.job import Question, parse_recompute, recompute_text
 from llama_pro_fast.planning.memory import StepMemory
-from llama_pro_fast.planning.search import Fit, fit, peak_bytes, sending_seconds, sent_bytes
+from llama_pro_fast.planning.search import Fit, eight_bits_flops, fit, peak_bytes, sending_seconds, sent_bytes
 
 
 def show(question: Question, found: Fit | None) -> None:
@@ -86,10 +86,11 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
         f"{_figure(found.peak / GIB)} GiB at the fullest, of {question.usable / GIB:.1f} usable on "
         f"{question.device.memory / GIB:.1f}",
     )
+    eight_bits = f" ({eight_bits_flops(job) / 1e9:.4g} in eight bits)" if job.eight_bits else ""
     yield (
         "work",
-        f"{cost.total / 1e9:.4g} GFLOP a token: forward {cost.forward / 1e9:.4g}, dX {cost.dx / 1e9:.4g}, dW "
-        f"{cost.dw / 1e9:.4g}, attention {cost.attention / 1e9:.4g} (causal, backward 2x)",
+        f"{cost.total / 1e9:.4g} GFLOP a token: forward {cost.forward / 1e9:.4g}, dX {cost.dx / 1e9:.4g}{eight_bits}, "
+        f"dW {cost.dw / 1e9:.4g}, attention {cost.attention / 1e9:.4g} (causal, backward 2x)",
     )
     yield (
         "disk",
@@ -116,6 +117,7 @@ def _length(question: Question, seconds: float) -> str:
 
 KINDS = {
     "weights": "frozen weights",
+    "transposed": "their transposes in eight bits, for backward",
     "masters": "master weights of what trains, float32",
     "low_precision": "their low-precision copies for the products",
     "moments": "the optimizer's moments, float32",

@@ -116,7 +116,8 @@ def _description(run: Record) -> list[tuple[str, str]]:
                    f"{amount(train.steps * run.tokens_per_step)} tokens"),
         ("rate", f"{optim.lr:g}, {optim.schedule}, {count_of_steps(optim.warmup_steps)} of warm-up{decay}"),
         ("device", f"{train.device}, {train.dtype}, attention {train.attention}, "
-                   f"{train.micro_batch_size:,} sequences at a time, recomputed: {train.recompute}"),
+                   f"{train.micro_batch_size:,} sequences at a time, recomputed: {train.recompute}"
+                   f"{', fp8 backward' if train.fp8 == 'backward' else ''}"),
     ]  # fmt: skip
     if run.summary is not None:
         rows.append(("export", _check(run)))

@@ -29,8 +29,8 @@ from llama_pro_fast.hf.config import CONFIG_FILE, resolve
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.host import available_memory
-from llama_pro_fast.model.block import Recompute
 from llama_pro_fast.model.decoder import DTYPES, Decoder
+from llama_pro_fast.model.policy import Recompute
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning import devices
 from llama_pro_fast.planning.devices import GIB

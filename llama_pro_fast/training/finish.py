@@ -57,6 +57,7 @@ def finish(run: Run, done: Progress, ended: str | None) -> dict[str, Any]:
         "sharding": train.sharding if train.ranks > 1 else None,
         "threads": train.threads,
         "dtype": train.dtype,
+        "fp8": train.fp8,
         "attention": train.attention,
         "micro_batch_size": train.micro_batch_size,
         "recompute": train.recompute,

@@ -111,6 +111,7 @@ class _Loop:
             max_length=self.config.train.seq_len,
             attention=self.config.train.attention,
             recompute=run.planned.recompute,
+            eight_bits=self.config.train.fp8 == "backward",
             loaded=partial(shard, ranks=run.ranks) if self.config.train.shards > 1 else lambda block: None,
         )
         if self.config.train.shards > 1:

@@ -27,6 +27,7 @@ from llama_pro_fast.planning.search import Fit, best_fit
 from llama_pro_fast.ranks import Ranks
 from llama_pro_fast.training.schedule import settle_schedule
 from llama_pro_kernels import implementation_name
+from llama_pro_kernels.linear import missing_e4m3
 
 
 def check_recipe(config: RunConfig) -> None:
@@ -147,6 +148,8 @@ def settle_computation(config: RunConfig, base: PretrainedFolder, device: torch.
         implementation_name(device, DTYPES[name])
     except ImportError as error:
         raise UserError(f"--train.device {device.type}: {error}") from error
+    if train.fp8 == "backward" and (why := missing_e4m3(device, DTYPES[name])):
+        raise UserError(f"--train.fp8 backward: {why}; leave it out")
     settled = {"seq_len": seq_len, "device": device.type, "dtype": name, "attention": attention}
     settled["threads"] = torch.get_num_threads()
     return dataclasses.replace(config, train=dataclasses.replace(train, **settled))

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
 from torch.distributed.tensor import DTensor
 
-from llama_pro_fast.model.block import Block, BlockClass
+from llama_pro_fast.model.block import Block
 from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.model.policy import BlockClass
 from llama_pro_fast.ranks import Ranks
 
 

@@ -4,5 +4,7 @@
 def test_an_unknown_part_is_told_the_usage(run_bench):
     finished = run_bench("suite.sh", "everything")
     assert finished.returncode == 2
-    parts = "tests|kernels|train|throughput|close|sizes|memory|profile|quickstart|forgetting|ranks"
+    parts = (
+        "tests|kernels|train|throughput|close|sizes|memory|profile|quickstart|forgetting|ranks|fp8-products|fp8-close"
+    )
     assert finished.stdout == f"usage: bench/suite.sh {parts}\n"

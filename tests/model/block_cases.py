@@ -12,10 +12,20 @@ import torch
 from torch.nn import functional as F
 
 from llama_pro_fast.hf.families import hf_parts
-from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.model.block import Block, BlockClass, BlockContext, Recompute
+from llama_pro_fast.model.batch import BlockContext, PackedBatch
+from llama_pro_fast.model.block import Block
+from llama_pro_fast.model.layers import Linear
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.spec import BlockSpec
-from llama_pro_kernels import select_attention_backend
+from llama_pro_kernels import (
+    add_rms_norm,
+    attention,
+    rms_norm,
+    rotary,
+    select_attention_backend,
+    swiglu,
+    trainable_linear,
+)
 
 GQA = BlockSpec(hidden_size=24, intermediate_size=40, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
 BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
@@ -58,10 +68,12 @@ def make_block(
     dtype: torch.dtype,
     seed: int = 0,
     recompute: Recompute = Recompute.NONE,
+    eight_bits: bool = False,
 ) -> Block:
     """On the default device; of weights that bf16 can hold, so that a low-precision copy is exact."""
     tensors = {name: tensor.bfloat16() for name, tensor in make_tensors(spec, seed).items()}
-    block = Block(spec, tensors, block_class=block_class, compute_dtype=dtype, recompute=recompute)
+    how = {"block_class": block_class, "compute_dtype": dtype, "recompute": recompute, "eight_bits": eight_bits}
+    block = Block(spec, tensors, **how)
     return block.to(torch.get_default_device())
 
 
@@ -94,6 +106,30 @@ def unpack(spec: BlockSpec, packed: dict[str, torch.Tensor]):
     for name, parts in hf_parts(spec).items():
         pieces = packed[name].split([shape[0] for _, shape in parts])
         yield from ((hf_name, piece) for (hf_name, _), piece in zip(parts, pieces, strict=True))
+
+
+def trainable(x: torch.Tensor, projection: Linear) -> torch.Tensor:
+    return trainable_linear(x, projection.weight, projection.bias, low_precision_weight=projection.low_precision)
+
+
+def autograd_block(block: Block, x: torch.Tensor, context: BlockContext, linear=trainable) -> torch.Tensor:
+    """The block of differentiable operations, each of which keeps and computes what it needs by itself."""
+    spec = block.spec
+
+    qkv = linear(rms_norm(x, block.input_layernorm.weight, spec.norm_eps), block.qkv_proj)
+    if spec.qk_norm:
+        heads = qkv.view(len(qkv), -1, spec.head_dim)
+        q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        q, k = rms_norm(q, block.q_norm.weight, spec.norm_eps), rms_norm(k, block.k_norm.weight, spec.norm_eps)
+        qkv = torch.cat([q, k, v], 1).flatten(1)
+    q, k, v = rotary(
+        qkv, context.cos, context.sin, context.position_ids, spec.num_heads, spec.num_kv_heads, spec.head_dim
+    )
+    lengths = context.cu_seqlens, context.max_seqlen
+    o = attention(q, k, v, *lengths, scale=spec.head_dim**-0.5, window=spec.window, backend=context.attention)
+    branch = linear(o.flatten(1), block.o_proj)
+    normed, s = add_rms_norm(branch, x, block.post_attention_layernorm.weight, spec.norm_eps)
+    return s + linear(swiglu(linear(normed, block.gate_up_proj)), block.down_proj)
 
 
 def plain_block(

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.model.block import BlockClass
 from llama_pro_fast.model.decoder import Decoder
+from llama_pro_fast.model.policy import BlockClass
 from llama_pro_fast.model.trained import Trained
 
 RANKS = 2

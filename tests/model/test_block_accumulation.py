@@ -6,7 +6,7 @@ import pytest
 import torch
 from block_cases import SPECS, make_block, make_context, make_rows
 
-from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.policy import BlockClass, Recompute
 
 MICRO_BATCHES = 3
 

@@ -15,7 +15,7 @@ from llama_pro_fast.hf.families import block_spec
 from llama_pro_fast.hf.loading import load_model
 from llama_pro_fast.model import block as block_module
 from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.cost import attention_flops, kept_bytes, matrices, recomputed_flops, step_cost
 from llama_pro_kernels import linear_cross_entropy, select_attention_backend

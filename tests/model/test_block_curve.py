@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_cases import autograd_block
 
 from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.expansion.manifest import Manifest
@@ -11,34 +12,10 @@ from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.expansion.proof import expand_and_prove
 from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.model.block import Block, BlockContext
+from llama_pro_fast.model.block import Block
 from llama_pro_fast.training.optimizer import Optimizer
-from llama_pro_kernels import add_rms_norm, attention, rms_norm, rotary, swiglu, trainable_linear
 
 STEPS = 200
-
-
-def autograd_block(block: Block, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
-    """The block of differentiable operations, each of which keeps and computes what it needs by itself."""
-    spec = block.spec
-
-    def linear(x, projection):
-        return trainable_linear(x, projection.weight, projection.bias, low_precision_weight=projection.low_precision)
-
-    qkv = linear(rms_norm(x, block.input_layernorm.weight, spec.norm_eps), block.qkv_proj)
-    if spec.qk_norm:
-        heads = qkv.view(len(qkv), -1, spec.head_dim)
-        q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        q, k = rms_norm(q, block.q_norm.weight, spec.norm_eps), rms_norm(k, block.k_norm.weight, spec.norm_eps)
-        qkv = torch.cat([q, k, v], 1).flatten(1)
-    q, k, v = rotary(
-        qkv, context.cos, context.sin, context.position_ids, spec.num_heads, spec.num_kv_heads, spec.head_dim
-    )
-    lengths = context.cu_seqlens, context.max_seqlen
-    o = attention(q, k, v, *lengths, scale=spec.head_dim**-0.5, window=spec.window, backend=context.attention)
-    branch = linear(o.flatten(1), block.o_proj)
-    normed, s = add_rms_norm(branch, x, block.post_attention_layernorm.weight, spec.norm_eps)
-    return s + linear(swiglu(linear(normed, block.gate_up_proj)), block.down_proj)
 
 
 @pytest.mark.slow

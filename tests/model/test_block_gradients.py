@@ -12,7 +12,7 @@ import pytest
 import torch
 from block_cases import LENGTHS, SPECS, hf_weights, make_block, make_context, make_rows, plain_block, unpack
 
-from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.policy import BlockClass, Recompute
 
 fp32, fp64, bf16 = torch.float32, torch.float64, torch.bfloat16
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from llama_pro_fast.hf.families import block_spec
 from llama_pro_fast.hf.loading import hf_tensors, rotary_tables
-from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.model.block import BlockContext
+from llama_pro_fast.model.batch import BlockContext, PackedBatch
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 KINDS = {

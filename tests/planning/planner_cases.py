@@ -7,7 +7,7 @@ import dataclasses
 import torch
 import transformers
 
-from llama_pro_fast.model.block import Recompute
+from llama_pro_fast.model.policy import Recompute
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.devices import DEVICES
 from llama_pro_fast.planning.job import Job, Question

@@ -6,7 +6,7 @@ import pytest
 from planner_cases import CARD, job_of
 
 from llama_pro_fast import plan
-from llama_pro_fast.model.block import Recompute
+from llama_pro_fast.model.policy import Recompute
 from llama_pro_fast.planning import alternatives
 from llama_pro_fast.planning.devices import SHARE
 from llama_pro_fast.planning.search import best_fit

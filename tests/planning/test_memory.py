@@ -22,9 +22,10 @@ from llama_pro_fast.config import OptimConfig
 from llama_pro_fast.evaluation.held_out import evaluate
 from llama_pro_fast.hf.loading import rotary_tables
 from llama_pro_fast.model.batch import PackedBatch
-from llama_pro_fast.model.block import Block, BlockClass, Recompute
+from llama_pro_fast.model.block import Block
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.model.layers import Embedding, RMSNorm
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.job import Job
 from llama_pro_fast.planning.memory import StepMemory, evaluation_memory, states_bytes, step_memory
@@ -57,6 +58,7 @@ class Case:
     attention: str = "cpu_flash"
     muon: bool = False
     taught: bool = False
+    eight_bits: bool = False
 
     def job(self, dtype: torch.dtype) -> Job:
         sizes = {
@@ -77,6 +79,7 @@ class Case:
             triton=implementation_name("cpu", fp32).startswith("triton"),
             muon=self.muon,
             taught=float(self.taught),
+            eight_bits=self.eight_bits,
         )
 
 
@@ -114,6 +117,35 @@ CASES = {
     ),
     "Muon": Case(fullest="the optimizer's step", config={"hidden_size": 256}, seq_len=8, muon=True),
     "the base teaches": Case(fullest="the loss", config={"vocab_size": 8000}, taught=True),
+    "eight bits": Case(fullest="backward of block 3", trained=(1,), eight_bits=True),
+    "eight bits, wide MLP": Case(
+        fullest="backward of block 3", trained=(1,), config={"intermediate_size": 320}, eight_bits=True
+    ),
+    "eight bits, many heads": Case(
+        fullest="backward of block 3",
+        trained=(1,),
+        config={"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16, "intermediate_size": 32},
+        eight_bits=True,
+    ),
+    "eight bits, qk norm, many heads": Case(
+        fullest="backward of block 3",
+        trained=(1,),
+        family="qwen3",
+        config={"num_attention_heads": 8, "head_dim": 16, "intermediate_size": 32},
+        eight_bits=True,
+    ),
+    "eight bits, wide rows": Case(
+        fullest="backward of block 3",
+        trained=(1,),
+        config={"hidden_size": 256, "head_dim": 16, "intermediate_size": 64, "num_attention_heads": 2},
+        eight_bits=True,
+    ),
+    "eight bits, few tokens": Case(
+        fullest="backward of block 3", trained=(1,), config={"intermediate_size": 512}, seq_len=16, eight_bits=True
+    ),
+    "eight bits, some matrices": Case(
+        fullest="backward of block 3", trained=(1,), config={"intermediate_size": 200}, eight_bits=True
+    ),
     "everything trains": Case(fullest="backward of block 3", trained=(), train_all=True),
     "everything trains, several micro-batches": Case(
         fullest="backward of block 3", trained=(), train_all=True, micro_batches=2
@@ -176,6 +208,7 @@ def make_model(job: Job, recompute: tuple[Recompute, ...] = (NONE,) * LAYERS) ->
                 block_class=block_class,
                 compute_dtype=job.dtype,
                 recompute=policy,
+                eight_bits=job.eight_bits and block_class is BlockClass.FROZEN,
             )
             for spec, block_class, policy in zip(job.specs, job.trained.classes, recompute, strict=True)
         ],
@@ -331,12 +364,16 @@ def test_the_kinds_are_what_the_model_and_the_optimizer_hold(name, dtype):
     assert said.masters == bytes_of(*masters)
     assert said.weights == bytes_of(*model.parameters()) - bytes_of(*masters)
     tables = bytes_of(model.cos, model.sin)
-    assert said.low_precision == bytes_of(*model.buffers()) - tables
+    transposed = [buffer for name, buffer in model.named_buffers() if name.endswith((".codes", ".scales"))]
+    assert said.transposed == bytes_of(*transposed)
+    assert bool(said.transposed) == case.eight_bits
+    assert said.low_precision == bytes_of(*model.buffers()) - tables - said.transposed
     assert said.moments == bytes_of(*(m for key, m in optimizer.state().items() if not key.endswith(".step")))
     assert 0 <= said.gradients <= said.masters
     assert said.transient >= tables
     fewest = step_memory(job, WAYS["block"], micro_batch_size=1, accumulating=False)
-    assert states_bytes(job) == fewest.weights + fewest.masters + fewest.low_precision + fewest.moments + fewest.masters
+    states = fewest.weights + fewest.transposed + fewest.low_precision + fewest.moments + 2 * fewest.masters
+    assert states_bytes(job) == states
     assert said.total == sum(getattr(said, kind) for kind in StepMemory.KINDS)
     assert {field.name for field in dataclasses.fields(said)} == {*StepMemory.KINDS, "phase"}
 

@@ -12,8 +12,9 @@ from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.config import find_config
 from llama_pro_fast.hf.families import block_spec
 from llama_pro_fast.model.trained import Trained
+from llama_pro_fast.planning.block_memory import attention_scratch
 from llama_pro_fast.planning.job import Job, expanded_shape
-from llama_pro_fast.planning.memory import _attention_scratch, states_bytes, step_memory
+from llama_pro_fast.planning.memory import states_bytes, step_memory
 from llama_pro_fast.planning.search import policies
 
 
@@ -86,5 +87,5 @@ def test_newer_flash_attention_pads_every_document_by_a_block(
         shapes += 2 * [(kv_heads, kv * padded_head_dim)]
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     spec = block_spec(transformers.LlamaConfig(**sizes), 0)
-    per_token, more = _attention_scratch(attention, spec, 2, 4, tokens, 1, documents)
+    per_token, more = attention_scratch(attention, spec, 2, 4, tokens, 1, documents)
     assert tokens * per_token + more == 4 * sum(map(math.prod, shapes))

@@ -15,7 +15,7 @@ from llama_pro_fast.errors import UserError
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.config import find_config
 from llama_pro_fast.hf.families import block_spec
-from llama_pro_fast.model.block import BlockClass, Recompute
+from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.planning import search
 from llama_pro_fast.planning.cost import kept_bytes, recomputed_flops, step_cost
 from llama_pro_fast.planning.devices import DEVICES

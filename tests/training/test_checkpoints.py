@@ -13,11 +13,11 @@ import forked
 import pytest
 import torch
 import yaml
+from runs_read import digests
 from torch.distributed import checkpoint as dcp
 
 from llama_pro_fast.errors import UserError
 from llama_pro_fast.export import main as export_main
-from llama_pro_fast.hf.folder import PretrainedFolder
 from llama_pro_fast.recipe import parse
 from llama_pro_fast.resume import load_config, to_dict
 from llama_pro_fast.runs import checkpoint, marker, run_folder
@@ -25,11 +25,6 @@ from llama_pro_fast.runs.checkpoint import complete_checkpoints, newest, save, v
 from llama_pro_fast.runs.marker import CheckpointInfo, Progress
 from llama_pro_fast.train import main as train_main
 from llama_pro_fast.training.run import run_training
-
-
-def digests(folder: Path) -> dict[str, str]:
-    opened = PretrainedFolder(folder)
-    return {name: opened.digest(name) for name in opened.entries}
 
 
 def flip(path: Path, bit: int) -> None:

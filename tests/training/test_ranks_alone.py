@@ -17,7 +17,7 @@ from torch import distributed
 from llama_pro_fast import ranks as ranks_module
 from llama_pro_fast.config import RunConfig, options
 from llama_pro_fast.errors import UserError
-from llama_pro_fast.model.block import BlockClass
+from llama_pro_fast.model.policy import BlockClass
 from llama_pro_fast.planning import devices
 from llama_pro_fast.ranks import ALONE, Ranks
 from llama_pro_fast.runs.run_folder import resume_command

@@ -35,9 +35,9 @@ def batch() -> PackedBatch:
     return PackedBatch.from_documents([torch.randint(300, (n,), generator=generator).tolist() for n in (30, 9, 17)])
 
 
-def load(folder: PretrainedFolder, dtype=torch.float32, parameters="new_blocks") -> Decoder:
+def load(folder: PretrainedFolder, dtype=torch.float32, parameters="new_blocks", **options) -> Decoder:
     trained = what_trains(folder.raw_config, folder.config.num_hidden_layers, parameters=parameters, name="")
-    return load_model(folder, trained=trained, dtype=dtype, attention="cpu_flash")
+    return load_model(folder, trained=trained, dtype=dtype, attention="cpu_flash", **options)
 
 
 def make_optimizer(model: Decoder, steps: int = 10, **config) -> Optimizer:
@@ -95,9 +95,11 @@ def test_a_zeroed_norm_would_keep_its_ffn_from_learning(expanded, batch):
         assert projection[name] > 0, f"{name} does not learn with zeroed projections"
 
 
+@pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_tensors_keep_every_byte_and_get_no_gradient(expanded, batch, dtype):
-    model = load(expanded, dtype)
+def test_frozen_tensors_keep_every_byte_and_get_no_gradient(expanded, batch, dtype, eight_bits):
+    model = load(expanded, dtype, eight_bits=eight_bits)
+    assert bool(model.blocks[3].transposed) == eight_bits
     optimizer = make_optimizer(model, weight_decay=0.1)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     before = {name: p.detach().clone() for name, p in frozen.items()}

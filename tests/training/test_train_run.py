@@ -14,6 +14,7 @@ import forked
 import pytest
 import torch
 import yaml
+from runs_read import digests, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_pro_fast.config import Source
@@ -31,17 +32,6 @@ from llama_pro_fast.runs.checkpoint import complete_checkpoints, load
 from llama_pro_fast.runs.metrics import read_metrics
 from llama_pro_fast.text import stdlib
 from llama_pro_fast.training.run import run_training
-
-
-def losses(run: Path) -> list[tuple]:
-    """Everything a run measured that is not a clock."""
-    keep = ("kind", "step", "source", "loss", "base_loss", "kl", "grad_norm", "lr")
-    return [tuple(row.get(key) for key in keep) for row in read_metrics(run) if row["kind"] in ("train", "eval")]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    opened = PretrainedFolder(folder)
-    return {name: opened.digest(name) for name in opened.entries}
 
 
 def start(config, folder: Path) -> BaseProcess:
@@ -137,11 +127,18 @@ def test_export_by_hand_of_a_crashed_run(make_config, tmp_path, cli):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "dtype"), [(signal.SIGINT, "float32"), (signal.SIGKILL, "bfloat16")])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, make_config, tmp_path, base):
+@pytest.mark.parametrize(
+    ("number", "dtype", "fp8"),
+    [
+        (signal.SIGINT, "float32", "none"),
+        (signal.SIGKILL, "bfloat16", "none"),
+        (signal.SIGKILL, "bfloat16", "backward"),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(number, dtype, fp8, make_config, tmp_path, base):
     """SIGINT saves at the end of the step; after SIGKILL the last complete checkpoint counts. Rows of the log fall
     between checkpoints, and are the same too."""
-    length = {"steps": 60, "checkpoint_every": 7, "log_every": 4, "dtype": dtype}
+    length = {"steps": 60, "checkpoint_every": 7, "log_every": 4, "dtype": dtype, "fp8": fp8}
     run_training(make_config(train=length, eval={"every": 10}, output=str(tmp_path / "whole")))
 
     process = start(make_config(train=length, eval={"every": 10}), tmp_path)

@@ -6,12 +6,13 @@ elements. What cannot be addressed by strides is made contiguous first, never re
 """
 
 from .adamw import adamw_
+from .e4m3 import quantize_e4m3
 from .linear_dscale import linear_dscale
 from .losses import cross_entropy_, cross_entropy_kl_, kl_divergence
-from .qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_forward
-from .rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
-from .rotary import rotary_backward, rotary_forward, rotary_forward_
-from .swiglu import swiglu_backward, swiglu_backward_, swiglu_forward
+from .qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_backward_e4m3, qk_norm_rotary_forward
+from .rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_backward_e4m3, rms_norm_forward
+from .rotary import rotary_backward, rotary_backward_e4m3, rotary_forward, rotary_forward_
+from .swiglu import swiglu_backward, swiglu_backward_, swiglu_backward_e4m3, swiglu_forward
 
 __all__ = [
     "adamw_",
@@ -21,13 +22,18 @@ __all__ = [
     "kl_divergence",
     "linear_dscale",
     "qk_norm_rotary_backward",
+    "qk_norm_rotary_backward_e4m3",
     "qk_norm_rotary_forward",
+    "quantize_e4m3",
     "rms_norm_backward",
+    "rms_norm_backward_e4m3",
     "rms_norm_forward",
     "rotary_backward",
+    "rotary_backward_e4m3",
     "rotary_forward",
     "rotary_forward_",
     "swiglu_backward",
     "swiglu_backward_",
+    "swiglu_backward_e4m3",
     "swiglu_forward",
 ]

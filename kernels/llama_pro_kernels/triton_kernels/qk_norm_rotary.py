@@ -6,7 +6,8 @@ rotation's own kernels that would be two reads and two writes an element forward
 root mean square is taken anew in backward, from a head that is in registers anyway. Between norm and rotation nothing
 is rounded.
 
-Where the weights train, few programs walk over many tokens each, as in the norm's kernel (rms_norm.py).
+Where the weights train, few programs walk over many tokens each, as in the norm's kernel (rms_norm.py). For codes of
+the packed gradient a program goes over its token twice, as in the rotation's (rotary.py).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .e4m3 import CODES, MEASURE, PLAIN, emit, empty_codes, finished, power_of_two
 from .launch import expect, launch
 from .rms_norm import sum_rows, summing_programs
-from .rotary import CONFIG, angles_of, copy_heads, query_and_key
+from .rotary import CONFIG, angles_of, copy_all_heads, query_and_key
 
 SUMMING_WARPS = 12
 """On one multiprocessor, where the weights train: three programs of 4 warps, for which there are registers (161 a
@@ -87,13 +89,13 @@ def _qk_norm_rotary_kernel(
 
 @triton.jit
 def _gradients(
-    d_ptr, d_head_stride, x_ptr, x_head_stride, weight_ptr, out_ptr, cos, sin, eps, active, dweight1, dweight2,
+    d_ptr, d_head_stride, x_ptr, x_head_stride, weight_ptr, out_ptr, cos, sin, eps, active, inverse, most,
+    dweight1, dweight2,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, NEED_DWEIGHT: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
-    """Of the heads of one token, where it is one; and the sums over them, with what was summed before."""
+    """Of the heads of one token, where it is one; and the largest magnitude and the sums so far."""
     columns = tl.arange(0, BLOCK_HALF)[None, :]
-    dtype = out_ptr.dtype.element_ty
     weight1, weight2 = _halves(weight_ptr, columns, columns < HALF, HALF)
     for start in range(0, NUM_HEADS, BLOCK_HEADS):
         heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
@@ -111,9 +113,35 @@ def _gradients(
         projection = tl.sum(g1 * x1, axis=1) + tl.sum(g2 * x2, axis=1)
         projection = (projection / HEAD_DIM)[:, None]
         target = out_ptr + heads * HEAD_DIM + columns
-        tl.store(target, ((g1 - x1 * projection) * rstd).to(dtype), mask=mask)
-        tl.store(target + HALF, ((g2 - x2 * projection) * rstd).to(dtype), mask=mask)
-    return dweight1, dweight2
+        most = emit(target, (g1 - x1 * projection) * rstd, mask, inverse, most, PASS)
+        most = emit(target + HALF, (g2 - x2 * projection) * rstd, mask, inverse, most, PASS)
+    return most, dweight1, dweight2
+
+
+@triton.jit
+def _token_gradients(
+    dq_ptr, dq_head_stride, dk_ptr, dk_head_stride, dv_ptr, dv_head_stride, q_ptr, q_head_stride, k_ptr, k_head_stride,
+    q_weight_ptr, k_weight_ptr, out_ptr, cos, sin, eps, active, inverse, most, q_sum1, q_sum2, k_sum1, k_sum2,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PASS: tl.constexpr,
+):  # fmt: skip
+    most, q_sum1, q_sum2 = _gradients(
+        dq_ptr, dq_head_stride, q_ptr, q_head_stride, q_weight_ptr,
+        out_ptr, cos, sin, eps, active, inverse, most, q_sum1, q_sum2,
+        NUM_HEADS, HEAD_DIM, HALF, NEED_DWEIGHT, BLOCK_HALF, BLOCK_HEADS, PASS,
+    )  # fmt: skip
+    out_ptr += NUM_HEADS * HEAD_DIM
+    most, k_sum1, k_sum2 = _gradients(
+        dk_ptr, dk_head_stride, k_ptr, k_head_stride, k_weight_ptr,
+        out_ptr, cos, sin, eps, active, inverse, most, k_sum1, k_sum2,
+        NUM_KV_HEADS, HEAD_DIM, HALF, NEED_DWEIGHT, BLOCK_HALF, BLOCK_HEADS, PASS,
+    )  # fmt: skip
+    most = copy_all_heads(
+        dv_ptr, dv_head_stride, out_ptr + NUM_KV_HEADS * HEAD_DIM, tl.where(active, NUM_KV_HEADS, 0), inverse, most,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_HEADS, BLOCK_DIM, PASS,
+    )  # fmt: skip
+    return most, q_sum1, q_sum2, k_sum1, k_sum2
 
 
 @triton.jit
@@ -128,14 +156,15 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_positions"])
 def _qk_norm_rotary_backward_kernel(
-    dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, out_ptr, partial_ptr,
+    dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, out_ptr, partial_ptr, scale_ptr,
     cos_ptr, sin_ptr, position_ptr,
     dq_stride, dq_head_stride, dk_stride, dk_head_stride, dv_stride, dv_head_stride,
     q_stride, q_head_stride, k_stride, k_head_stride, position_stride, num_tokens, num_positions, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
-    NEED_DWEIGHT: tl.constexpr, TURNS: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr, NEED_CODES: tl.constexpr, TURNS: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
+    PASS: tl.constexpr = CODES if NEED_CODES else PLAIN
     q_sum1 = tl.zeros((BLOCK_HEADS, BLOCK_HALF), dtype=tl.float32)
     q_sum2 = tl.zeros((BLOCK_HEADS, BLOCK_HALF), dtype=tl.float32)
     k_sum1 = tl.zeros((BLOCK_HEADS, BLOCK_HALF), dtype=tl.float32)
@@ -147,23 +176,26 @@ def _qk_norm_rotary_backward_kernel(
         position = tl.load(position_ptr + tl.minimum(token, num_tokens - 1) * position_stride)
         cos, sin = angles_of(position, cos_ptr, sin_ptr, num_positions, HALF, BLOCK_HALF)
         out = out_ptr + token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
-        q_sum1, q_sum2 = _gradients(
-            dq_ptr + token * dq_stride, dq_head_stride, q_ptr + token * q_stride, q_head_stride, q_weight_ptr,
-            out, cos, sin, eps, active, q_sum1, q_sum2,
-            NUM_HEADS, HEAD_DIM, HALF, NEED_DWEIGHT, BLOCK_HALF, BLOCK_HEADS,
-        )  # fmt: skip
-        k_sum1, k_sum2 = _gradients(
-            dk_ptr + token * dk_stride, dk_head_stride, k_ptr + token * k_stride, k_head_stride, k_weight_ptr,
-            out + NUM_HEADS * HEAD_DIM, cos, sin, eps, active, k_sum1, k_sum2,
-            NUM_KV_HEADS, HEAD_DIM, HALF, NEED_DWEIGHT, BLOCK_HALF, BLOCK_HEADS,
-        )  # fmt: skip
-        v_out = out + (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
-        for start in range(0, NUM_KV_HEADS, BLOCK_HEADS):
-            heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
-            head_mask = (heads < tl.where(active, NUM_KV_HEADS, 0))[:, None]
-            copy_heads(
-                dv_ptr + token * dv_stride, dv_head_stride, v_out, heads, head_mask, HEAD_DIM, HEAD_DIM, BLOCK_DIM
+        dq = dq_ptr + token * dq_stride
+        dk = dk_ptr + token * dk_stride
+        dv = dv_ptr + token * dv_stride
+        q = q_ptr + token * q_stride
+        k = k_ptr + token * k_stride
+        most = tl.full((), 0, tl.int32)
+        inverse = tl.full((), 1.0, tl.float32)
+        if NEED_CODES:
+            most, _, _, _, _ = _token_gradients(
+                dq, dq_head_stride, dk, dk_head_stride, dv, dv_head_stride, q, q_head_stride, k, k_head_stride,
+                q_weight_ptr, k_weight_ptr, out, cos, sin, eps, active, inverse, most, q_sum1, q_sum2, k_sum1, k_sum2,
+                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HALF, NEED_DWEIGHT, BLOCK_HALF, BLOCK_HEADS, BLOCK_DIM, MEASURE,
             )  # fmt: skip
+            scale, inverse = power_of_two(most)
+            tl.store(scale_ptr + token, scale)
+        _, q_sum1, q_sum2, k_sum1, k_sum2 = _token_gradients(
+            dq, dq_head_stride, dk, dk_head_stride, dv, dv_head_stride, q, q_head_stride, k, k_head_stride,
+            q_weight_ptr, k_weight_ptr, out, cos, sin, eps, active, inverse, most, q_sum1, q_sum2, k_sum1, k_sum2,
+            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HALF, NEED_DWEIGHT, BLOCK_HALF, BLOCK_HEADS, BLOCK_DIM, PASS,
+        )  # fmt: skip
     if NEED_DWEIGHT:
         partial = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * HEAD_DIM
         _store_sums(partial, q_sum1, q_sum2, HEAD_DIM, HALF, BLOCK_HALF)
@@ -189,12 +221,32 @@ def qk_norm_rotary_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float,
     cos: Tensor, sin: Tensor, position_ids: Tensor, *, need_dweight: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    partial = _backward_into(
+        dqkv, None, dq, dk, dv, qkv, q_weight, k_weight, eps, cos, sin, position_ids, need_dweight=need_dweight
+    )
+    return dqkv, None if partial is None else sum_rows(partial).view(2, -1)
+
+
+def qk_norm_rotary_backward_e4m3(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float,
+    cos: Tensor, sin: Tensor, position_ids: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    codes, scales = empty_codes(qkv, *qkv.shape)
+    _backward_into(codes, scales, dq, dk, dv, qkv, q_weight, k_weight, eps, cos, sin, position_ids, need_dweight=False)
+    return finished(codes), scales
+
+
+def _backward_into(
+    out: Tensor, scales: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor,
+    k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor, position_ids: Tensor, *, need_dweight: bool,
+) -> Tensor | None:  # fmt: skip
+    """Write the gradient, or with ``scales`` its codes; the sums of the weights' gradients, one row a program."""
     num_tokens, num_heads, head_dim = dq.shape
     num_kv_heads = dk.shape[1]
     q, k = query_and_key(_dense(qkv), num_heads, num_kv_heads, head_dim)
     expect(dq=(dq, q.shape), dk=(dk, k.shape), dv=(dv, k.shape))
     dq, dk, dv = map(_dense, (dq, dk, dv))
-    dqkv = torch.empty(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=qkv.dtype, device=qkv.device)
     options = _options(q, k, q_weight, k_weight, cos, sin, position_ids)
     programs, partial = num_tokens, None
     if need_dweight:
@@ -202,14 +254,14 @@ def qk_norm_rotary_backward(
         partial = torch.empty(programs, 2 * head_dim, dtype=torch.float32, device=qkv.device)
     launch(
         _qk_norm_rotary_backward_kernel, (programs,),
-        dq, dk, dv, q, k, q_weight.contiguous(), k_weight.contiguous(), dqkv, partial,
+        dq, dk, dv, q, k, q_weight.contiguous(), k_weight.contiguous(), out, partial, scales,
         cos.contiguous(), sin.contiguous(), position_ids,
         *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2], *q.stride()[:2], *k.stride()[:2],
         position_ids.stride(0), num_tokens, len(cos), eps,
-        NEED_DWEIGHT=need_dweight, TURNS=triton.cdiv(num_tokens, max(1, programs)),
+        NEED_DWEIGHT=need_dweight, NEED_CODES=scales is not None, TURNS=triton.cdiv(num_tokens, max(1, programs)),
         BLOCK_DIM=triton.next_power_of_2(head_dim), **options,
     )  # fmt: skip
-    return dqkv, None if partial is None else sum_rows(partial).view(2, head_dim)
+    return partial
 
 
 def _options(

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .e4m3 import empty_codes, finished, magnitude, power_of_two
 from .launch import expect, launch
 
 
@@ -95,10 +96,10 @@ def _rms_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, partial_ptr,
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, partial_ptr, codes_ptr, scale_ptr,
     num_rows, dy_stride, dy_head_stride, x_stride, x_head_stride, dresidual_stride, dresidual_head_stride,
     HEADS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, ROWS: tl.constexpr,
-    ADD: tl.constexpr, NEED_DWEIGHT: tl.constexpr, TURNS: tl.constexpr,
+    ADD: tl.constexpr, NEED_DWEIGHT: tl.constexpr, NEED_CODES: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_H)
     weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
@@ -125,6 +126,10 @@ def _rms_norm_backward_kernel(
             dx += tl.load(dresidual_ptr + d_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         out = rows.to(tl.int64)[:, None] * H + columns[None, :]
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NEED_CODES:
+            scale, inverse = power_of_two(tl.max(magnitude(dx), axis=1))
+            tl.store(scale_ptr + rows, scale, mask=row_mask)
+            tl.store(codes_ptr + out, (dx * inverse[:, None]).to(codes_ptr.dtype.element_ty), mask=mask)
     if NEED_DWEIGHT:
         partial = partial_ptr + tl.program_id(0).to(tl.int64) * H + columns
         tl.store(partial, tl.sum(dweight, axis=0), mask=columns < H)
@@ -174,6 +179,21 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, dresidual: Tensor | None = None, need_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
+    return _backward(dy, x, weight, rstd, dresidual, need_dweight)
+
+
+def rms_norm_backward_e4m3(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, dresidual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales = empty_codes(x, *x.shape)
+    dx, _ = _backward(dy, x, weight, rstd, dresidual, False, codes, scales)
+    return dx, finished(codes), scales
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None, need_dweight: bool,
+    codes: Tensor | None = None, scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     shape, width = x.shape, x.shape[-1]
     expect(dy=(dy, shape), weight=(weight, shape[-1:]), rstd=(rstd, shape[:-1]), dresidual=(dresidual, shape))
     streams = [dy, x] if dresidual is None else [dy, x, dresidual]
@@ -194,9 +214,9 @@ def rms_norm_backward(
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     launch(
         _rms_norm_backward_kernel, (programs,),
-        dy, x, weight.contiguous(), rstd.contiguous(), dresidual, dx, partial,
+        dy, x, weight.contiguous(), rstd.contiguous(), dresidual, dx, partial, codes, scales,
         num_rows, *dy_strides, *x_strides, *dresidual_strides,
-        HEADS=heads, ADD=dresidual is not None, NEED_DWEIGHT=need_dweight,
+        HEADS=heads, ADD=dresidual is not None, NEED_DWEIGHT=need_dweight, NEED_CODES=codes is not None,
         TURNS=triton.cdiv(tiles, max(1, programs)), **options,
     )  # fmt: skip
     if partial is None:

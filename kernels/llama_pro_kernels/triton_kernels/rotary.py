@@ -3,7 +3,8 @@
 One program turns all heads of one token: positions and angles are read once, in fp32, and each element of q and k is
 read and written once, which is the least there is. Forward reads q and k out of the packed buffer and writes both into
 one buffer, or in place; backward reads dq, dk and dv wherever attention left them and writes the packed gradient. Both
-are one launch of one kernel: the reverse of a rotation is the rotation by the opposite angle.
+are one launch of one kernel: the reverse of a rotation is the rotation by the opposite angle. For codes of the packed
+gradient a program goes over its token twice, first for the scale.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .e4m3 import CODES, MEASURE, PLAIN, emit, empty_codes, finished, power_of_two
 from .launch import expect, launch, overwritten, writable_rows
 
 
@@ -42,24 +44,39 @@ CONFIG = RotaryConfig()
 
 @triton.jit
 def copy_heads(
-    in_ptr, in_head_stride, out_ptr, heads, head_mask,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    in_ptr, in_head_stride, out_ptr, heads, head_mask, inverse, most,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     mask = head_mask & (columns < WIDTH)[None, :]
     x = tl.load(in_ptr + heads[:, None] * in_head_stride + columns[None, :], mask=mask)
-    tl.store(out_ptr + heads[:, None] * HEAD_DIM + columns[None, :], x, mask=mask)
+    return emit(out_ptr + heads[:, None] * HEAD_DIM + columns[None, :], x, mask, inverse, most, PASS)
+
+
+@triton.jit
+def copy_all_heads(
+    in_ptr, in_head_stride, out_ptr, limit, inverse, most,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PASS: tl.constexpr,
+):  # fmt: skip
+    """Those below ``limit``."""
+    for start in range(0, NUM_HEADS, BLOCK_HEADS):
+        heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
+        most = copy_heads(
+            in_ptr, in_head_stride, out_ptr, heads, (heads < limit)[:, None], inverse, most,
+            HEAD_DIM, HEAD_DIM, BLOCK_DIM, PASS,
+        )  # fmt: skip
+    return most
 
 
 @triton.jit
 def _turn(
-    in_ptr, in_head_stride, out_ptr, cos, sin,
+    in_ptr, in_head_stride, out_ptr, cos, sin, inverse, most,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_REST: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """Rotate the heads of one token; in ``out`` they lie one behind the other."""
     columns = tl.arange(0, BLOCK_HALF)
-    dtype = out_ptr.dtype.element_ty
     for start in range(0, NUM_HEADS, BLOCK_HEADS):
         heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
         head_mask = (heads < NUM_HEADS)[:, None]
@@ -68,13 +85,15 @@ def _turn(
         target = out_ptr + heads[:, None] * HEAD_DIM + columns[None, :]
         x1 = tl.load(source, mask=mask).to(tl.float32)
         x2 = tl.load(source + HALF, mask=mask).to(tl.float32)
-        tl.store(target, (x1 * cos - x2 * sin).to(dtype), mask=mask)
-        tl.store(target + HALF, (x2 * cos + x1 * sin).to(dtype), mask=mask)
+        most = emit(target, x1 * cos - x2 * sin, mask, inverse, most, PASS)
+        most = emit(target + HALF, x2 * cos + x1 * sin, mask, inverse, most, PASS)
         if BLOCK_REST > 0:
             REST: tl.constexpr = HEAD_DIM - 2 * HALF
-            copy_heads(
-                in_ptr + 2 * HALF, in_head_stride, out_ptr + 2 * HALF, heads, head_mask, HEAD_DIM, REST, BLOCK_REST
+            most = copy_heads(
+                in_ptr + 2 * HALF, in_head_stride, out_ptr + 2 * HALF, heads, head_mask, inverse, most,
+                HEAD_DIM, REST, BLOCK_REST, PASS,
             )  # fmt: skip
+    return most
 
 
 @triton.jit
@@ -89,37 +108,64 @@ def angles_of(position, cos_ptr, sin_ptr, num_positions, HALF: tl.constexpr, BLO
     return cos, sin
 
 
+@triton.jit
+def _turn_token(
+    q_ptr, q_head_stride, k_ptr, k_head_stride, v_ptr, v_head_stride, out_ptr, cos, sin, inverse, most,
+    COPY_V: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, PASS: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token; the largest magnitude of them."""
+    most = _turn(
+        q_ptr, q_head_stride, out_ptr, cos, sin, inverse, most,
+        NUM_HEADS, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_HEADS, BLOCK_REST, PASS,
+    )  # fmt: skip
+    most = _turn(
+        k_ptr, k_head_stride, out_ptr + NUM_HEADS * HEAD_DIM, cos, sin, inverse, most,
+        NUM_KV_HEADS, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_HEADS, BLOCK_REST, PASS,
+    )  # fmt: skip
+    if COPY_V:
+        most = copy_all_heads(
+            v_ptr, v_head_stride, out_ptr + (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM, NUM_KV_HEADS, inverse, most,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_HEADS, BLOCK_DIM, PASS,
+        )  # fmt: skip
+    return most
+
+
 @triton.jit(do_not_specialize=["num_positions"])
 def _rotary_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, position_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, scale_ptr, cos_ptr, sin_ptr, position_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride, position_stride,
     num_positions,
     CONJUGATE: tl.constexpr, COPY_V: tl.constexpr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    NEED_CODES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + token * position_stride)
     cos, sin = angles_of(position, cos_ptr, sin_ptr, num_positions, HALF, BLOCK_HALF)
     if CONJUGATE:
         sin = -sin
-    out_ptr += token * out_stride
-    _turn(
-        q_ptr + token * q_stride, q_head_stride, out_ptr, cos, sin,
-        NUM_HEADS, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_HEADS, BLOCK_REST,
-    )  # fmt: skip
-    _turn(
-        k_ptr + token * k_stride, k_head_stride, out_ptr + NUM_HEADS * HEAD_DIM, cos, sin,
-        NUM_KV_HEADS, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_HEADS, BLOCK_REST,
-    )  # fmt: skip
+    q_ptr += token * q_stride
+    k_ptr += token * k_stride
     if COPY_V:
-        v_out_ptr = out_ptr + (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
-        for start in range(0, NUM_KV_HEADS, BLOCK_HEADS):
-            heads = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
-            head_mask = (heads < NUM_KV_HEADS)[:, None]
-            copy_heads(
-                v_ptr + token * v_stride, v_head_stride, v_out_ptr, heads, head_mask, HEAD_DIM, HEAD_DIM, BLOCK_DIM
-            )  # fmt: skip
+        v_ptr += token * v_stride
+    out_ptr += token * out_stride
+    most = tl.full((), 0, tl.int32)
+    inverse = tl.full((), 1.0, tl.float32)
+    if NEED_CODES:
+        most = _turn_token(
+            q_ptr, q_head_stride, k_ptr, k_head_stride, v_ptr, v_head_stride, out_ptr, cos, sin, inverse, most, COPY_V,
+            NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_HEADS, BLOCK_REST, BLOCK_DIM, MEASURE,
+        )  # fmt: skip
+        scale, inverse = power_of_two(most)
+        tl.store(scale_ptr + token, scale)
+    _turn_token(
+        q_ptr, q_head_stride, k_ptr, k_head_stride, v_ptr, v_head_stride, out_ptr, cos, sin, inverse, most, COPY_V,
+        NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_HEADS, BLOCK_REST, BLOCK_DIM,
+        CODES if NEED_CODES else PLAIN,
+    )  # fmt: skip
 
 
 def rotary_forward(
@@ -153,11 +199,21 @@ def rotary_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
     return dqkv
 
 
+def rotary_backward_e4m3(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    num_tokens, num_heads, head_dim = dq.shape
+    codes, scales = empty_codes(dq, num_tokens, (num_heads + 2 * dk.shape[1]) * head_dim)
+    _rotate(codes, dq, dk, dv, cos, sin, position_ids, scales=scales, conjugate=True)
+    return finished(codes), scales
+
+
 def _rotate(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor,
-    *, conjugate: bool = False, in_place: bool = False,
+    *, scales: Tensor | None = None, conjugate: bool = False, in_place: bool = False,
 ) -> None:  # fmt: skip
-    """Turn ``q`` and ``k`` ``[T, heads, D]`` into ``out``, whose tokens lie ``out.stride(0)`` apart, and copy ``v``."""
+    """Turn ``q`` and ``k`` ``[T, heads, D]`` into ``out``, whose tokens lie ``out.stride(0)`` apart, and copy ``v``; as
+    codes where there are ``scales``."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, half = k.shape[1], cos.shape[-1]
     kv_shape = (num_tokens, num_kv_heads, head_dim)
@@ -168,13 +224,13 @@ def _rotate(
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     launch(
         _rotary_kernel, (num_tokens,),
-        q, k, v, out, cos.contiguous(), sin.contiguous(), position_ids,
+        q, k, v, out, scales, cos.contiguous(), sin.contiguous(), position_ids,
         *q.stride()[:2], *k.stride()[:2], *(v.stride()[:2] if v is not None else (0, 0)),
         out.stride(0), position_ids.stride(0), len(cos),
         CONJUGATE=conjugate, COPY_V=v is not None,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=half,
         BLOCK_REST=0 if in_place or not rest else triton.next_power_of_2(rest),
-        BLOCK_DIM=triton.next_power_of_2(head_dim), **CONFIG.cut(half),
+        BLOCK_DIM=triton.next_power_of_2(head_dim), NEED_CODES=scales is not None, **CONFIG.cut(half),
     )  # fmt: skip
 
 

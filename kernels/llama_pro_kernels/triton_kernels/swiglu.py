@@ -2,7 +2,7 @@
 
 Forward moves 3·I elements a token, backward 5·I (reads gate, up and dy, writes both gradients), and I more where the
 product is wanted too. A program loads all of its tile before it stores any of it, and tiles do not meet, so backward
-may write over its input.
+may write over its input. As codes the gradients are half as many bytes, and a program takes a row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import e4m3
+from .e4m3 import CODES, MEASURE, emit, empty_codes, finished, power_of_two
 from .launch import expect, launch, overwritten, writable_rows
 
 
@@ -62,6 +64,14 @@ def _swiglu_forward_kernel(
     tl.store(y_ptr + rows * I + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _gradients(dy, gate, up):
+    """``(dgate, dup, SiLU(gate))``."""
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    return dy * up * (sigmoid + silu * (1.0 - sigmoid)), dy * silu, silu
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _swiglu_backward_kernel(
     dy_ptr, gate_up_ptr, out_ptr, product_ptr, num_rows, dy_stride, gate_up_stride, out_stride, I,
@@ -72,15 +82,42 @@ def _swiglu_backward_kernel(
     gate = tl.load(gate_ptr, mask=mask).to(tl.float32)
     up = tl.load(gate_ptr + I, mask=mask).to(tl.float32)
     dy = tl.load(dy_ptr + rows * dy_stride + columns, mask=mask).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    dgate = dy * up * (sigmoid + silu * (1.0 - sigmoid))
-    dup = dy * silu
+    dgate, dup, silu = _gradients(dy, gate, up)
     d_ptr = out_ptr + rows * out_stride + columns
     tl.store(d_ptr, dgate.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(d_ptr + I, dup.to(out_ptr.dtype.element_ty), mask=mask)
     if NEED_PRODUCT:
         tl.store(product_ptr + rows * I + columns, (silu * up).to(product_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_gradients(dy_ptr, gate_ptr, codes_ptr, inverse, most, I, PASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of one row, tile by tile."""
+    for start in range(0, I, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < I
+        gate = tl.load(gate_ptr + columns, mask=mask).to(tl.float32)
+        up = tl.load(gate_ptr + I + columns, mask=mask).to(tl.float32)
+        dy = tl.load(dy_ptr + columns, mask=mask).to(tl.float32)
+        dgate, dup, _ = _gradients(dy, gate, up)
+        most = emit(codes_ptr + columns, dgate, mask, inverse, most, PASS)
+        most = emit(codes_ptr + I + columns, dup, mask, inverse, most, PASS)
+    return most
+
+
+@triton.jit
+def _swiglu_backward_e4m3_kernel(
+    dy_ptr, gate_up_ptr, codes_ptr, scale_ptr, dy_stride, gate_up_stride, I, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    dy_ptr += row * dy_stride
+    gate_up_ptr += row * gate_up_stride
+    codes_ptr += row * 2 * I
+    most = tl.full((), 0, tl.int32)
+    most = _row_gradients(dy_ptr, gate_up_ptr, codes_ptr, 1.0, most, I, MEASURE, BLOCK)
+    scale, inverse = power_of_two(most)
+    tl.store(scale_ptr + row, scale)
+    _row_gradients(dy_ptr, gate_up_ptr, codes_ptr, inverse, most, I, CODES, BLOCK)
 
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
@@ -104,6 +141,18 @@ def swiglu_backward_(dy: Tensor, gate_up: Tensor, *, need_product: bool = False)
         return gate_up.copy_(dgate_up), product
     product = _backward_into(gate_up, dy, gate_up, need_product)
     return overwritten(gate_up), product
+
+
+def swiglu_backward_e4m3(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    num_tokens, intermediate = _sizes(gate_up)
+    expect(dy=(dy, (num_tokens, intermediate)))
+    dy, gate_up = _dense_rows(dy), _dense_rows(gate_up)
+    codes, scales = empty_codes(gate_up, *gate_up.shape)
+    launch(
+        _swiglu_backward_e4m3_kernel, (num_tokens,),
+        dy, gate_up, codes, scales, dy.stride(0), gate_up.stride(0), intermediate, **e4m3.CONFIG.cut(intermediate),
+    )  # fmt: skip
+    return finished(codes), scales
 
 
 def _backward_into(out: Tensor, dy: Tensor, gate_up: Tensor, need_product: bool) -> Tensor | None:
