@@ -45,9 +45,9 @@ def busy(intervals: list[tuple[float, float]]) -> float:
     return total
 
 
-def profiled(workload: Workload, trace: Path | None) -> Any:
+def profiled(workload: Workload, trace: Path | None, contestant: str) -> Any:
     """The profiler's events of ``workload.steps`` steps."""
-    runner = CONTESTANTS["ours"].build(workload)
+    runner = CONTESTANTS[contestant].build(workload)
     optimizer = Optimizer(runner.model, runner.trained, OPTIM, workload.warmup + workload.steps)
     batches = [runner.prepare(tokens) for tokens in workload.token_batches()]
     cuda = workload.device == "cuda"
@@ -108,6 +108,9 @@ def summarise(events: Any, workload: Workload) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__, out="step-profile-SIZE-DEVICE")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument(
+        "--contestant", choices=[name for name in CONTESTANTS if name.startswith("ours")], default="ours"
+    )
     parser.add_argument("--attention", default="auto", help="backend")
     parser.add_argument("--trace", type=Path, metavar="NAME.json.gz")
     options = parser.parse_args(argv)
@@ -115,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     length = {"seq": size.seq, "micro_batch": size.micro_batch, "steps": 2, "warmup": 3}
     workload = Workload(size=options.size, **length, device=options.device, attention=options.attention)
     result = common.provenance(options.device) | {"size": options.size, **length, "dtype": str(workload.dtype)}
-    result |= summarise(profiled(workload, options.trace), workload)
+    result |= {"contestant": options.contestant}
+    result |= summarise(profiled(workload, options.trace, options.contestant), workload)
     out = options.out or common.result_file(f"step-profile-{options.size}", result["device"])
     common.write_json(out, result)
     rows = [

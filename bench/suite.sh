@@ -71,7 +71,8 @@ case $part in
     fp8-close)
         fp8=hf-compile-fp8-bf16,hf-compile-fp8-rowwise-bf16
         measure 7b-fp8-close 7b --rounds 5 --steps 10 --contestants ours,ours-fp8,$best_rival --budget 330
-        measure 7b-fp8 7b --rounds 1 --contestants ours-fp8,hf-compile-bf16,$fp8 --budget 120
+        "$python" bench/step_profile.py --size 7b --contestant ours-fp8 --out "$OUT/step-profile-fp8.json"
+        measure 7b-fp8 7b --rounds 1 --contestants hf-compile-bf16,$fp8 --budget 60
         ;;
     sizes)
         measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 50

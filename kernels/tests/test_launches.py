@@ -146,6 +146,31 @@ def test_normed_heads_turn_in_one_kernel_and_so_do_their_gradients():
     assert total == ((2 * head_dim,), fp32)
 
 
+def test_a_gradient_in_codes_is_one_kernel_that_writes_nothing_else():
+    """Not the gradient itself, but where it is a residual too; made apart it would be written and read once more."""
+    heads, kv_heads, head_dim = 8, 2, 64
+    packed, norm, rstd = rows((heads + 2 * kv_heads) * head_dim), torch.empty(head_dim), torch.empty(T)
+    tables = torch.empty(T, 32), torch.empty(T, 32), torch.empty(T, dtype=torch.int64)
+    d = [torch.empty(T, n, head_dim, dtype=bf16) for n in (heads, kv_heads, kv_heads)]
+
+    def codes(width):
+        return [((T, width), torch.float8_e4m3fn), ((T,), fp32)]
+
+    width = packed.shape[1]
+    x, weight = rows(), torch.empty(H, dtype=bf16)
+    assert count(lambda: ops.quantize_e4m3(x)) == (["_quantize_e4m3_kernel"], codes(H))
+    dy, gate_up = rows(I), rows(2 * I)
+    made = count(lambda: ops.swiglu_backward_e4m3(dy, gate_up))
+    assert made == (["_swiglu_backward_e4m3_kernel"], codes(2 * I))
+    assert count(lambda: ops.rotary_backward_e4m3(*d, *tables)) == (["_rotary_kernel"], codes(width))
+    made = count(lambda: ops.qk_norm_rotary_backward_e4m3(*d, packed, norm, norm, 1e-5, *tables))
+    assert made == (["_qk_norm_rotary_backward_kernel"], codes(width))
+    launches, made = count(lambda: ops.rms_norm_backward_e4m3(x, x, weight, rstd, dresidual=x))
+    assert (launches, sorted(made, key=str)) == (
+        ["_rms_norm_backward_kernel"], sorted([((T, H), bf16), *codes(H)], key=str),
+    )  # fmt: skip
+
+
 def test_logits_become_their_gradient_in_one_kernel_without_a_second_buffer():
     logits, labels, scale = rows(V), torch.empty(T, dtype=torch.int64), torch.empty(())
     options = {"ignore_index": -100, "need_dlogits": True}
@@ -208,6 +233,7 @@ def test_nothing_to_do_starts_nothing():
         (lambda: ops.linear_dscale(rows(), rows(), torch.empty(H - 1)), "scale"),
         (lambda: ops.swiglu_forward(rows(7)), "two halves"),
         (lambda: ops.swiglu_backward_(rows(I - 1), rows(2 * I)), "dy"),
+        (lambda: ops.swiglu_backward_e4m3(rows(I - 1), rows(2 * I)), "dy"),
         (lambda: ops.rotary_forward(rows(24), rows(4), rows(4), torch.empty(T - 1), 1, 1, 8), "position_ids"),
         (lambda: ops.rotary_forward(rows(24), rows(8), rows(8), torch.empty(T), 1, 1, 8), "cos turns 16 dimensions"),
         (lambda: ops.rotary_forward(rows(24), rows(4), rows(2), torch.empty(T), 1, 1, 8), "sin"),
