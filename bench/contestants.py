@@ -13,7 +13,7 @@ bf16 (ours by low-precision copies, the others under autocast); on a CPU all flo
       -liger            with Liger's kernels, its fused loss included; -liger-flash4 with FlashAttention 4 in SDPA's
                         place, which takes packed documents as they lie; SDPA takes a mask over all pairs of tokens
       -compile          decoder layers and loss through torch.compile, one graph for all layers of a class
-      -compile-fp8      compiled, with torchao's fp8 in all products of the blocks, a scale a tensor; -rowwise a row
+      …-compile-fp8     compiled, with torchao's fp8 in all products of the blocks, a scale a tensor; -rowwise a row
       …-bf16            each of these with trained weights, gradients and moments in bf16, no autocast: cheaper and
                         less exact than all others
 
@@ -43,7 +43,7 @@ from llama_pro_fast.model.batch import PackedBatch, padded_boundaries
 from llama_pro_fast.model.block import Block
 from llama_pro_fast.model.decoder import Decoder
 from llama_pro_fast.model.layers import Embedding, RMSNorm
-from llama_pro_fast.model.policy import BlockClass, Recompute
+from llama_pro_fast.model.policy import Recompute
 from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.alternatives import lora_estimate
 from llama_pro_fast.planning.cost import step_cost
@@ -112,7 +112,7 @@ def build_ours(
             ours: torch.cat([workload.draw(f"model.layers.{index}.{name}", shape) for name, shape in parts])
             for ours, parts in hf_parts(spec).items()
         }
-        of_block = {"recompute": policies[index], "eight_bits": eight_bits and classes[index] is BlockClass.FROZEN}
+        of_block = {"recompute": policies[index], "eight_bits": eight_bits}
         return Block(spec, packed, block_class=classes[index], compute_dtype=dtype, **of_block)
 
     def draw(name: str) -> torch.Tensor:
@@ -195,6 +195,8 @@ def _lora(**options: object) -> Contestant:
     return Contestant(partial(build_lora, **options), trains=ADAPTERS, packages=("peft",))
 
 
+FUSED = {"compiled": True, "pure": True, "liger": True, "attention": FLASH_4}
+
 # The most telling first, for a run that is cut short.
 CONTESTANTS: dict[str, Contestant] = {
     "ours": _ours(Recompute.NONE),
@@ -208,6 +210,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "hf-compile-bf16": _hf(compiled=True, pure=True),
     "hf-compile-fp8-bf16": _hf(compiled=True, pure=True, float8="tensorwise"),
     "hf-compile-fp8-rowwise-bf16": _hf(compiled=True, pure=True, float8="rowwise"),
+    "hf-liger-flash4-compile-fp8-bf16": _hf(**FUSED, float8="tensorwise"),
+    "hf-liger-flash4-compile-fp8-rowwise-bf16": _hf(**FUSED, float8="rowwise"),
     "hf-checkpointing-trained": _hf(checkpointing="trained"),
     "hf-checkpointing": _hf(checkpointing="all"),
     "ours-block": _ours(Recompute.BLOCK),

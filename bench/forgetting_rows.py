@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import common
 import pictures
 from forgetting_texts import DOMAIN, GENERAL
 
@@ -19,8 +20,8 @@ FAST = 3e-3
 """At which new blocks forget without replay."""
 WIDEST = 0.1
 """Forgotten, at the right edge of the picture."""
-SEEDS, T_95 = 3, 4.303
-"""Of the main methods, and Student's t for an interval of 95 % from so many."""
+SEEDS = 3
+"""Of the main methods."""
 NAMES = dict(
     zip((*DOMAIN, *GENERAL), ("held-out pages", "another manual", "quotations", "Python", "satire"), strict=True)
 )
@@ -122,7 +123,7 @@ class Mean:
 
     def __init__(self, values: Sequence[float]) -> None:
         self.values, self.mean = values, mean(values)
-        self.half = T_95 * stdev(values) / SEEDS**0.5 if len(values) == SEEDS else None
+        self.half = common.T_95[SEEDS] * stdev(values) / SEEDS**0.5 if len(values) == SEEDS else None
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")

@@ -9,7 +9,8 @@ gradients   of a model's new blocks, after some steps of training, against float
             scales of the gradient or of the weight, e5m2, trained blocks too, forward too. The bound of a block was
             stated before it was measured: a frozen block adds 0.075 of the share of its branches in the gradient that
             leaves it (four products in a row, 0.0375 each: two roundings of 2⁻⁴, evenly spread), squares add up, and
-            bf16's own error is there too.
+            bf16's own error is there too. It holds for dX of a token; a weight's gradient sums over tokens, whose
+            roundings partly cancel.
 curves      200 steps of the packaged base with and without, of three seeds each: held-out losses at the end.
 products    dX at LLaMA-2-7B's shapes: bf16; e4m3 with one scale, and with a scale a token and a column; sums in float32
             or in the tensor cores' own registers. Errors are of the sums alone, against fp64 of the same codes.
@@ -114,6 +115,7 @@ class Imitated:
 WAYS: dict[str, Imitated | None] = {
     "bf16": None,
     "backward": None,
+    "the same, imitated": Imitated(),
     "gradient by 64": Imitated(gradient=64),
     "gradient by tensor": Imitated(gradient="all"),
     "weight by tensor": Imitated(weight="all"),
@@ -297,13 +299,15 @@ def products(options: Any, folder: Path) -> dict[str, Any]:
             linear_module.FAST_ACCUMULATION = fast
             return linear_dx_e4m3(a, b, torch.bfloat16)
 
-        def by_tensor(fast: bool, a=in_codes.codes, b=transposed.codes, one=one) -> Tensor:
-            return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)
+        def by_tensor(fast: bool, dtype=torch.bfloat16, a=in_codes.codes, b=transposed.codes, one=one) -> Tensor:
+            return torch._scaled_mm(a, b.t(), one, one, out_dtype=dtype, use_fast_accum=fast)
 
         calls: dict[str, tuple[Callable[[], Tensor], Tensor | None]] = {
             "bf16": (lambda dy=dy, weight=weight: linear_dx(dy, weight), dy[some].double() @ weight.double()),
             "e4m3 by tensor": (lambda: by_tensor(False), sums),
             "e4m3 by tensor, fast sums": (lambda: by_tensor(True), sums),
+            "to float32": (lambda: by_tensor(False, torch.float32), sums),
+            "to float32, fast sums": (lambda: by_tensor(True, torch.float32), sums),
             "e4m3 by row": (lambda: by_row(False), exact),
             "e4m3 by row, fast sums": (lambda: by_row(True), exact),
             "cast apart": (lambda dy=dy: quantize_e4m3(dy).codes, None),

@@ -69,7 +69,7 @@ case $part in
         "$python" bench/fp8.py gradients --out "$OUT/fp8-gradients.json" # the packaged base
         ;;
     fp8-close)
-        fp8=hf-compile-fp8-bf16,hf-compile-fp8-rowwise-bf16
+        fp8=hf-liger-flash4-compile-fp8-bf16,hf-compile-fp8-bf16,hf-compile-fp8-rowwise-bf16
         measure 7b-fp8-close 7b --rounds 5 --steps 10 --contestants ours,ours-fp8,$best_rival --budget 330
         "$python" bench/step_profile.py --size 7b --contestant ours-fp8 --out "$OUT/step-profile-fp8.json"
         measure 7b-fp8 7b --rounds 1 --contestants hf-compile-bf16,$fp8 --budget 60

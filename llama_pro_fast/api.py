@@ -66,6 +66,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     max_length: int | None = None,
+    fp8: Literal["none", "backward"] = "none",
 ) -> Decoder:
     """A model as this package trains it: frozen blocks compute no weight gradient and keep nothing for one.
 
@@ -75,6 +76,7 @@ def load(
         dtype: of the computation. Frozen weights are held in it, trained ones in float32 (float64 under float64).
         device: where to.
         max_length: longest sequence that will be given; by default the model's positions.
+        fp8: `backward`: frozen blocks pass the gradient on in eight bits, as `train.fp8` says.
 
     Returns:
         A module over packed batches (:class:`PackedBatch`); ``trained_parameters()`` names what an optimizer gets.
@@ -99,6 +101,7 @@ def load(
         device=device,
         max_length=length,
         attention=attention,
+        eight_bits=fp8 == "backward",
     )
 
 

@@ -86,10 +86,10 @@ def disassemble(compiled: Any) -> MachineCode:
     accesses = _accesses_by_argument(compiled.asm["ptx"], _argument_names(compiled))
     widths = Counter(_sass_bits(kind) for kind in re.findall(r"\b(?:LDG|STG)((?:\.[A-Z0-9_]+)*)", assembly))
     of_ptx = sum(accesses.values(), Counter())
-    # What comes after PTX may merge wide accesses, or unroll a loop and so repeat all in it. More narrow ones without
-    # more wide ones would be wide ones split.
-    more = any(widths[bits] > of_ptx[bits] for bits in widths if bits < WIDE)
-    if set(widths) != set(of_ptx) or (more and widths[WIDE] <= of_ptx[WIDE]):
+    # What comes after PTX may merge wide accesses, or unroll a loop and so repeat all in it. Narrow ones that grow by
+    # more than the wide ones do would be wide ones split.
+    more = sum(max(0, widths[bits] - of_ptx[bits]) for bits in widths if bits < WIDE)
+    if set(widths) != set(of_ptx) or more > max(0, widths[WIDE] - of_ptx[WIDE]):
         raise RuntimeError(f"machine code accesses {dict(widths)} bits, its PTX {dict(of_ptx)}")
     return MachineCode(
         registers=int(usage[1]),

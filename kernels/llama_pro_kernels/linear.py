@@ -42,9 +42,8 @@ def fits_e4m3(shape: Sequence[int]) -> bool:
     return all(side % E4M3_MULTIPLE == 0 for side in shape)
 
 
-def missing_e4m3(device: torch.device, dtype: torch.dtype) -> str:
-    """Why products for activations of ``dtype`` cannot be made in eight bits on a device, in words; empty if they can.
-    On a CPU they are imitated."""
+def missing_e4m3(device: torch.device) -> str:
+    """Why a device cannot multiply in eight bits, in words; empty if it can. On a CPU that is imitated."""
     if device.type != "cuda":
         return ""
     name = torch.cuda.get_device_name(device)
@@ -52,13 +51,11 @@ def missing_e4m3(device: torch.device, dtype: torch.dtype) -> str:
         return f"{name} is an AMD card, whose eight-bit floats are others"
     if torch.cuda.get_device_capability(device) < (8, 9):
         return f"{name} does not multiply eight-bit floats, which Ada, Hopper and later cards do"
-    if dtype != torch.bfloat16:
-        return f"its products come out in bfloat16, and the computation is in {str(dtype).removeprefix('torch.')}"
     try:
         rows = E4M3(*(torch.zeros(size, device=device) for size in ((64, 64), (64,))))
         rows = rows._replace(codes=rows.codes.to(torch.float8_e4m3fn))
-        linear_dx_e4m3(rows, rows, dtype)
-    except RuntimeError as error:
+        linear_dx_e4m3(rows, rows, torch.bfloat16)
+    except (RuntimeError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         return f"PyTorch {torch.__version__} cannot make such a product on {name} ({why})"
     return ""
@@ -98,13 +95,18 @@ def linear_dx_e4m3(dy: E4M3, weight: E4M3, dtype: torch.dtype) -> Tensor:
     if not fits_e4m3(transposed.shape):
         raise ValueError(f"codes of {list(transposed.shape)}: both sides must be multiples of {E4M3_MULTIPLE}")
     if codes.is_cuda:
-        return torch._scaled_mm(
-            codes, transposed.t(), dy.scales[:, None], weight.scales[None],
-            out_dtype=dtype, use_fast_accum=FAST_ACCUMULATION,
-        )  # fmt: skip
+        return _scaled_product(dy, weight, dtype)
     acc = accumulation_dtype(dtype)
     product = torch.mm(codes.to(acc), transposed.to(acc).t())
     return product.mul_(dy.scales[:, None]).mul_(weight.scales).to(dtype)
+
+
+def _scaled_product(dy: E4M3, weight: E4M3, dtype: torch.dtype) -> Tensor:
+    """PyTorch's product in eight bits, scaled by rows and by columns."""
+    return torch._scaled_mm(
+        dy.codes, weight.codes.t(), dy.scales[:, None], weight.scales[None],
+        out_dtype=dtype, use_fast_accum=FAST_ACCUMULATION,
+    )  # fmt: skip
 
 
 def linear_dw(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:

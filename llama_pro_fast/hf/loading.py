@@ -159,7 +159,7 @@ def load_model(
     embed_tokens = load_embedding(folder, **how)
     blocks = []
     for index, (block_class, policy) in enumerate(zip(trained.classes, recompute, strict=True)):
-        of_block = {"recompute": policy, "eight_bits": eight_bits and block_class is BlockClass.FROZEN}
+        of_block = {"recompute": policy, "eight_bits": eight_bits}
         blocks.append(load_block(folder, index, dtype=dtype, block_class=block_class, device=device, **of_block))
         loaded(blocks[-1])
     norm = RMSNorm(

@@ -24,8 +24,8 @@ hold the new one besides. A norm's gradient is linear in its matrix', so that of
 
 **Eight bits.** A frozen weight has no gradient of its own, so a frozen block may make its four products of backward in
 e4m3 (llama_pro_kernels/e4m3.py), of each matrix' transpose in codes that it keeps beside the weight. Forward is not
-touched: logits and losses are what they are without. The kernel that makes a gradient writes its codes too: for
-qkv_proj and gate_up_proj nothing else, for o_proj and the block below beside the gradient, to which they are attached.
+touched: logits and losses are what they are without. The kernel that makes a gradient writes its codes: for qkv_proj
+and gate_up_proj nothing else, for o_proj beside the gradient, which is a residual too. Those of dy are made apart.
 """
 
 from __future__ import annotations
@@ -89,25 +89,13 @@ class BlockWeights(NamedTuple):
     down_bias: Tensor | None
 
 
-class EightBits(NamedTuple):
-    """What of a block's backward is in e4m3.
-
-    Attributes:
-        transposed: name of a matrix -> its transpose, in codes; dX of the others is made in the compute dtype.
-        dx: whether the block below reads the gradient that this one leaves in codes.
-    """
-
-    transposed: dict[str, E4M3]
-    dx: bool
-
-
 class _DecoderBlock(torch.autograd.Function):
     """``(x [T, H], …) -> y [T, H]``, differentiable in x and in the weights.
 
     ``weights`` are the Parameters, in the order of :class:`BlockWeights`. ``low_precision`` is name -> low-precision
     copy, for the matrices that have one: products read the copy, the gradient goes to the Parameter. ``sums`` is name
-    -> Parameter, for the matrices and norms to whose gradients, where there are any, backward adds itself. Matrices in
-    ``eight_bits`` are frozen.
+    -> Parameter, for the matrices and norms to whose gradients, where there are any, backward adds itself.
+    ``transposed`` is name -> transpose in codes, for the frozen matrices whose dX is made in eight bits.
     """
 
     @staticmethod
@@ -119,7 +107,7 @@ class _DecoderBlock(torch.autograd.Function):
         recompute: Recompute,
         low_precision: dict[str, Tensor],
         sums: dict[str, nn.Parameter],
-        eight_bits: EightBits,
+        transposed: dict[str, E4M3],
         *weights: Tensor | None,
     ) -> Tensor:
         w = BlockWeights(*weights)._replace(**low_precision)
@@ -131,14 +119,14 @@ class _DecoderBlock(torch.autograd.Function):
         kept = (tensor if name in recompute.kept else None for name, tensor in activations._asdict().items())
         ctx.save_for_backward(*kept, *w)
         ctx.spec, ctx.context, ctx.sums, ctx.consumed = spec, context, sums, Consumed("decoder block")
-        ctx.eight_bits = eight_bits
+        ctx.transposed = transposed
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.consumed.once()
-        spec, context, codes = ctx.spec, ctx.context, ctx.eight_bits.transposed
+        spec, context, codes = ctx.spec, ctx.context, ctx.transposed
         x, rstd, qkv, o, lse, s, post_rstd, gate_up, *weights = ctx.saved_tensors  # Activations, then BlockWeights
         w = BlockWeights(*weights)
         # The lowest trained block needs no dx, unless the embeddings train.
@@ -163,7 +151,7 @@ class _DecoderBlock(torch.autograd.Function):
             dgate_up, swiglu = swiglu_backward_e4m3(dswiglu, gate_up), None
         else:
             dgate_up, swiglu = swiglu_backward_(dswiglu, gate_up, need_product=trained)
-        del gate_up  # only the name: dgate_up has its storage now, or autograd has it
+        del gate_up  # only the name, where dgate_up has its storage now or autograd keeps it
         if trained:
             gradients["down_proj"] = linear_dw(dy, swiglu, out=sums.get("down_proj"))
             gradients["down_bias"] = _dbias(dy, w.down_bias)
@@ -182,7 +170,14 @@ class _DecoderBlock(torch.autograd.Function):
                 )
             )
         dnormed = _linear_dx(dgate_up, gate_up_proj, codes.get("gate_up_proj"))
-        ds = _norm_backward(dnormed, s, w.post_attention_layernorm, post_rstd, dy, "o_proj" in codes)
+        into_s = dnormed, s, w.post_attention_layernorm, post_rstd
+        if "o_proj" in codes:
+            ds, ds_rows = rms_norm_backward_e4m3(*into_s, dresidual=dy)
+        else:
+            # No need_dweight in a trained block either: the norm's gradient is `_norm_linear_dw`'s.
+            ds, _ = rms_norm_backward(*into_s, dresidual=dy, need_dweight=False)
+            ds_rows = ds
+        del into_s
         del dnormed, dgate_up, gate_up_proj
 
         # What the policy did not keep and attention's backward reads.
@@ -191,7 +186,8 @@ class _DecoderBlock(torch.autograd.Function):
         del s  # the MLP's backward was the last to read it
 
         # s = x + o_proj(o),  o = attention(rotary(qkv_proj(input_layernorm(x))))
-        do = _linear_dx(ds, w.o_proj.to(dy.dtype), codes.get("o_proj")).view(o.shape)
+        do = _linear_dx(ds_rows, w.o_proj.to(dy.dtype), codes.get("o_proj")).view(o.shape)
+        del ds_rows
         q, k, v = _heads(qkv, w, spec, context)
         dq, dk, dv = attention_backward(
             do, q, k, v, o, lse, context.cu_seqlens, context.max_seqlen,
@@ -222,13 +218,13 @@ class _DecoderBlock(torch.autograd.Function):
         dx = None
         if need_dx:
             dnormed = _linear_dx(dqkv, qkv_proj, codes.get("qkv_proj"))
-            dx = _norm_backward(dnormed, x, w.input_layernorm, rstd, ds, ctx.eight_bits.dx)
+            dx, _ = rms_norm_backward(dnormed, x, w.input_layernorm, rstd, dresidual=ds, need_dweight=False)
         for name, total in sums.items():
             if total is not None:
                 gradient = gradients.pop(name)
                 if gradient is not total:  # a norm's, of the sum
                     total.copy_(gradient)
-        # None for spec, context, recompute, low_precision, sums and eight_bits.
+        # None for spec, context, recompute, low_precision, sums and transposed.
         return dx, None, None, None, None, None, None, *(gradients.get(name) for name in BlockWeights._fields)
 
 
@@ -281,22 +277,7 @@ def _linear_dx(dy: Tensor | E4M3, weight: Tensor, transposed: E4M3 | None) -> Te
     """Gradient of a projection's input, in ``weight``'s dtype; in eight bits where ``weight`` has codes."""
     if transposed is None:
         return linear_dx(dy, weight)
-    if isinstance(dy, Tensor):
-        # The codes that lie beside it, unless it was written to since.
-        codes, version = getattr(dy, "e4m3", (None, None))
-        dy = codes if version == dy._version else quantize_e4m3(dy)
-    return linear_dx_e4m3(dy, transposed, weight.dtype)
-
-
-def _norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor, need_codes: bool
-) -> Tensor:  # fmt: skip
-    """``dx`` of an RMSNorm; no gradient of its weight, which in a trained block is `_norm_linear_dw`'s."""
-    if not need_codes:
-        return rms_norm_backward(dy, x, weight, rstd, dresidual=dresidual, need_dweight=False)[0]
-    dx, codes = rms_norm_backward_e4m3(dy, x, weight, rstd, dresidual=dresidual)
-    dx.e4m3 = codes, dx._version
-    return dx
+    return linear_dx_e4m3(quantize_e4m3(dy) if isinstance(dy, Tensor) else dy, transposed, weight.dtype)
 
 
 def _dbias(dy: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -338,13 +319,12 @@ class Block(nn.Module):
         compute_dtype: of the activations, ``x`` among them, and of frozen weights. A trained block needs at least
             float32's range of exponents (bf16, fp32, fp64): float16 loses small gradients. Autocast is not for it.
         recompute: what is recomputed in backward; under ``BLOCK`` there are no low-precision copies either.
-        eight_bits: whether backward's products are made in e4m3, for a frozen block. A matrix whose sides are no
-            multiples of 16 stays as it is.
+        eight_bits: whether a frozen block makes backward's products in e4m3; of no concern to other classes. A matrix
+            whose sides are no multiples of 16 stays as it is.
 
     Attributes:
         accumulates: whether backward adds to the gradients of matrices and of the norms before them itself. Only for
             ``backward()``: `torch.autograd.grad` would be given nothing.
-        dx_e4m3: whether the block below reads this one's gradient of x in eight bits.
     """
 
     def __init__(
@@ -363,15 +343,18 @@ class Block(nn.Module):
         self.spec = spec
         self.block_class = block_class
         self.recompute = recompute
-        self.accumulates = self.dx_e4m3 = False
+        self.accumulates = False
         how = {"trained": trained, "compute_dtype": compute_dtype}
         for name in NORMS:
             weight = tensors.get(f"{name}.weight")
             setattr(self, name, None if weight is None else RMSNorm(weight, spec.norm_eps, **how))
         for name in PROJECTIONS:
             weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-            linear_how = {"keep_low_precision": recompute is not Recompute.BLOCK, "keep_transposed": eight_bits}
-            setattr(self, name, Linear(weight, bias, **how, **linear_how))
+            kept = {
+                "keep_low_precision": recompute is not Recompute.BLOCK,
+                "keep_transposed": eight_bits and block_class is BlockClass.FROZEN,
+            }
+            setattr(self, name, Linear(weight, bias, **how, **kept))
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """``x`` ``[T, H]`` in the compute dtype -> ``[T, H]`` in the same."""
@@ -393,11 +376,13 @@ class Block(nn.Module):
         low_precision = {name: copy for name, copy in copies.items() if copy is not None}
         sums = {name: getattr(weights, name) for name in _SUMMED} if self.accumulates else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.block_class is not BlockClass.PREFIX):
-            eight_bits = EightBits(self.transposed, self.dx_e4m3)
-            return _DecoderBlock.apply(x, self.spec, context, self.recompute, low_precision, sums, eight_bits, *weights)
+            arguments = x, self.spec, context, self.recompute, low_precision, sums, self.transposed
+            return _DecoderBlock.apply(*arguments, *weights)
 
     @property
     def transposed(self) -> dict[str, E4M3]:
-        """Of :class:`EightBits`."""
+        """Name of a matrix -> its transpose in codes, where backward reads that."""
+        if self.block_class is not BlockClass.FROZEN:
+            return {}
         found = {name: getattr(self, name).transposed for name in PROJECTIONS}
         return {name: codes for name, codes in found.items() if codes is not None}

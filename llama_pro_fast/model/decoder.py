@@ -7,7 +7,6 @@ it was made from, so the base's loss can be measured at any time without a secon
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -52,8 +51,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = embed_tokens
         self.blocks = nn.ModuleList(blocks)
-        for below, block in itertools.pairwise(self.blocks):
-            block.dx_e4m3 = "down_proj" in below.transposed
         self.norm = norm
         self.lm_head = embed_tokens if lm_head is None else lm_head
         self.register_buffer("cos", rotary_tables[0], persistent=False)

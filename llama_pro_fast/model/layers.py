@@ -6,7 +6,8 @@
                          each optimizer step. There is none where the master weight already has the compute dtype, nor
                          where the caller wants none kept: then each product casts the master weight.
     frozen weight        one Parameter in the compute dtype, without a gradient.
-    transposed           of a frozen matrix, in e4m3 codes, for backward in eight bits; buffers beside the Parameter.
+    transposed           of a frozen matrix, in e4m3 codes, for backward in eight bits; buffers beside the Parameter,
+                         made with it: who gives it other numbers, or the module another dtype, must make it anew.
 
 The compute dtype is that of the activations: bf16 on a GPU, float32 on a CPU unless asked otherwise.
 """

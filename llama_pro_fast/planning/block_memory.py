@@ -40,8 +40,6 @@ def backward_peak(
     sharded: bool,
     summed: bool,
     eight_bits: bool,
-    given_codes: bool,
-    hands_codes: bool,
 ) -> int:
     """Bytes that a block's backward needs at its fullest, beyond what the blocks up to it keep.
 
@@ -80,7 +78,7 @@ def backward_peak(
     head_norms = 0 if triton else acc * (4 * Q + 3 * spec.num_heads)
     upcast = acc if copied and trained else 0  # of rows, for a weight's gradient
 
-    # In eight bits: codes with a scale a token, in place of a gradient or beside dy, ds and dx. The reference makes
+    # In eight bits: codes with a scale a token, in place of a gradient or beside dy and ds. The reference makes
     # them when its other temporaries are gone, and multiplies in the accumulation dtype.
     def in_codes(name: str) -> bool:
         return eight_bits and fits_e4m3(spec.shapes()[f"{name}.weight"])
@@ -97,13 +95,10 @@ def backward_peak(
         return scratch + beside if triton else max(scratch, then + beside)
 
     wide = Q + 2 * KV
-    dy_codes, ds_codes, dx_codes = codes("down_proj", H), codes("o_proj", H), H + 4 if hands_codes else 0
+    dy_codes, ds_codes = codes("down_proj", H), codes("o_proj", H)
     dgate_up, dqkv = codes("gate_up_proj", 2 * I), codes("qkv_proj", wide) or qkv
     upcast_rows = acc * H if copied else 0
-    ds_backward, dx_backward = (
-        with_codes(norm_backward + (upcast_rows if beside else 0), acc * H + 2 * upcast_rows, beside)
-        for beside in (ds_codes, dx_codes)
-    )
+    ds_backward = with_codes(norm_backward + (upcast_rows if ds_codes else 0), acc * H + 2 * upcast_rows, ds_codes)
     if dgate_up:
         scratch = 0 if triton else acc * I * (8 if copied else 5)
         swiglu_backward = with_codes(scratch, 4 * acc * I, dgate_up)
@@ -113,10 +108,9 @@ def backward_peak(
         copies = made_wide if copied else 0
         scratch = copies + made_wide + (head_norms if spec.qk_norm else rotation)
         turn_back = with_codes(scratch, copies + 2 * made_wide, dqkv)
-    kept_dy = dy_codes if given_codes else 0
 
     # (bytes a token, bytes), from dy to d(gate, up) and ds
-    mlp = hidden + kept_dy + recomputed("s", "post_rstd", "gate_up")
+    mlp = hidden + recomputed("s", "post_rstd", "gate_up")
     if "o" not in recompute.kept:
         mlp += recomputed("rstd", "qkv", "o", "lse")
     # d(gate, up) has gate_up's place, or is in codes and gate_up is gone, if it was recomputed.
@@ -126,7 +120,7 @@ def backward_peak(
     copy = cast("gate_up_proj")
     phases = [
         (mlp + (hidden + norm_forward if recomputed("gate_up") else 0), copy),
-        (mlp + dy_codes - kept_dy + inner + product("down_proj")[0], product("down_proj")[1]),
+        (mlp + dy_codes + inner + product("down_proj")[0], product("down_proj")[1]),
         (mlp + inner + (inner if trained else 0) + swiglu_backward, 0),
         (mlp + inner + (inner if trained else 0) + upcast * (H + I), dw("down_proj")),
         (mlp + (normed if trained else 0), made + copy),
@@ -135,13 +129,13 @@ def backward_peak(
         (behind + 2 * hidden + ds_backward, made + copy),
     ]
     # from ds to d(q, k, v) and dx
-    branch = 2 * hidden + kept_dy + ds_codes + recomputed("rstd", "qkv")
+    branch = 2 * hidden + recomputed("rstd", "qkv")
     if "o" not in recompute.kept:
         branch += recomputed("o", "lse")
     scratch, scores = attention_scratch(attention, spec, element, acc, tokens, sequences, documents)
     phases += [
         (branch + (hidden + norm_forward if recomputed("qkv") else 0), made),
-        (branch + q + product("o_proj")[0], product("o_proj")[1]),
+        (branch + ds_codes + q + product("o_proj")[0], product("o_proj")[1]),
         (branch + q + (q + kv if spec.qk_norm else 0) + qkv + scratch, made + scores),
         (branch + qkv + turn_back, made),
     ]
@@ -155,7 +149,7 @@ def backward_peak(
     ]
     if need_dx:
         phases.append((after + hidden + product("qkv_proj")[0], made + product("qkv_proj")[1]))
-        phases.append((after + 2 * hidden + dx_backward, made))
+        phases.append((after + 2 * hidden + norm_backward, made))
     fullest = max(tokens * per_token + constant for per_token, constant in phases)
     return fullest + (together(spec, block_class, acc, blocks=3) if sharded else 0)
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from llama_pro_fast.expansion.plan import ExpansionPlan
+from llama_pro_fast.hf.families import block_spec
+from llama_pro_fast.model.policy import BlockClass
+from llama_pro_fast.model.trained import Trained
 from llama_pro_fast.planning.devices import DEVICES, GIB
 from llama_pro_fast.planning.job import Job, Question, recompute_text
 from llama_pro_fast.planning.memory import states_bytes
 from llama_pro_fast.planning.search import Fit, best_fit, divisors, fit, peak_bytes, policies, upper_half
+from llama_pro_kernels.linear import E4M3_MULTIPLE, fits_e4m3
 
 
 def why(question: Question, found: Fit) -> str:
@@ -38,6 +43,20 @@ def why(question: Question, found: Fit) -> str:
     if found.cost.recomputed:
         recomputed += f", {found.cost.recomputed / found.cost.total:.1%} more work"
     return f"{sequences}; {recomputed}"
+
+
+def eight_bits(model: Any, trained: Trained, *, imitated: bool) -> str:
+    """Which products of backward are in eight bits, and which matrices' sides do not allow it.
+
+    Args:
+        model: transformers' config.
+        imitated: the device is a CPU.
+    """
+    shapes = {n.removesuffix(".weight"): s for n, s in block_spec(model, 0).shapes().items() if len(s) == 2}
+    left = [f"{name} {list(shape)}" for name, shape in shapes.items() if not fits_e4m3(shape)]
+    but = f", but for {', '.join(left)}, whose sides are no multiples of {E4M3_MULTIPLE}" if left else ""
+    on_cpu = "; on a CPU imitated, which gains nothing" if imitated else ""
+    return f"dX of the {trained.classes.count(BlockClass.FROZEN)} frozen blocks with a backward{but}{on_cpu}"
 
 
 def shortfall(question: Question) -> str:

@@ -25,10 +25,11 @@ from llama_pro_fast.model.decoder import DTYPES
 from llama_pro_fast.model.policy import BlockClass, Recompute
 from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_fast.model.trained import Trained
-from llama_pro_fast.planning.cost import matrices, num_trained_parameters
+from llama_pro_fast.planning.cost import matrices, num_trained_parameters, transposed_matrices
 from llama_pro_fast.planning.devices import GIB, Device
 from llama_pro_kernels import select_attention_backend
 from llama_pro_kernels.attention_selection import BACKENDS
+from llama_pro_kernels.linear import E4M3_MULTIPLE
 
 DOCUMENT = 512
 """Tokens of a document on average, until the text is known."""
@@ -171,12 +172,22 @@ def ask(
         if BlockClass.FROZEN not in trained.classes:
             raise UserError(
                 "--train.fp8 backward: no frozen block lies above the lowest one that trains, so there is no product "
-                "to make in eight bits; leave it out"
+                "to make in eight bits; give --train.fp8 none"
+            )
+        if not transposed_matrices(block_spec(base, 0), BlockClass.FROZEN):
+            raise UserError(
+                f"--train.fp8 backward: of this model's matrices none has two sides that are multiples of "
+                f"{E4M3_MULTIPLE}; give --train.fp8 none"
             )
         if not device.eight_bits:
             raise UserError(
                 f"--train.fp8 backward: {device.title} does not multiply eight-bit floats, which Ada, Hopper and later "
-                "cards do; leave it out"
+                "cards do; give --train.fp8 none"
+            )
+        if train.dtype != "bfloat16" and not device.is_cpu:
+            raise UserError(
+                f"--train.fp8 backward: a card's eight-bit products come out in bfloat16, and --train.dtype is "
+                f"{train.dtype}; give --train.dtype bfloat16, or --train.fp8 none"
             )
     job = Job(
         config=base if expansion is None else expanded_shape(base, expansion),

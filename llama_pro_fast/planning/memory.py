@@ -146,7 +146,7 @@ def step_memory(job: Job, recompute: Sequence[Recompute], *, micro_batch_size: i
         transient = backward_peak(
             spec, kind, recompute[index], need_dx, job.dtype, job.triton, job.attention, tokens, micro_batch_size,
             job.documents(micro_batch_size), job.shards > 1, accumulating and job.shards == 1,
-            job.eight_bits and kind is BlockClass.FROZEN, index < layers - 1, hands_codes(job, index),
+            job.eight_bits and kind is BlockClass.FROZEN,
         )  # fmt: skip
         gradients = every if accumulating else made
         # What this micro-batch has made of the head waits for the embedding's, where they are one table.
@@ -220,13 +220,6 @@ def low_precision_bytes(job: Job, spec: BlockSpec, block_class: BlockClass, reco
 def casts(job: Job, block_class: BlockClass, recompute: Recompute) -> bool:
     """Whether a block has no copies, and casts its masters for each product."""
     return has_low_precision(block_class, job.dtype) and (recompute is Recompute.BLOCK or job.shards > 1)
-
-
-def hands_codes(job: Job, index: int) -> bool:
-    """Whether a block leaves its gradient in codes as well, for the block below."""
-    below = job.trained.classes[index - 1] if index else None
-    down_proj = job.specs[index - 1].shapes()["down_proj.weight"]
-    return job.eight_bits and below is BlockClass.FROZEN and fits_e4m3(down_proj)
 
 
 def transposed_bytes(job: Job) -> int:

@@ -48,7 +48,8 @@ OPTIMIZER = 34
 """… and each step: gradient read twice (norm, AdamW); weight and moments read and written, the copy written."""
 
 EIGHT_BITS = 1.9
-"""How many times as fast a product is in e4m3 as in bf16: alone, on an H200 (docs/LOG.md)."""
+"""How many times as fast a product is in e4m3 as in bf16: alone, on an H200 (docs/LOG.md, which does not say how sums
+were made)."""
 
 HOST_FORWARD, HOST_BACKWARD = 1.2e-3, 1.5e-3
 """Seconds the host takes to start the kernels of a block, however few tokens there are: on the host of an H200, by the

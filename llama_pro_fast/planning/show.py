@@ -18,7 +18,7 @@ from llama_pro_fast.model.trained import LEGEND
 from llama_pro_fast.planning.alternatives import ways
 from llama_pro_fast.planning.cost import kept_bytes, num_parameters, recomputed_flops
 from llama_pro_fast.planning.devices import GIB, SHARE
-from llama_pro_fast.planning.explain import shortfall, why
+from llama_pro_fast.planning.explain import eight_bits, shortfall, why
 from llama_pro_fast.planning.job import Question, parse_recompute, recompute_text
 from llama_pro_fast.planning.memory import StepMemory
 from llama_pro_fast.planning.search import Fit, eight_bits_flops, fit, peak_bytes, sending_seconds, sent_bytes
@@ -86,12 +86,14 @@ def _facts(question: Question, found: Fit) -> Iterator[tuple[str, str]]:
         f"{_figure(found.peak / GIB)} GiB at the fullest, of {question.usable / GIB:.1f} usable on "
         f"{question.device.memory / GIB:.1f}",
     )
-    eight_bits = f" ({eight_bits_flops(job) / 1e9:.4g} in eight bits)" if job.eight_bits else ""
+    in_eight_bits = f" ({eight_bits_flops(job) / 1e9:.4g} in eight bits)" if job.eight_bits else ""
     yield (
         "work",
-        f"{cost.total / 1e9:.4g} GFLOP a token: forward {cost.forward / 1e9:.4g}, dX {cost.dx / 1e9:.4g}{eight_bits}, "
-        f"dW {cost.dw / 1e9:.4g}, attention {cost.attention / 1e9:.4g} (causal, backward 2x)",
+        f"{cost.total / 1e9:.4g} GFLOP a token: forward {cost.forward / 1e9:.4g}, dX {cost.dx / 1e9:.4g}"
+        f"{in_eight_bits}, dW {cost.dw / 1e9:.4g}, attention {cost.attention / 1e9:.4g} (causal, backward 2x)",
     )
+    if job.eight_bits:
+        yield "eight bits", eight_bits(job.config, job.trained, imitated=question.device.is_cpu)
     yield (
         "disk",
         f"{_figure(job.checkpoint_bytes / 1e9)} GB a checkpoint; {_figure(stored * num_parameters(job.config) / 1e9)} "

@@ -12,17 +12,15 @@ import torch
 from llama_pro_fast.config import Settled
 from llama_pro_fast.console import amount, box, duration, say, table
 from llama_pro_fast.data.corpus import Corpus
-from llama_pro_fast.hf.families import block_spec
 from llama_pro_fast.model.decoder import DTYPES
-from llama_pro_fast.model.policy import BlockClass
 from llama_pro_fast.model.trained import LEGEND, Trained
 from llama_pro_fast.planning.cost import num_parameters, num_trained_parameters
 from llama_pro_fast.planning.devices import GIB
+from llama_pro_fast.planning.explain import eight_bits
 from llama_pro_fast.planning.search import Fit
 from llama_pro_fast.reporting import dial
 from llama_pro_fast.runs.run_folder import resume_command, shown
 from llama_pro_kernels import implementation_name
-from llama_pro_kernels.linear import E4M3_MULTIPLE, fits_e4m3
 
 
 def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, planned: Fit) -> None:
@@ -59,6 +57,9 @@ def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, pl
     )
     micro_batches = train.batch_size // train.ranks // train.micro_batch_size
     process = " for tensors, the process comes on top" if train.device == "cpu" else ""
+    in_eight_bits = []
+    if train.fp8 == "backward":
+        in_eight_bits = [("eight bits", eight_bits(model, trained, imitated=train.device == "cpu"))]
     kernels = implementation_name(train.device, DTYPES[train.dtype])
     box(
         f"llama-pro-fast · {Path(config.output).name}",
@@ -78,19 +79,10 @@ def show_start(config: Settled, model: Any, trained: Trained, corpus: Corpus, pl
             ("rate", f"{config.optim.lr:g}, {config.optim.schedule}, {_several(config.optim.warmup_steps, 'step')} of "
                      "warm-up"),
             ("device", f"{device}; {train.dtype}, attention {train.attention}, kernels {kernels}"),
-            *([("eight bits", _eight_bits(model, trained, device=train.device))] if train.fp8 == "backward" else []),
+            *in_eight_bits,
             ("forgetting", meter),
         ],
     )  # fmt: skip
-
-
-def _eight_bits(model: Any, trained: Trained, *, device: str) -> str:
-    """Which products of backward are in eight bits, and which matrices' sides do not allow it."""
-    shapes = {n.removesuffix(".weight"): s for n, s in block_spec(model, trained.first).shapes().items() if len(s) == 2}
-    left = [f"{name} {list(shape)}" for name, shape in shapes.items() if not fits_e4m3(shape)]
-    but = f", but for {', '.join(left)}, whose sides are no multiples of {E4M3_MULTIPLE}" if left else ""
-    imitated = "; on a CPU imitated, which gains nothing" if device == "cpu" else ""
-    return f"dX of the {trained.classes.count(BlockClass.FROZEN)} frozen blocks with a backward{but}{imitated}"
 
 
 def _several(count: int, noun: str) -> str:

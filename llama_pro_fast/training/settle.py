@@ -148,8 +148,8 @@ def settle_computation(config: RunConfig, base: PretrainedFolder, device: torch.
         implementation_name(device, DTYPES[name])
     except ImportError as error:
         raise UserError(f"--train.device {device.type}: {error}") from error
-    if train.fp8 == "backward" and (why := missing_e4m3(device, DTYPES[name])):
-        raise UserError(f"--train.fp8 backward: {why}; leave it out")
+    if train.fp8 == "backward" and (why := missing_e4m3(device)):
+        raise UserError(f"--train.fp8 backward: {why}; give --train.fp8 none")
     settled = {"seq_len": seq_len, "device": device.type, "dtype": name, "attention": attention}
     settled["threads"] = torch.get_num_threads()
     return dataclasses.replace(config, train=dataclasses.replace(train, **settled))

@@ -73,13 +73,38 @@ def test_what_was_not_measured_has_no_figures(done):
         assert figures == (of_a_cpu if row["status"] == "measured" else set())
 
 
-def test_a_ratio_to_ours_has_an_interval_over_the_rounds():
+def measured(rounds):
+    return [
+        {"contestant": n, "status": "measured", "round_tokens_per_s": r, "tokens_per_s": r[0], "size": "7b",
+         "device": "NVIDIA H200"}
+        for n, r in rounds.items()
+    ]  # fmt: skip
+
+
+def test_a_ratio_has_an_interval_over_the_rounds_that_both_have_had():
     """By hand: of 1.1, 1.2 and 1.3 the mean is 1.2 and the deviation 0.1; t of two degrees is 4.303."""
-    rounds = {"ours": [100.0, 200.0, 100.0], "theirs": [110.0, 240.0, 130.0], "once": [90.0]}
-    rows = [{"contestant": n, "status": "measured", "round_tokens_per_s": r} for n, r in rounds.items()]
-    rows.append({"contestant": "dead", "status": "failed", "round_tokens_per_s": None})
-    (line,) = throughput_rows.intervals(rows)
-    assert line == f"theirs: 1.2000 +- {4.303 * 0.1 / 3**0.5:.4f} of ours in 3 rounds (95 %)"
+    rounds = {
+        "ours": [100.0, 200.0, 100.0, 100.0],
+        "ours-fp8": [121.0, 264.0],
+        "hf": [110.0, 240.0, 130.0],
+        "x": [90.0],
+    }
+    rows = [*measured(rounds), {"contestant": "dead", "status": "failed", "round_tokens_per_s": None}]
+    lines = throughput_rows.intervals(rows)
+    assert lines[1] == f"hf: 1.2000 +- {4.303 * 0.1 / 3**0.5:.4f} of ours in 3 rounds (95 %)"
+    assert [line.split(" of ")[1] for line in lines] == [
+        "ours in 2 rounds (95 %)", "ours in 3 rounds (95 %)", "hf in 2 rounds (95 %)"
+    ]  # fmt: skip
+    assert lines[2].startswith("ours-fp8: 1.1000 +- 0.0000")
+
+
+def test_what_is_aimed_at_is_said_to_be_met_or_not_where_it_is_meant():
+    rows = measured({"ours": [15_000.0], "ours-fp8": [17_000.0], "hf": [14_900.0], "hf-liger": [15_100.0]})
+    assert throughput_rows.aims(rows) == [
+        "aim of ours: 15200, found 15000: NOT MET", "aim of ours-fp8: 1.12, found 1.12583: MET"
+    ]  # fmt: skip
+    assert throughput_rows.aims([row | {"size": "8b"} for row in rows]) == []
+    assert throughput_rows.aims(rows[:1]) == []
 
 
 def test_the_speed_is_that_of_the_median_step(done):

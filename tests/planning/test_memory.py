@@ -208,7 +208,7 @@ def make_model(job: Job, recompute: tuple[Recompute, ...] = (NONE,) * LAYERS) ->
                 block_class=block_class,
                 compute_dtype=job.dtype,
                 recompute=policy,
-                eight_bits=job.eight_bits and block_class is BlockClass.FROZEN,
+                eight_bits=job.eight_bits,
             )
             for spec, block_class, policy in zip(job.specs, job.trained.classes, recompute, strict=True)
         ],

@@ -6,13 +6,16 @@ import dataclasses
 import math
 
 import pytest
+import torch
 import transformers
 
 from llama_pro_fast.expansion.plan import ExpansionPlan
 from llama_pro_fast.hf.config import find_config
 from llama_pro_fast.hf.families import block_spec
+from llama_pro_fast.model.policy import BlockClass, Recompute
+from llama_pro_fast.model.spec import BlockSpec
 from llama_pro_fast.model.trained import Trained
-from llama_pro_fast.planning.block_memory import attention_scratch
+from llama_pro_fast.planning.block_memory import attention_scratch, backward_peak
 from llama_pro_fast.planning.job import Job, expanded_shape
 from llama_pro_fast.planning.memory import states_bytes, step_memory
 from llama_pro_fast.planning.search import policies
@@ -42,6 +45,39 @@ def test_all_of_its_8_36_billion_take_134_gb_before_the_first_token_and_150_with
     assert said.low_precision == 2 * (8_357_482_496 - norms)
     assert f"{states_bytes(job) / 1e9:.1f}" == "134.2"
     assert f"{(said.masters + said.gradients + said.moments + said.low_precision) / 1e9:.1f}" == "150.4"
+
+
+def test_eight_bits_of_its_frozen_blocks_with_a_backward_are_5_67_gb():
+    """Of 28 blocks; four lie below the first new one. Each element a byte, each input of a matrix a float32 scale."""
+    job = real("meta-llama/Llama-2-7b-hf")
+    plain, said = (
+        step_memory(dataclasses.replace(job, eight_bits=e), next(policies(job)), micro_batch_size=2, accumulating=False)
+        for e in (False, True)
+    )
+    assert said.transposed == 28 * (4 * 4096**2 + 3 * 4096 * 11008 + 4 * (3 * 4096 + 11008))
+    assert f"{said.transposed / 1e9:.2f}" == "5.67"
+    # Attention's backward is the fullest moment of a block, and has no codes beside it.
+    assert said.total == plain.total + said.transposed
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "plain", "in_codes"),
+    [
+        # dy, d(SwiGLU); d(gate, up) is written over gate and up, or is in codes with a scale
+        (64, 4096, 2 * 64 + 2 * 4096, 2 * 64 + 2 * 4096 + 2 * 4096 + 4),
+        # dy, d(normed), ds; and codes of d(gate, up) and of ds
+        (4096, 16, 6 * 4096, 6 * 4096 + 2 * 16 + 4 + 4096 + 4),
+    ],
+)
+def test_codes_are_counted_where_a_kernel_writes_them(hidden, inner, plain, in_codes):
+    spec = BlockSpec(
+        hidden_size=hidden, intermediate_size=inner, num_heads=1, num_kv_heads=1, head_dim=16, norm_eps=1e-5
+    )
+    how = {"need_dx": False, "dtype": torch.bfloat16, "triton": True, "attention": "flash", "tokens": 1000}
+    how |= {"sequences": 1, "documents": 0, "sharded": False, "summed": False}
+    for eight_bits, expected in ((False, plain), (True, in_codes)):
+        found = backward_peak(spec, BlockClass.FROZEN, Recompute.NONE, eight_bits=eight_bits, **how)
+        assert found == 1000 * expected
 
 
 def test_every_document_costs_flash_attention_128_rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -286,6 +287,20 @@ def test_a_small_step_takes_as_long_as_the_host_needs_to_start_it():
         assert job.trained.first > 0
         assert small.seconds == pytest.approx(host / (size * job.seq_len))
     assert small.seconds < fit(on_slow_card, micro_batch_size=8, recompute=(NONE,) * 8).seconds
+
+
+def test_products_in_eight_bits_take_their_part_of_the_time():
+    """Of blocks 2, 4 and 6, the frozen ones above the lowest new one: four products of dX, 2 FLOPs an element."""
+    job = job_of()
+    plain, found = (
+        fit(
+            question_of(dataclasses.replace(job, eight_bits=e), batch_size=8), micro_batch_size=8, recompute=(NONE,) * 8
+        )
+        for e in (False, True)
+    )
+    elements = 256 * (256 + 2 * 128) + 256 * 256 + 3 * 256 * 688
+    saved = 3 * 2 * elements * (1 - 1 / 1.9) / (search.SHARE * CARD.flops)
+    assert plain.seconds - found.seconds == pytest.approx(saved, rel=1e-6)
 
 
 def test_time_is_products_and_attention_at_a_share_and_traffic_at_the_bandwidth(monkeypatch):
