@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 
 import fp8
 import pytest
@@ -12,7 +10,7 @@ import torch
 
 from llama_pro_kernels import quantize_e4m3
 
-WAYS = ("bf16", "backward", "the same, imitated", "e5m2", "forward too")
+WAYS = ("bf16", "backward", "e5m2", "forward too")
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +18,8 @@ def measured(tmp_path_factory):
     """Gradients of the three new blocks of the packaged base after a few steps, in bf16 and in bf16 with eight bits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fp8, "WAYS", {name: fp8.WAYS[name] for name in WAYS})
-        patch.setattr(fp8, "SEQ_LEN", 128)
-        options = argparse.Namespace(device="cpu", model="builtin:prose-3m", groups=3, steps=3)
+        patch.setattr(fp8, "SEQ_LEN", 64)
+        options = argparse.Namespace(device="cpu", model="builtin:prose-3m", groups=3, steps=2)
         return fp8.gradients(options, tmp_path_factory.mktemp("gradients"))
 
 
@@ -32,8 +30,7 @@ def test_gradients_of_new_blocks_point_where_float32s_do(measured):
     assert rows["backward"]["least_cosine"][0] >= 0.999
     assert rows["bf16"]["error"] < rows["backward"]["error"] < 0.04
     assert len(rows["backward"]["tensors"]) == 3 * 6
-    # Imitated from gradients that were rounded to bf16 before; and with a bit of mantissa less.
-    assert rows["the same, imitated"]["error"] == pytest.approx(rows["backward"]["error"], rel=0.1)
+    # With a bit of mantissa less.
     assert rows["backward"]["error"] < 0.7 * rows["e5m2"]["error"]
     # What is not built: the base itself moves.
     assert rows["forward too"]["error"] > 2 * rows["backward"]["error"]
@@ -61,13 +58,10 @@ def test_what_is_imitated_is_the_rounding_of_the_op():
 
 
 @pytest.mark.slow
-def test_the_products_are_rows_and_the_sums_are_right(run_bench, tmp_path):
-    out = tmp_path / "products.json"
-    finished = run_bench("fp8.py", "products", "--device", "cpu", "--out", str(out))
-    assert finished.returncode == 0, finished.stdout
-    rows = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+def test_the_products_are_rows_and_the_sums_are_right(tmp_path):
+    rows = {row["way"]: row for row in fp8.products(argparse.Namespace(device="cpu"), tmp_path)["rows"]}
     assert {"bf16", "e4m3 by row", "e4m3 by row, fast sums", "e4m3 by tensor", "cast apart"} <= rows.keys()
     for way in ("bf16", "e4m3 by row"):
         assert rows[way]["us"] > 0
         assert rows[way]["error"] < 2**-8
-    assert not math.isnan(rows["e4m3 by row"]["tflops"])
+    assert rows["to float32"]["error"] < 2**-20
