@@ -342,7 +342,7 @@ def main() -> int:
     parser.add_argument("--groups", type=int, default=3, help="of gradients: new blocks")
     parser.add_argument("--steps", type=int, default=20, help="of gradients: steps before they are measured")
     options = parser.parse_args()
-    name = f"-{Path(options.model).name}" if options.part == "gradients" and ":" not in options.model else ""
+    name = f"-{Path(options.model).name.lower()}" if options.part == "gradients" and ":" not in options.model else ""
     with tempfile.TemporaryDirectory() as folder:
         found = PARTS[options.part](options, Path(folder))
     out = options.out or common.result_file(f"fp8-{options.part}{name}", common.device_name(options.device))
