@@ -96,9 +96,7 @@ class Contestant:
         return cost.total, cost.total + flash_backward_flops(job)
 
 
-def build_ours(
-    workload: Workload, *, recompute: Recompute | None = Recompute.NONE, eight_bits: bool = False
-) -> Runner:  # fmt: skip
+def build_ours(workload: Workload, *, recompute: Recompute | None = Recompute.NONE, eight_bits: bool = False) -> Runner:
     """Every block that has a backward recomputes as ``recompute`` says; None leaves the choice to the planner."""
     config, device, dtype = workload.config, torch.device(workload.device), workload.dtype
     job = our_job(workload, eight_bits=eight_bits)
@@ -208,10 +206,6 @@ CONTESTANTS: dict[str, Contestant] = {
     "hf-liger-flash4": _hf(liger=True, attention=FLASH_4),
     "hf-liger-flash4-bf16": _hf(liger=True, attention=FLASH_4, pure=True),
     "hf-compile-bf16": _hf(compiled=True, pure=True),
-    "hf-compile-fp8-bf16": _hf(compiled=True, pure=True, float8="tensorwise"),
-    "hf-compile-fp8-rowwise-bf16": _hf(compiled=True, pure=True, float8="rowwise"),
-    "hf-liger-flash4-compile-fp8-bf16": _hf(**FUSED, float8="tensorwise"),
-    "hf-liger-flash4-compile-fp8-rowwise-bf16": _hf(**FUSED, float8="rowwise"),
     "hf-checkpointing-trained": _hf(checkpointing="trained"),
     "hf-checkpointing": _hf(checkpointing="all"),
     "ours-block": _ours(Recompute.BLOCK),
@@ -226,4 +220,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "hf-checkpointing-bf16": _hf(checkpointing="all", pure=True),
     "full-checkpointing": _hf(everything=True, checkpointing="all"),
     "full": _hf(everything=True),
+    "hf-compile-fp8-bf16": _hf(compiled=True, pure=True, float8="tensorwise"),
+    "hf-compile-fp8-rowwise-bf16": _hf(compiled=True, pure=True, float8="rowwise"),
+    "hf-liger-flash4-compile-fp8-bf16": _hf(**FUSED, float8="tensorwise"),
+    "hf-liger-flash4-compile-fp8-rowwise-bf16": _hf(**FUSED, float8="rowwise"),
 }

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import math
 import sys
@@ -50,9 +49,9 @@ from llama_pro_fast.recipe import parse
 from llama_pro_fast.training import model_folder
 from llama_pro_fast.training.optimizer import Optimizer
 from llama_pro_fast.training.schedule import settle_schedule
-from llama_pro_kernels import E4M3, linear_dx, linear_dx_e4m3, quantize_e4m3, select_attention_backend
+from llama_pro_kernels import E4M3, linear_dx, quantize_e4m3, select_attention_backend
+from llama_pro_kernels.linear import missing_e4m3, scaled_product
 
-linear_module = importlib.import_module("llama_pro_kernels.linear")
 A_BLOCK = 0.0375 * 4**0.5
 SEQ_LEN, BATCH = 512, 4
 
@@ -283,6 +282,8 @@ SHAPES = {"o_proj": (4096, 4096), "qkv_proj": (12288, 4096), "gate_up_proj": (22
 
 
 def products(options: Any, folder: Path) -> dict[str, Any]:
+    if why := missing_e4m3(torch.device(options.device)):
+        raise SystemExit(why)
     cuda = options.device == "cuda"
     tokens, shapes = (16384, SHAPES) if cuda else (64, {"trial": (96, 64)})
     rows = []
@@ -296,8 +297,7 @@ def products(options: Any, folder: Path) -> dict[str, Any]:
         exact = sums * in_codes.scales[some, None].double() * transposed.scales.double()
 
         def by_row(fast: bool, a=in_codes, b=transposed) -> Tensor:
-            linear_module.FAST_ACCUMULATION = fast
-            return linear_dx_e4m3(a, b, torch.bfloat16)
+            return scaled_product(a, b, fast=fast)
 
         def by_tensor(fast: bool, dtype=torch.bfloat16, a=in_codes.codes, b=transposed.codes, one=one) -> Tensor:
             return torch._scaled_mm(a, b.t(), one, one, out_dtype=dtype, use_fast_accum=fast)
@@ -323,7 +323,6 @@ def products(options: Any, folder: Path) -> dict[str, Any]:
             except (RuntimeError, ValueError) as error:
                 row["said"] = str(error).strip().splitlines()[0]
             rows.append(row)
-    linear_module.FAST_ACCUMULATION = False
     shown = []
     for r in rows:
         figures = ("-" if r[key] is None else f"{r[key]:,.4g}" for key in ("us", "tflops", "error"))

@@ -5,7 +5,7 @@
 # interpreter.
 set -euo pipefail
 
-part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart|forgetting|ranks|fp8-products|fp8-close"
+part=${1:-} parts="tests|kernels|train|throughput|close|sizes|memory|profile|quickstart|forgetting|ranks|fp8-products|fp8-close|fp8-rivals"
 if [[ ! $part =~ ^($parts)$ ]]; then
     echo "usage: bench/suite.sh $parts" >&2
     exit 2
@@ -25,7 +25,7 @@ export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=
 cuda=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 measure() { "$python" bench/throughput.py --size "$2" --limit 60 --out "$OUT/throughput-$1.json" "${@:3}"; }
 
-if [[ $cuda == 0 && ($part == close || $part == sizes || $part == fp8-close) ]]; then
+if [[ $cuda == 0 && ($part == close || $part == sizes || $part == fp8-close || $part == fp8-rivals) ]]; then
     echo "bench/suite.sh $part: its models are for a GPU, and PyTorch finds none" >&2
     exit 2
 fi
@@ -42,7 +42,8 @@ case $part in
             else
                 workers=()
             fi
-            "$python" -m pytest kernels tests/model/test_block_gradients.py -q -p no:cacheprovider --durations=5 \
+            "$python" -m pytest kernels tests/model/test_block_gradients.py tests/model/test_block_eight_bits.py -q \
+                -p no:cacheprovider --durations=5 \
                 "${workers[@]}"
         } 2>&1 | tee "$OUT/tests-kernels.txt"
         ;;
@@ -69,10 +70,13 @@ case $part in
         "$python" bench/fp8.py gradients --out "$OUT/fp8-gradients.json" # the packaged base
         ;;
     fp8-close)
-        fp8=hf-liger-flash4-compile-fp8-bf16,hf-compile-fp8-bf16,hf-compile-fp8-rowwise-bf16
         measure 7b-fp8-close 7b --rounds 5 --steps 10 --contestants ours,ours-fp8,$best_rival --budget 330
         "$python" bench/step_profile.py --size 7b --contestant ours-fp8 --out "$OUT/step-profile-fp8.json"
-        measure 7b-fp8 7b --rounds 1 --contestants hf-compile-bf16,$fp8 --budget 60
+        ;;
+    fp8-rivals)
+        fp8=hf-compile-fp8-bf16,hf-compile-fp8-rowwise-bf16,hf-liger-flash4-compile-fp8-bf16
+        "$python" bench/throughput.py --size 7b --limit 120 --budget 340 --out "$OUT/throughput-7b-fp8.json" \
+            --contestants "ours-fp8,hf-compile-bf16,$fp8,hf-liger-flash4-compile-fp8-rowwise-bf16"
         ;;
     sizes)
         measure 7b-32k 7b --seq 32768 --micro-batch 1 --steps 3 --contestants ours-planned --budget 50

@@ -28,6 +28,7 @@ from llama_pro_fast.training.export import export_run
 from llama_pro_fast.training.run import run_training
 from llama_pro_fast.training.signals import Stopped
 from llama_pro_kernels import select_attention_backend
+from llama_pro_kernels.linear import missing_e4m3
 
 
 def expand(
@@ -82,8 +83,12 @@ def load(
         A module over packed batches (:class:`PackedBatch`); ``trained_parameters()`` names what an optimizer gets.
 
     Raises:
-        UserError: the model cannot be read, or has no new blocks.
+        UserError: the model cannot be read, or has no new blocks; or ``fp8`` is not one of these, or the device cannot.
     """
+    if fp8 not in ("none", "backward"):
+        raise UserError(f"fp8={fp8!r}: give 'none' or 'backward'")
+    if fp8 == "backward" and (why := missing_e4m3(torch.device(device))):
+        raise UserError(f"fp8='backward': {why}; give 'none'")
     folder = PretrainedFolder(model_folder.find(os.fspath(model)))
     length = max_length or folder.config.max_position_embeddings
     attention = select_attention_backend(

@@ -33,8 +33,6 @@ __all__ = [
 
 E4M3_MULTIPLE = 16
 """Both sides of a weight must be multiples of it: 16 bytes of codes, what the products of Ada and Hopper ask for."""
-FAST_ACCUMULATION = False
-"""Whether eight-bit products sum in the tensor cores' own registers, which on a Hopper hold fewer bits than float32."""
 
 
 def fits_e4m3(shape: Sequence[int]) -> bool:
@@ -78,7 +76,7 @@ def linear_dx_e4m3(dy: E4M3, weight: E4M3, dtype: torch.dtype) -> Tensor:
         dy: ``[T, out]``, with a scale a token.
         weight: ``[in, out]``, the weight transposed, with a scale for each of its columns. Tensor cores of Ada and
             Hopper multiply e4m3 only along rows that lie dense, so a weight that forward reads is no help here.
-        dtype: of the result; bfloat16 on a GPU.
+        dtype: of the result; any other than bfloat16 is computed as on a CPU, of the decoded rows.
 
     Returns:
         ``[T, in]``. Of a token whose scale is NaN every number is.
@@ -94,18 +92,22 @@ def linear_dx_e4m3(dy: E4M3, weight: E4M3, dtype: torch.dtype) -> Tensor:
         )
     if not fits_e4m3(transposed.shape):
         raise ValueError(f"codes of {list(transposed.shape)}: both sides must be multiples of {E4M3_MULTIPLE}")
-    if codes.is_cuda:
-        return _scaled_product(dy, weight, dtype)
+    if codes.is_cuda and dtype == torch.bfloat16:
+        return scaled_product(dy, weight)
     acc = accumulation_dtype(dtype)
     product = torch.mm(codes.to(acc), transposed.to(acc).t())
     return product.mul_(dy.scales[:, None]).mul_(weight.scales).to(dtype)
 
 
-def _scaled_product(dy: E4M3, weight: E4M3, dtype: torch.dtype) -> Tensor:
-    """PyTorch's product in eight bits, scaled by rows and by columns."""
+def scaled_product(dy: E4M3, weight: E4M3, *, fast: bool = False) -> Tensor:
+    """PyTorch's product in eight bits, scaled by rows and by columns, in bfloat16.
+
+    Args:
+        fast: sum in the tensor cores' own registers, which on a Hopper hold fewer bits than float32.
+    """
     return torch._scaled_mm(
         dy.codes, weight.codes.t(), dy.scales[:, None], weight.scales[None],
-        out_dtype=dtype, use_fast_accum=FAST_ACCUMULATION,
+        out_dtype=torch.bfloat16, use_fast_accum=fast,
     )  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def rms_norm_backward_e4m3(
 
 
 def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
-    bits = x.abs().amax(-1).float().view(torch.int32)
+    # The sign of a NaN may be set, whatever abs says (a maximum over columns that lie apart).
+    bits = x.abs().amax(-1).float().view(torch.int32) & 0x7FFFFFFF
     exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000)).clamp(min=27)
     scales = torch.where(bits < 0x7F800000, exponent << 23, 0x7FC00000).view(torch.float32)
     inverse = ((254 - exponent) << 23).view(torch.float32)

@@ -51,7 +51,7 @@ def assert_codes_of(rows, exact):
     # Half a step of e4m3 where the number lies: four significant bits, steps of 2⁻⁹ below 2⁻⁶. Rounded to bf16 before,
     # some of any hundred numbers would be further off.
     exponent = (torch.frexp(exact / scales).exponent - 1).clamp(min=-6)
-    half_step = torch.ldexp(scales, exponent - 4)
+    half_step = scales * 2.0 ** (exponent - 4).double()
     error = (decoded(rows) - exact).abs()
     assert (error <= half_step + 2**-20 * largest).all(), (error - half_step).max()
 
@@ -92,9 +92,10 @@ def test_the_smallest_and_the_largest_numbers_are_no_nan():
 def test_a_bad_number_is_in_its_rows_scale(bad, dtype, place):
     x = torch.randn(3, 9000).to(dtype)
     x[1, place] = bad
-    scales = quantize_e4m3(x).scales
-    assert scales.isnan().tolist() == [False, True, False]
-    assert torch.equal(scales[[0, 2]], quantize_e4m3(x[[0, 2]]).scales)
+    for rows in (x, x.t().contiguous().t()):
+        scales = quantize_e4m3(rows).scales
+        assert scales.isnan().tolist() == [False, True, False]
+        assert torch.equal(scales[[0, 2]], quantize_e4m3(x[[0, 2]]).scales)
 
 
 def test_strides_do_not_matter():
@@ -199,7 +200,7 @@ def test_a_gpus_product_is_that_of_the_reference(device):
     weight = quantize_e4m3(torch.randn(64, 96) * torch.logspace(-2, 2, 64)[:, None])
     exact = decoded(dy) @ decoded(weight).t()
     try:
-        got = linear_module._scaled_product(dy, weight, bf16)
+        got = linear_module.scaled_product(dy, weight)
     except (RuntimeError, ValueError):
         if device == "cuda":
             raise
@@ -208,7 +209,7 @@ def test_a_gpus_product_is_that_of_the_reference(device):
     terms = decoded(dy).abs() @ decoded(weight).t().abs()
     assert ((got.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-12 * terms).all()
     dy.scales[5] = NAN
-    assert linear_module._scaled_product(dy, weight, bf16).isnan().any(1).nonzero().tolist() == [[5]]
+    assert linear_module.scaled_product(dy, weight).isnan().any(1).nonzero().tolist() == [[5]]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
@@ -227,9 +228,7 @@ def test_a_card_whose_product_fails_is_told_so(error, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [fp32, bf16])
-def test_a_product_is_that_of_the_decoded_rows(dtype, device, assert_twice_as_good):
-    if device == "cuda" and dtype != bf16:
-        dtype = bf16
+def test_a_product_is_that_of_the_decoded_rows(dtype, assert_twice_as_good):
     dy, weight = quantize_e4m3(torch.randn(33, 96)), quantize_e4m3(0.02 * torch.randn(64, 96))
     got, exact = linear_dx_e4m3(dy, weight, dtype), decoded(dy) @ decoded(weight).t()
     assert_twice_as_good(got, exact.to(dtype), exact, atol=2**-20 * exact.abs().max())

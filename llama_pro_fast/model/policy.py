@@ -36,7 +36,8 @@ k_norm, qkv is raw, and backward norms and rotates q and k once more. down_proj 
 reads its output.
 
 **Freed.** What forward computes and does not keep is gone when forward returns, but for y. What is kept is autograd's
-until this block's backward has returned. Backward writes the gradient of gate_up over gate_up, so it may run only once.
+until this block's backward has returned. Backward writes the gradient of gate_up over gate_up, unless it is in eight
+bits, so it may run only once.
 A second call raises (`Consumed`), and does so under the other policies too, for one rule. Of what is recomputed,
 gate_up goes with the MLP's backward, s before attention's, qkv after rotary's; rstd, post_rstd, o and lse go when
 backward returns. Until then backward also holds the gradients of all the block's weights.

@@ -93,12 +93,10 @@ def matrices(spec: BlockSpec) -> dict[str, int]:
     return {name: math.prod(shape) for name, shape in spec.shapes().items() if len(shape) == 2}
 
 
-def transposed_matrices(spec: BlockSpec, block_class: BlockClass) -> int:
-    """Elements of the matrices whose products of backward a block makes in eight bits where that is wanted."""
-    if block_class is not BlockClass.FROZEN:
-        return 0
-    shapes = (shape for shape in spec.shapes().values() if len(shape) == 2)
-    return sum(math.prod(shape) for shape in shapes if fits_e4m3(shape))
+def transposed_matrices(spec: BlockSpec, block_class: BlockClass) -> list[tuple[int, ...]]:
+    """Shapes of the matrices whose products of backward a block makes in eight bits where that is wanted."""
+    shapes = spec.shapes().values() if block_class is BlockClass.FROZEN else ()
+    return [shape for shape in shapes if len(shape) == 2 and fits_e4m3(shape)]
 
 
 def attention_flops(spec: BlockSpec, seq_len: int) -> float:

@@ -56,7 +56,9 @@ def eight_bits(model: Any, trained: Trained, *, imitated: bool) -> str:
     left = [f"{name} {list(shape)}" for name, shape in shapes.items() if not fits_e4m3(shape)]
     but = f", but for {', '.join(left)}, whose sides are no multiples of {E4M3_MULTIPLE}" if left else ""
     on_cpu = "; on a CPU imitated, which gains nothing" if imitated else ""
-    return f"dX of the {trained.classes.count(BlockClass.FROZEN)} frozen blocks with a backward{but}{on_cpu}"
+    count = trained.classes.count(BlockClass.FROZEN)
+    blocks = "the frozen block" if count == 1 else f"the {count} frozen blocks"
+    return f"dX of {blocks} with a backward{but}{on_cpu}"
 
 
 def shortfall(question: Question) -> str:

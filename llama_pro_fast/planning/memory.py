@@ -32,7 +32,6 @@ from llama_pro_fast.planning.cost import kept_bytes, matrices, num_parameters, t
 from llama_pro_fast.planning.job import Job
 from llama_pro_kernels import accumulation_dtype, rows_per_chunk
 from llama_pro_kernels.attention_selection import BACKENDS
-from llama_pro_kernels.linear import fits_e4m3
 
 WORKSPACES = 2 << 25
 """Bytes that PyTorch gives cuBLAS: 32 MiB on a Hopper for each of the two threads that make products, of forward and of
@@ -224,12 +223,8 @@ def casts(job: Job, block_class: BlockClass, recompute: Recompute) -> bool:
 
 def transposed_bytes(job: Job) -> int:
     """The transposes of frozen matrices in eight bits: a code an element, a float32 scale an input."""
-    if not job.eight_bits:
-        return 0
-    kinds = list(zip(job.specs, job.trained.classes, strict=True))
-    codes = sum(transposed_matrices(*each) for each in kinds)
-    shapes = [s for spec, kind in kinds if kind is BlockClass.FROZEN for s in spec.shapes().values() if len(s) == 2]
-    return codes + 4 * sum(shape[1] for shape in shapes if fits_e4m3(shape))
+    kinds = zip(job.specs, job.trained.classes, strict=True) if job.eight_bits else ()
+    return sum(rows * columns + 4 * columns for each in kinds for rows, columns in transposed_matrices(*each))
 
 
 def _muon_bytes(spec: BlockSpec) -> int:

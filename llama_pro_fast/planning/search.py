@@ -90,7 +90,8 @@ def fit(question: Question, *, micro_batch_size: int, recompute: Sequence[Recomp
     executed = cost.total + cost.recomputed + flash_backward_flops(job)
     if job.muon:
         executed += len(job.trained.blocks) * muon_flops(job.specs[0]) / (batch_size * job.seq_len)
-    executed -= eight_bits_flops(job) * (1 - 1 / EIGHT_BITS)
+    if not device.is_cpu:
+        executed -= eight_bits_flops(job) * (1 - 1 / EIGHT_BITS)
     tokens = micro_batch_size * job.seq_len
     traffic = job.num_trained * ((ACCUMULATE / tokens if accumulating else 0) + OPTIMIZER / (batch_size * job.seq_len))
     traffic += cast_bytes(job, recompute) / tokens
@@ -142,8 +143,8 @@ def flash_backward_flops(job: Job) -> float:
 
 def eight_bits_flops(job: Job) -> float:
     """FLOPs per token, of those of dX, that are made in e4m3."""
-    kinds = zip(job.specs, job.trained.classes, strict=True)
-    return 2.0 * sum(transposed_matrices(*each) for each in kinds) if job.eight_bits else 0.0
+    kinds = zip(job.specs, job.trained.classes, strict=True) if job.eight_bits else ()
+    return 2.0 * sum(math.prod(shape) for each in kinds for shape in transposed_matrices(*each))
 
 
 def peak_bytes(job: Job, recompute: Sequence[Recompute], micro_batch_size: int, batch_size: int) -> int:

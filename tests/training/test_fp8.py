@@ -11,6 +11,7 @@ import torch
 from runs_read import digests, losses
 
 import llama_pro_fast
+from llama_pro_fast.errors import UserError
 from llama_pro_fast.model import block
 from llama_pro_fast.model.block import PROJECTIONS
 from llama_pro_fast.plan import main as plan_main
@@ -69,6 +70,8 @@ def test_a_model_loaded_so_holds_transposes_where_a_run_would(finished_fp8):
     blocks = llama_pro_fast.load(finished_fp8 / "expanded", fp8="backward").blocks
     assert [sorted(block.transposed) for block in blocks] == [[], [], [], sorted(PROJECTIONS), sorted(PROJECTIONS), []]
     assert not any(block.transposed for block in llama_pro_fast.load(finished_fp8 / "expanded").blocks)
+    with pytest.raises(UserError, match="give 'none' or 'backward'"):
+        llama_pro_fast.load(finished_fp8 / "expanded", fp8="Backward")
 
 
 def on_one_line(said: str) -> str:
